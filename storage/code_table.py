@@ -1,0 +1,219 @@
+"""Code tables: what a tokenizer made of the images, as Parquet that any reader opens.
+
+Columns: key, text columns, and `codes`, a fixed-size list of the smallest unsigned integer that fits. The schema
+metadata holds the rest as JSON under `musevl`. Shapes: B samples, N books, D depth (residual levels), h w code grid.
+"""
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from storage.digests import canonical_json
+from storage.errors import TokenizerMismatch
+from storage.tables import read_table, write_table
+
+SCHEMA_VERSION = 1
+_METADATA_KEY = b"musevl"
+_RESERVED_COLUMNS = ("key", "codes")
+
+
+@dataclass(frozen=True)
+class CodeTableInfo:
+    """What must be known to use the codes; equal in all shards of a table."""
+
+    code_shape: tuple[int, int, int, int]
+    """Of one sample: N books, D depth, h, w."""
+    codebook_names: tuple[str, ...]
+    """One a book."""
+    codebook_sizes: tuple[int, ...]
+    """Entries of each book; its codes, at every depth, are below."""
+    tokenizer_digest: str
+    """Artifact digest of the tokenizer that made the codes."""
+    transform: dict[str, Any]
+    """How images were preprocessed; JSON."""
+    schema_version: int = SCHEMA_VERSION
+    """Of this layout."""
+
+    def __post_init__(self) -> None:
+        if len(self.code_shape) != 4 or min(self.code_shape) < 1:
+            raise ValueError(f"code_shape is {self.code_shape}; give (books, depth, h, w), each at least 1")
+        for name in ("codebook_names", "codebook_sizes"):
+            if len(getattr(self, name)) != self.code_shape[0]:
+                raise ValueError(f"{name} is {getattr(self, name)}; give one for each of {self.code_shape[0]} books")
+        if min(self.codebook_sizes) < 1 or max(self.codebook_sizes) > 2**32:
+            raise ValueError(f"codebook_sizes is {self.codebook_sizes}; sizes lie between 1 and 2**32")
+        if not self.tokenizer_digest:
+            raise ValueError("tokenizer_digest is empty; give the digest of the tokenizer's artifact")
+        if self.schema_version != SCHEMA_VERSION:
+            raise ValueError(
+                f"code table schema_version is {self.schema_version}, this code reads {SCHEMA_VERSION}; tokenize again"
+            )
+        canonical_json(self.transform)
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """The smallest unsigned integer type that holds every code."""
+        return np.min_scalar_type(max(self.codebook_sizes) - 1)
+
+    def to_bytes(self) -> bytes:
+        """Return the info as canonical JSON."""
+        return canonical_json(
+            {
+                "code_shape": list(self.code_shape),
+                "codebook_names": list(self.codebook_names),
+                "codebook_sizes": list(self.codebook_sizes),
+                "tokenizer_digest": self.tokenizer_digest,
+                "transform": self.transform,
+                "schema_version": self.schema_version,
+            }
+        )
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> "CodeTableInfo":
+        """Read what `to_bytes` wrote; ValueError when it is something else."""
+        try:
+            value = json.loads(data)
+            books, depth, height, width = value["code_shape"]
+            return cls(
+                code_shape=(books, depth, height, width),
+                codebook_names=tuple(value["codebook_names"]),
+                codebook_sizes=tuple(value["codebook_sizes"]),
+                tokenizer_digest=value["tokenizer_digest"],
+                transform=value["transform"],
+                schema_version=value["schema_version"],
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"not the metadata of a code table: {error}") from error
+
+
+@dataclass(frozen=True)
+class CodeTable:
+    """A code table in memory."""
+
+    info: CodeTableInfo
+    keys: list[str]
+    """B sample keys."""
+    columns: dict[str, list[str | None]]
+    """Text columns by name, B values each."""
+    codes: npt.NDArray[np.unsignedinteger[Any]]
+    """[B, N, D, h, w]"""
+
+
+def write_code_shard(
+    path: str | Path,
+    info: CodeTableInfo,
+    keys: Sequence[str],
+    columns: dict[str, list[str | None]],
+    codes: npt.NDArray[np.integer[Any]],
+) -> None:
+    """Write one shard of a code table; equal arguments give equal bytes, and the file appears whole.
+
+    Args:
+        path: of the Parquet file.
+        info: the same for all shards of a table.
+        keys: B sample keys, no two alike.
+        columns: text columns, B values each.
+        codes: [B, N, D, h, w], any integer type.
+
+    Raises:
+        ValueError: lengths or shapes disagree, a code lies outside its codebook, a key comes twice.
+    """
+    _check_rows(path, keys, columns, len(codes))
+    _check_codes(path, info, codes)
+    flat = pa.array(np.ascontiguousarray(codes, dtype=info.dtype).reshape(-1))
+    item = pa.field("element", flat.type, nullable=False)
+    code_lists = pa.FixedSizeListArray.from_arrays(flat, type=pa.list_(item, prod(info.code_shape)))
+    fields = [pa.field("key", pa.string(), nullable=False)]
+    fields += [pa.field(name, pa.string()) for name in columns]
+    fields += [pa.field("codes", code_lists.type, nullable=False)]
+    texts = [pa.array(values, pa.string()) for values in columns.values()]
+    schema = pa.schema(fields, metadata={_METADATA_KEY: info.to_bytes()})
+    write_table(pa.table([pa.array(keys, pa.string()), *texts, code_lists], schema=schema), path)
+
+
+def read_info(path: str | Path) -> CodeTableInfo:
+    """Read what is known of a shard without its rows; ValueError when the file is no shard of a code table."""
+    metadata = pq.read_schema(path).metadata or {}
+    if _METADATA_KEY not in metadata:
+        raise ValueError(f"{path} is no code table: its schema metadata lacks 'musevl'; give files that tokenize wrote")
+    try:
+        return CodeTableInfo.from_bytes(metadata[_METADATA_KEY])
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def read_code_table(paths: Iterable[str | Path]) -> CodeTable:
+    """Read shards into one table, rows in the order of `paths`.
+
+    Raises:
+        ValueError: there are no shards, their infos or columns differ, or a code lies outside its codebook.
+    """
+    shards = list(paths)
+    if not shards:
+        raise ValueError("no shards of a code table were given; give at least one Parquet file")
+    info = read_info(shards[0])
+    tables = []
+    for path in shards:
+        if (other := read_info(path)) != info:
+            raise ValueError(
+                f"shards of different code tables: {shards[0]} and {path} differ in {_difference(info, other)}; "
+                "read tables of one tokenizer and transform at a time"
+            )
+        tables.append(read_table(path))
+        if tables[-1].column_names != tables[0].column_names:
+            raise ValueError(f"{path} has columns {tables[-1].column_names}, {shards[0]} {tables[0].column_names}")
+    table = pa.concat_tables(tables)
+    flat = [chunk.flatten().to_numpy() for chunk in table.column("codes").chunks]
+    codes = np.concatenate([*flat, np.zeros(0, info.dtype)]).reshape(-1, *info.code_shape)
+    _check_codes(shards[0], info, codes)
+    columns = {name: table.column(name).to_pylist() for name in table.column_names if name not in _RESERVED_COLUMNS}
+    return CodeTable(info=info, keys=table.column("key").to_pylist(), columns=columns, codes=codes)
+
+
+def check_tokenizer(info: CodeTableInfo, expected_digest: str) -> None:
+    """Raise TokenizerMismatch, which names both digests, unless the codes were made by the tokenizer expected."""
+    if info.tokenizer_digest != expected_digest:
+        raise TokenizerMismatch(
+            f"the code table was made by tokenizer {info.tokenizer_digest}, but this run uses tokenizer "
+            f"{expected_digest}; tokenize the images again, or use the table's own tokenizer"
+        )
+
+
+def _check_rows(path: str | Path, keys: Sequence[str], columns: dict[str, list[str | None]], num_codes: int) -> None:
+    lengths = {"keys": len(keys), "codes": num_codes} | {name: len(values) for name, values in columns.items()}
+    if len(set(lengths.values())) != 1:
+        raise ValueError(f"{path}: keys, columns and codes have different lengths: {lengths}")
+    if len(set(keys)) != len(keys):
+        raise ValueError(f"{path}: {len(keys) - len(set(keys))} keys come twice; give each sample its own key")
+    if taken := sorted(set(columns) & set(_RESERVED_COLUMNS)):
+        raise ValueError(f"{path}: text columns {taken} have reserved names; rename them")
+
+
+def _check_codes(path: str | Path, info: CodeTableInfo, codes: npt.NDArray[Any]) -> None:
+    if codes.shape[1:] != info.code_shape or not np.issubdtype(codes.dtype, np.integer):
+        raise ValueError(
+            f"{path}: codes are {codes.dtype} of shape {codes.shape}; give integers [B, books, depth, h, w] "
+            f"with {info.code_shape} after B"
+        )
+    if not len(codes):
+        return
+    for book, (name, size) in enumerate(zip(info.codebook_names, info.codebook_sizes, strict=True)):
+        lowest, highest = int(codes[:, book].min()), int(codes[:, book].max())
+        if lowest < 0 or highest >= size:
+            raise ValueError(
+                f"{path}: codes of book {name!r} run from {lowest} to {highest}, outside its {size} entries; "
+                "check that the table belongs to this codebook"
+            )
+
+
+def _difference(one: CodeTableInfo, other: CodeTableInfo) -> str:
+    first, second = json.loads(one.to_bytes()), json.loads(other.to_bytes())
+    return ", ".join(f"{name} ({first[name]} and {second[name]})" for name in first if first[name] != second[name])

@@ -1,0 +1,65 @@
+"""Local files: written whole under a private name, then given their final one."""
+
+import hashlib
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from storage.digests import CHUNK_BYTES
+
+TEMPORARY_PREFIX = ".musevl-tmp-"
+
+
+def temporary_name() -> str:
+    """Return a fresh file name that every listing of the store ignores."""
+    return TEMPORARY_PREFIX + uuid.uuid4().hex
+
+
+@contextmanager
+def atomic_path(path: str | Path) -> Iterator[Path]:
+    """Yield a private path beside `path`; its file takes the name `path` when the block ends without an exception.
+
+    The file is fsynced first. When the block raises, the private file (or folder) is removed and `path` is untouched.
+    """
+    final = Path(path)
+    final.parent.mkdir(parents=True, exist_ok=True)
+    private = final.parent / temporary_name()
+    try:
+        yield private
+        fsync_path(private)
+        os.replace(private, final)
+        fsync_path(final.parent)
+    finally:
+        remove_quietly(private)
+
+
+def copy_and_hash(source: str | Path, target: str | Path) -> str:
+    """Copy a local file in pieces, fsync the copy and return the sha256 of the bytes that were copied."""
+    sha256 = hashlib.sha256()
+    with open(source, "rb") as reader, open(target, "wb") as writer:
+        while chunk := reader.read(CHUNK_BYTES):
+            sha256.update(chunk)
+            writer.write(chunk)
+        writer.flush()
+        os.fsync(writer.fileno())
+    return sha256.hexdigest()
+
+
+def fsync_path(path: str | Path) -> None:
+    """Flush a file or a folder to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def remove_quietly(path: Path) -> None:
+    """Remove a file or folder if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)

@@ -1,0 +1,188 @@
+"""Named byte strings in a folder or a bucket, with the one promise that the store is built on: create-only writes."""
+
+import builtins
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO, TypeVar
+
+from storage.errors import ObjectMissing, StoreError
+from storage.manifest import check_relative_path
+from storage.objects_local import TEMPORARY_FOLDER, LocalBackend
+from storage.objects_s3 import S3Backend, is_transport_error, one_line
+
+_Item = TypeVar("_Item")
+_Result = TypeVar("_Result")
+_REMOTE_THREADS = 16
+
+
+class ObjectStore:
+    """Objects by key under one URI.
+
+    Args:
+        uri: a local path, `file:///path`, or `s3://bucket/prefix`.
+        options: for S3, passed to `s3fs.S3FileSystem`, for example `endpoint_url`; credentials and endpoint come
+            from the standard AWS variables otherwise. A local folder takes none.
+
+    Raises:
+        ValueError: an unknown kind of URI. Nothing is read or written before the first call of a method.
+    """
+
+    def __init__(self, uri: str, **options: Any) -> None:
+        self._backend: LocalBackend | S3Backend
+        if uri.startswith("s3://"):
+            bucket, _, prefix = uri.removeprefix("s3://").strip("/").partition("/")
+            if not bucket:
+                raise ValueError(f"store URI {uri!r} names no bucket; write s3://bucket/prefix")
+            if prefix:
+                check_relative_path(prefix)
+            self._backend = S3Backend(bucket, prefix, options)
+            self.uri = f"s3://{bucket}/{prefix}".rstrip("/")
+            return
+        path = uri.removeprefix("file://")
+        if "://" in path or not path:
+            raise ValueError(
+                f"store URI {uri!r} is not supported; give a local path, file:///path or s3://bucket/prefix"
+            )
+        if options:
+            raise ValueError(f"store URI {uri!r} is a local folder, which takes no options; remove {sorted(options)}")
+        root = Path(path).expanduser().absolute()
+        self._backend = LocalBackend(root)
+        self.uri = str(root)
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether objects lie behind a network, so that they must be downloaded and calls should overlap."""
+        return self._backend.is_remote
+
+    @property
+    def endpoint(self) -> str:
+        """What serves the objects: the S3 endpoint, or 'local'."""
+        return self._backend.endpoint if isinstance(self._backend, S3Backend) else "local"
+
+    def check_access(self) -> None:
+        """Raise StoreError, on one line, unless the folder can be written to or the bucket answers."""
+        self._backend.check_access()
+
+    def probe_conditional_create(self) -> None:
+        """Raise StoreError unless create-only writes hold; writes and removes one small object."""
+        if isinstance(self._backend, S3Backend):
+            self._backend.probe_conditional_create()
+        else:
+            self._backend.check_access()
+
+    def create(self, key: str, data: bytes) -> bool:
+        """Create an object in one atomic step.
+
+        Args:
+            key: relative POSIX path.
+            data: at least one byte.
+
+        Returns:
+            True if this call created it, False if it was there. After a lost answer S3's client asks again and then
+            finds its own object: False too, so read the object and compare where that matters.
+        """
+        if not data:
+            raise ValueError(f"cannot create {key!r} without bytes; conditional puts need at least one")
+        _check_key(key)
+        with self._explained("create", key):
+            return self._backend.create(key, data)
+
+    def put(self, key: str, data: bytes) -> None:
+        """Create or replace an object in one atomic step."""
+        _check_key(key)
+        with self._explained("write", key):
+            self._backend.put(key, data)
+
+    def put_file(self, key: str, local_path: str | Path, *, sha256: str | None = None) -> None:
+        """Store a local file; skipped when an object of the same size is there, replaces one of another size.
+
+        Args:
+            key: relative POSIX path.
+            local_path: a complete file.
+            sha256: of the file; where given, a local store refuses to publish a copy that differs.
+        """
+        _check_key(key)
+        source = Path(local_path)
+        size = source.stat().st_size
+        with self._explained("store", key):
+            if self._backend.size(key) != size:
+                self._backend.put_file(key, source, sha256)
+
+    def get_file(self, key: str, local_path: str | Path) -> None:
+        """Copy an object to a local file (not atomically); ObjectMissing when it is not there."""
+        with self._explained("read", key):
+            self._backend.get_file(key, Path(local_path))
+
+    def read(self, key: str) -> bytes:
+        """Return an object's bytes; ObjectMissing when it is not there."""
+        with self._explained("read", key):
+            return self._backend.read(key)
+
+    @contextmanager
+    def open(self, key: str) -> Iterator[BinaryIO]:
+        """Open an object for reading in pieces; ObjectMissing when it is not there."""
+        with self._explained("read", key), self._backend.open(key) as stream:
+            yield stream
+
+    def size(self, key: str) -> int | None:
+        """Return an object's size in bytes, None when it is not there."""
+        with self._explained("look at", key):
+            return self._backend.size(key)
+
+    def list(self, prefix: str) -> list[str]:
+        """Return the keys that begin with `prefix`, sorted; unfinished files never appear."""
+        with self._explained("list", prefix or "."):
+            return sorted(self._backend.list(prefix))
+
+    def delete(self, key: str) -> None:
+        """Remove an object if it is there."""
+        _check_key(key)
+        with self._explained("delete", key):
+            self._backend.delete(key)
+
+    def delete_prefix(self, prefix: str) -> None:
+        """Remove every object whose key begins with `prefix`, which must not be empty."""
+        if not prefix:
+            raise ValueError("delete_prefix('') would remove the whole store; name what to remove")
+        self.map(self.delete, self.list(prefix))
+
+    def move(self, key: str, new_key: str) -> None:
+        """Give an object another key; ObjectMissing when it is not there."""
+        _check_key(new_key)
+        with self._explained("move", key):
+            self._backend.move(key, new_key)
+
+    def local_path(self, key: str) -> Path | None:
+        """Return an object's own local file, None for a bucket."""
+        return self._backend.local_path(key)
+
+    def map(self, function: Callable[[_Item], _Result], items: Iterable[_Item]) -> builtins.list[_Result]:
+        """Apply `function` to each item, in threads where each call waits for a network; results in order."""
+        if not self.is_remote:
+            return [function(item) for item in items]
+        with ThreadPoolExecutor(_REMOTE_THREADS) as pool:
+            return list(pool.map(function, items))
+
+    @contextmanager
+    def _explained(self, verb: str, key: str) -> Iterator[None]:
+        try:
+            yield
+        except StoreError:
+            raise
+        except FileNotFoundError as error:
+            raise ObjectMissing(f"cannot {verb} {key!r}: it is not in the store {self.uri}") from error
+        except Exception as error:
+            if not isinstance(error, OSError) and not is_transport_error(error):
+                raise
+            raise StoreError(
+                f"cannot {verb} {key!r} in the store {self.uri}: {one_line(error)}; "
+                "check free space, permissions and the network"
+            ) from error
+
+
+def _check_key(key: str) -> None:
+    check_relative_path(key)
+    if key.split("/")[0] == TEMPORARY_FOLDER:
+        raise ValueError(f"key {key!r} lies in {TEMPORARY_FOLDER}/, which is for unfinished files; use another name")

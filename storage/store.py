@@ -1,0 +1,389 @@
+"""The artifact store: files by digest, artifacts by action key, and the records of work in progress.
+
+Layout under one URI: `cas/sha256/ab/...` blobs and manifests, `actions/KEY.json` the one
+point where a result becomes visible, `plans/`, `receipts/KEY/SHARD.json`, `checkpoints/KEY/STEP/`, `runs/` provenance,
+`quarantine/` damaged bytes.
+"""
+
+import json
+import logging
+import os
+import re
+import tempfile
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from storage import checkpoints
+from storage.blobs import Blobs, blob_key, default_cache_dir
+from storage.digests import canonical_json, digest_of, is_sha256, sha256_bytes
+from storage.errors import AmbiguousDigest, DamagedObject, ObjectMissing, StoreError, UnknownArtifact
+from storage.manifest import FileEntry, Manifest
+from storage.objects import ObjectStore
+from storage.verify import Problem, quarantine, verify_artifact
+
+logger = logging.getLogger(__name__)
+
+ACTION_SCHEMA = 1
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+
+
+@dataclass(frozen=True)
+class Commit:
+    """How a commit ended."""
+
+    digest: str
+    """The artifact that the action now stands for; the winner's when `adopted`."""
+    created: bool
+    """Whether this call made it visible."""
+    adopted: bool
+    """Whether another result was there first and was taken instead of ours."""
+
+
+@dataclass(frozen=True)
+class ArtifactInfo:
+    """One line about an artifact."""
+
+    digest: str
+    kind: str
+    stage: str
+    action_key: str
+    size: int
+    """Bytes of its files together."""
+    num_files: int
+
+
+class Store:
+    """An artifact store. Cheap to open; pickles as its URI and options, so workers can receive it.
+
+    Args:
+        uri: a local folder (made if needed), `file:///path` or `s3://bucket/prefix`.
+        cache_dir: where blobs of an S3 store are kept once downloaded; default MUSEVL_CACHE or the user's cache folder.
+        endpoint_url: of an S3 service; default from AWS_ENDPOINT_URL. Credentials come from the standard AWS places.
+
+    Raises:
+        StoreError: the folder or bucket cannot be used, or does not hold create-only writes.
+        ValueError: an unknown kind of URI.
+    """
+
+    def __init__(self, uri: str, *, cache_dir: Path | None = None, endpoint_url: str | None = None) -> None:
+        options = {} if endpoint_url is None else {"endpoint_url": endpoint_url}
+        self._objects = ObjectStore(str(uri), **options)
+        self._cache_dir = cache_dir
+        self._endpoint_url = endpoint_url
+        self._blobs = Blobs(self._objects, cache_dir or default_cache_dir())
+        self._objects.check_access()
+        if self._objects.is_remote:
+            self._probe_once()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _reopen, (self.uri, self._cache_dir, self._endpoint_url)
+
+    def __repr__(self) -> str:
+        return f"Store({self.uri!r})"
+
+    @property
+    def uri(self) -> str:
+        """The store's URI: an absolute path, or s3://bucket/prefix."""
+        return self._objects.uri
+
+    @property
+    def objects(self) -> ObjectStore:
+        """The objects beneath, for tools and tests."""
+        return self._objects
+
+    # Files
+
+    def put_file(self, local_path: str | Path, path: str) -> FileEntry:
+        """Store a complete local file and return its entry, named `path`, for a manifest or a receipt."""
+        return self._blobs.put_file(local_path, path)
+
+    def put_bytes(self, data: bytes, path: str) -> FileEntry:
+        """Store bytes and return their entry, named `path`, for a manifest or a receipt."""
+        return self._blobs.put_bytes(data, path)
+
+    def fetch(self, entry: FileEntry) -> Path:
+        """Return a local read-only file with the entry's bytes, checked; its name is a digest.
+
+        Raises:
+            ObjectMissing, DamagedObject: the blob is not there, or is not what `entry` says.
+        """
+        return self._blobs.fetch(entry)
+
+    def read_bytes(self, entry: FileEntry) -> bytes:
+        """Return the entry's bytes, checked; raises as `fetch` does."""
+        return self._blobs.read_bytes(entry)
+
+    def materialise(self, manifest: Manifest, folder: str | Path, prefix: str = "") -> None:
+        """Copy an artifact's files to `folder/<path in the artifact>`, each one checked; raises as `fetch` does.
+
+        Args:
+            manifest: of the artifact.
+            folder: made if needed; files of the same names are replaced.
+            prefix: only the files in this folder of the artifact; they keep their full paths.
+        """
+        for entry in manifest.files_under(prefix):
+            self._blobs.copy_to(entry, Path(folder) / entry.path)
+
+    # Artifacts
+
+    def commit(self, action_key: str, manifest: Manifest) -> Commit:
+        """Make an artifact the result of an action.
+
+        The first commit of a key wins. A later one with the same digest succeeds too; one with another digest adopts
+        the winner, and the nondeterminism is put on record in `runs/`. A winner whose blobs are no longer all there is
+        replaced. (Of two processes that repair one action at once, the later one stays.)
+
+        Raises:
+            StoreError: blobs of `manifest` are missing; store its files first.
+        """
+        key = _action_path(action_key)
+        if missing := self._blobs.missing(manifest.files):
+            names = ", ".join(entry.path for entry in missing[:5])
+            raise StoreError(
+                f"cannot commit {manifest.stage} to {self.uri}: {len(missing)} of its {len(manifest.files)} files are "
+                f"not stored ({names}); call put_file for each and use the entries that it returns"
+            )
+        digest = self._blobs.put_bytes(manifest.to_bytes(), "manifest").sha256
+        record = canonical_json({"manifest": digest, "schema": ACTION_SCHEMA})
+        if self._objects.create(key, record):
+            return Commit(digest, created=True, adopted=False)
+        winner = self._action_digest(key)
+        if winner == digest:
+            return Commit(digest, created=False, adopted=False)
+        if winner is None or self._intact(winner) is None:
+            logger.warning("the result of action %s is damaged or incomplete; replaced by %s", action_key, digest)
+            self._objects.put(key, record)
+            return Commit(digest, created=True, adopted=False)
+        self.record_run(
+            {
+                "event": "nondeterminism",
+                "stage": manifest.stage,
+                "action_key": action_key,
+                "adopted": winner,
+                "discarded": digest,
+            }
+        )
+        logger.warning("action %s gave %s, but %s was there first and is used", action_key, digest, winner)
+        return Commit(winner, created=False, adopted=True)
+
+    def lookup(self, action_key: str) -> Manifest | None:
+        """Return an action's artifact, None when there is none or any of its blobs is missing or of the wrong size."""
+        digest = self._action_digest(_action_path(action_key))
+        return None if digest is None else self._intact(digest)
+
+    def load(self, digest_or_prefix: str) -> Manifest:
+        """Return the manifest of a digest, or of the artifact whose digest begins so (at least 6 digits).
+
+        Raises:
+            UnknownArtifact, AmbiguousDigest: there is none, or several begin so.
+            DamagedObject: the bytes are not a manifest.
+        """
+        return self._read_manifest(self._resolve(digest_or_prefix))
+
+    def artifacts(self) -> list[ArtifactInfo]:
+        """Return what is in the store, one entry an action, sorted by stage and digest; unreadable ones are skipped."""
+
+        def info(key: str) -> ArtifactInfo | None:
+            digest = self._action_digest(key)
+            try:
+                manifest = None if digest is None else self._read_manifest(digest)
+            except StoreError as error:
+                logger.warning("skipped %s: %s", key, error)
+                return None
+            if digest is None or manifest is None:
+                return None
+            name = key.removeprefix("actions/").removesuffix(".json")
+            return ArtifactInfo(digest, manifest.kind, manifest.stage, name, manifest.size, len(manifest.files))
+
+        found = [info for info in self._objects.map(info, self._objects.list("actions/")) if info is not None]
+        return sorted(found, key=lambda item: (item.stage, item.digest, item.action_key))
+
+    def verify(self, digest: str | None = None) -> list[Problem]:
+        """Re-hash every blob of one artifact (digest or prefix) or of all; return what is wrong.
+
+        Damaged bytes are moved to `quarantine/`, so the next lookup of their artifact is a miss.
+        """
+        known: dict[str, str | None] = {}
+        if digest is not None:
+            return verify_artifact(self._objects, self._blobs, self._resolve(digest), known)
+        problems: list[Problem] = []
+        digests: set[str] = set()
+        for key in self._objects.list("actions/"):
+            found = self._action_digest(key)
+            if found is None:
+                moved_to = quarantine(self._objects, key)
+                problems.append(Problem("", key, f"damaged: not an action record; moved to {moved_to}"))
+            else:
+                digests.add(found)
+        for found in sorted(digests):
+            problems += verify_artifact(self._objects, self._blobs, found, known)
+        return problems
+
+    # Work in progress
+
+    def create_plan(self, action_key: str, plan: dict[str, Any]) -> dict[str, Any]:
+        """Fix the plan of an action (its shard boundaries), create-only; return the plan that holds."""
+        key = f"plans/{_checked_name(action_key, 'action key')}.json"
+        self._objects.create(key, canonical_json(plan))
+        return self._read_json(key)
+
+    def write_receipt(self, action_key: str, shard: str, receipt: dict[str, Any]) -> dict[str, Any]:
+        """Record that a shard is done, create-only; return the receipt that holds.
+
+        Args:
+            action_key: of the action that the shard is a part of.
+            shard: its name: letters, digits, '.', '_' and '-'.
+            receipt: JSON, with the shard's files as entries under `files`. An earlier receipt whose blobs are missing
+                is replaced.
+        """
+        key = f"receipts/{_checked_name(action_key, 'action key')}/{_checked_name(shard, 'shard')}.json"
+        _receipt_files(receipt)
+        data = canonical_json(receipt)
+        if self._objects.create(key, data):
+            return receipt
+        winner = self._valid_receipt(key)
+        if winner is not None:
+            return winner
+        self._objects.put(key, data)
+        return receipt
+
+    def receipts(self, action_key: str) -> dict[str, dict[str, Any]]:
+        """Return the receipts of an action by shard name, sorted; those whose blobs are not all there are left out."""
+        prefix = f"receipts/{_checked_name(action_key, 'action key')}/"
+        keys = self._objects.list(prefix)
+        found = zip(keys, self._objects.map(self._valid_receipt, keys), strict=True)
+        return {
+            key.removeprefix(prefix).removesuffix(".json"): receipt for key, receipt in found if receipt is not None
+        }
+
+    def save_checkpoint(self, action_key: str, step: int, folder: str | Path, *, keep: int = 1) -> None:
+        """Store the files of `folder` as the checkpoint of `step`; older ones beyond the newest `keep` go."""
+        checkpoints.save(self._objects, _checked_name(action_key, "action key"), step, Path(folder), keep)
+
+    def load_checkpoint(self, action_key: str, folder: str | Path) -> int | None:
+        """Copy the newest undamaged checkpoint into `folder`; return its step, None when there is none."""
+        return checkpoints.load(self._objects, _checked_name(action_key, "action key"), Path(folder))
+
+    def drop_checkpoints(self, action_key: str) -> None:
+        """Remove all checkpoints of an action."""
+        checkpoints.drop(self._objects, _checked_name(action_key, "action key"))
+
+    @contextmanager
+    def attempt_dir(self) -> Iterator[Path]:
+        """Yield a private local scratch folder (in MUSEVL_SCRATCH if set), removed at the end."""
+        scratch = os.environ.get("MUSEVL_SCRATCH") or None
+        if scratch is not None:
+            Path(scratch).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix="musevl-attempt-", dir=scratch) as folder:
+            yield Path(folder)
+
+    # Provenance
+
+    def record_run(self, run: dict[str, Any]) -> str:
+        """Put a run on record (JSON: who, what, when, how long); return its id, which begins with the UTC time."""
+        run_id = f"{datetime.now(UTC):%Y%m%dT%H%M%S.%fZ}-{uuid.uuid4().hex}"
+        self._objects.create(f"runs/{run_id}.json", canonical_json(run | {"id": run_id}))
+        return run_id
+
+    def runs(self, limit: int | None = None) -> list[dict[str, Any]]:
+        """Return the run records, newest first, each with its `id`; at most `limit` of them."""
+        keys = self._objects.list("runs/")[::-1][:limit]
+        return self._objects.map(self._read_json, keys)
+
+    # Within
+
+    def _probe_once(self) -> None:
+        """Probe create-only writes the first time that this store is used through this endpoint."""
+        key = f"probes/held-{digest_of(self._objects.endpoint)[:16]}.json"
+        if self._objects.size(key) is None:
+            self._objects.probe_conditional_create()
+            self._objects.put(key, canonical_json({"conditional_create": True}))
+
+    def _read_json(self, key: str) -> dict[str, Any]:
+        value = json.loads(self._objects.read(key))
+        if not isinstance(value, dict):
+            raise DamagedObject(f"{key} in the store {self.uri} is no JSON object; remove it and run the stage again")
+        return value
+
+    def _action_digest(self, key: str) -> str | None:
+        """Return the digest that an action stands for, None when the action is absent or unreadable."""
+        try:
+            digest = self._read_json(key).get("manifest")
+        except ObjectMissing:
+            return None
+        except (ValueError, DamagedObject) as error:
+            logger.warning("ignored the action record %s: %s", key, error)
+            return None
+        return digest if isinstance(digest, str) and is_sha256(digest) else None
+
+    def _read_manifest(self, digest: str) -> Manifest:
+        data = self._objects.read(blob_key(digest))
+        if sha256_bytes(data) != digest:
+            raise DamagedObject(f"the manifest {digest} in the store {self.uri} is damaged; run `musevl verify`")
+        return Manifest.from_bytes(data)
+
+    def _intact(self, digest: str) -> Manifest | None:
+        try:
+            manifest = self._read_manifest(digest)
+        except (ObjectMissing, DamagedObject) as error:
+            logger.warning("artifact %s is not usable: %s", digest, error)
+            return None
+        if missing := self._blobs.missing(manifest.files):
+            logger.warning("artifact %s lacks %d files, first %s", digest, len(missing), missing[0].path)
+            return None
+        return manifest
+
+    def _resolve(self, prefix: str) -> str:
+        if len(prefix) < 6 or not set(prefix) <= set("0123456789abcdef") or len(prefix) > 64:
+            raise UnknownArtifact(f"{prefix!r} is no artifact digest; give at least 6 of its hexadecimal digits")
+        if is_sha256(prefix) and self._objects.size(blob_key(prefix)) is not None:
+            return prefix
+        digests = self._objects.map(self._action_digest, self._objects.list("actions/"))
+        matches = sorted({digest for digest in digests if digest is not None and digest.startswith(prefix)})
+        if not matches:
+            raise UnknownArtifact(
+                f"no artifact in {self.uri} begins with {prefix!r}; list what there is with artifacts()"
+            )
+        if len(matches) > 1:
+            raise AmbiguousDigest(
+                f"{len(matches)} artifacts begin with {prefix!r}: {', '.join(matches)}; give more digits"
+            )
+        return matches[0]
+
+    def _valid_receipt(self, key: str) -> dict[str, Any] | None:
+        try:
+            receipt = self._read_json(key)
+            missing = self._blobs.missing(_receipt_files(receipt))
+        except (ValueError, ObjectMissing, DamagedObject) as error:
+            logger.warning("ignored the receipt %s: %s", key, error)
+            return None
+        if missing:
+            logger.warning("ignored the receipt %s: blob of %s is missing", key, missing[0].path)
+            return None
+        return receipt
+
+
+def _reopen(uri: str, cache_dir: Path | None, endpoint_url: str | None) -> Store:
+    return Store(uri, cache_dir=cache_dir, endpoint_url=endpoint_url)
+
+
+def _action_path(action_key: str) -> str:
+    return f"actions/{_checked_name(action_key, 'action key')}.json"
+
+
+def _checked_name(name: str, what: str) -> str:
+    if not _NAME.fullmatch(name):
+        raise ValueError(f"{what} {name!r} is no plain name; use letters, digits, '.', '_' and '-'")
+    return name
+
+
+def _receipt_files(receipt: dict[str, Any]) -> list[FileEntry]:
+    files = receipt.get("files")
+    if not isinstance(files, list):
+        raise ValueError(f"receipt has files {files!r}; give a list of entries with path, size and sha256")
+    return [FileEntry.from_json(entry) for entry in files]
