@@ -1,0 +1,1 @@
+"""Where things run: executors, distributed set-up, tracking, deployment files and the embedded sample data."""
