@@ -1,0 +1,50 @@
+# `make mini` and `make test` are all that a fresh machine with Python 3.11+ and a package index needs.
+
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.installed
+
+# glibc returns large buffers to the kernel after every use; keeping them makes PyTorch on a CPU about twice as fast.
+export MALLOC_MMAP_MAX_ ?= 0
+export MALLOC_TRIM_THRESHOLD_ ?= 100000000000
+export MALLOC_TOP_PAD_ ?= 1000000000
+export PYTHON
+
+.DEFAULT_GOAL := help
+.PHONY: help setup mini test lint format lock bench clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(STAMP) ## make or update the environment in .venv
+
+$(STAMP): requirements.lock pyproject.toml infra/setup.sh
+	bash infra/setup.sh
+	@touch $@
+
+mini: $(STAMP) ## run the whole pipeline on sample data and write its report
+	$(BIN)/musevl run --recipe mini
+
+test: lint ## linters, types, import rules and all tests
+	@bash infra/install-browser.sh
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(STAMP) ## ruff, mypy and import-linter
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(STAMP) ## rewrite the sources as ruff wants them
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+lock: ## resolve requirements.lock again (ARGS=--upgrade for newer versions)
+	bash infra/setup.sh lock $(ARGS)
+
+bench: $(STAMP) ## speed of the hot paths
+	$(BIN)/python -m pytest tests/benchmarks -s $(ARGS)
+
+clean: ## remove caches and build outputs; the store (.musevl) and .venv stay
+	rm -rf build *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

@@ -1,0 +1,252 @@
+"""The `musevl` command. What a command needs is imported when it runs, so that `musevl --help` answers at once."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from flows.text import megabytes, text_table
+from stages.errors import USER_ERRORS, report
+from stages.standalone import DEFAULT_STORE, STORE_VARIABLE, prepare_process, result_line, run_one_stage
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from stages.assistant import Assistant
+    from stages.recipe import Recipe
+    from storage.store import Store
+
+app = typer.Typer(
+    name="musevl",
+    help="From image-text pairs to a unified vision-language model over discrete visual codes.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+artifacts_app = typer.Typer(help="What the store holds.", no_args_is_help=True)
+app.add_typer(artifacts_app, name="artifacts")
+
+RecipeOption = Annotated[str, typer.Option("--recipe", help="Name of a recipe, or path of a YAML file.")]
+StoreOption = Annotated[
+    str, typer.Option("--store", envvar=STORE_VARIABLE, help="Folder, or s3://bucket/prefix.", show_default=True)
+]
+ExecutorOption = Annotated[
+    Literal["ray", "local"], typer.Option("--executor", help="Where mapped work runs: Ray actors, or this process.")
+]
+SetOption = Annotated[
+    list[str] | None, typer.Option("--set", metavar="SECTION.FIELD=VALUE", help="Override a field; repeatable.")
+]
+DigestArgument = Annotated[str, typer.Argument(metavar="ARTIFACT", help="Digest, or its first 6 or more digits.")]
+
+
+def main() -> None:
+    """Entry point: user errors become one line on stderr and exit code 2."""
+    try:
+        app()
+    except USER_ERRORS as error:
+        raise SystemExit(report(error)) from None
+
+
+@app.command()
+def run(
+    recipe: RecipeOption = "mini",
+    store: StoreOption = DEFAULT_STORE,
+    executor: ExecutorOption = "ray",
+    overrides: SetOption = None,
+) -> None:
+    """Run the whole pipeline; stages that the store has already are skipped. Ends with a report."""
+    from flows.local_run import run_pipeline
+
+    summaries = run_pipeline(recipe, store, overrides or [], executor)
+    rows = [[s.stage, "hit" if s.hit else "made", s.digest[:12], f"{s.seconds:.1f}"] for s in summaries]
+    print(text_table(["stage", "result", "artifact", "seconds"], rows))
+    loaded, opened = _load(recipe, overrides), _open(store)
+    print("\n" + _metrics_text(_read_metrics(opened, summaries[-1].digest)))
+    from flows.report import write_report
+
+    print(f"\nreport: {write_report(loaded, opened, Path('.musevl/report') / loaded.name)}")
+
+
+@app.command()
+def stage(
+    name: Annotated[str, typer.Argument(help="Name of the stage, for example tokenize.")],
+    recipe: RecipeOption = "mini",
+    store: StoreOption = DEFAULT_STORE,
+    executor: ExecutorOption = "ray",
+    overrides: SetOption = None,
+) -> None:
+    """Run one stage; its inputs must be in the store."""
+    print(result_line(run_one_stage(name, recipe, store, executor, overrides or [])))
+
+
+@app.command()
+def recipes() -> None:
+    """List the recipes that ship with the project."""
+    from stages.recipe import available_recipes, load_recipe
+
+    loaded = [load_recipe(name) for name in available_recipes()]
+    print(text_table(["recipe", "description"], [[recipe.name, recipe.description] for recipe in loaded]))
+
+
+@app.command()
+def results(
+    recipe: Annotated[str | None, typer.Option("--recipe", help="Only runs of this recipe.")] = None,
+    store: StoreOption = DEFAULT_STORE,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, one object a metric.")] = False,
+) -> None:
+    """Print the metrics of the last completed run."""
+    opened = _open(store)
+    for record in opened.runs():
+        if record.get("stage") == "evaluate" and "artifact" in record and recipe in (None, record.get("recipe")):
+            break
+    else:
+        of_recipe = f" of recipe {recipe!r}" if recipe else ""
+        command = f"musevl run --recipe {recipe or 'mini'}"
+        raise ValueError(f"the store {opened.uri} holds no completed run{of_recipe}; run `{command}` first")
+    rows = _read_metrics(opened, record["artifact"])
+    if as_json:
+        print(json.dumps(rows, indent=2))
+        return
+    print(f"recipe {record['recipe']}, finished {record['finished']}, artifact {record['artifact'][:12]}\n")
+    print(_metrics_text(rows))
+
+
+@artifacts_app.command("ls")
+def artifacts_ls(store: StoreOption = DEFAULT_STORE) -> None:
+    """List the artifacts."""
+    found = _open(store).artifacts()
+    rows = [[a.digest[:12], a.stage, a.kind, str(a.num_files), megabytes(a.size), a.action_key[:12]] for a in found]
+    print(text_table(["artifact", "stage", "kind", "files", "size", "action"], rows))
+
+
+@artifacts_app.command("show")
+def artifacts_show(artifact: DigestArgument, store: StoreOption = DEFAULT_STORE) -> None:
+    """Print the manifest of an artifact as JSON."""
+    manifest = _open(store).load(artifact)
+    print(json.dumps({"digest": manifest.digest, **manifest.to_json()}, indent=2))
+
+
+@artifacts_app.command("verify")
+def artifacts_verify(
+    artifact: Annotated[str | None, typer.Argument(metavar="ARTIFACT", help="Only this one (default: all).")] = None,
+    store: StoreOption = DEFAULT_STORE,
+) -> None:
+    """Read every byte again; damaged files are set aside, and the next run rebuilds them. Exit code 1 on damage."""
+    problems = _open(store).verify(artifact)
+    for problem in problems:
+        print(f"{problem.digest[:12] or 'action'}  {problem.path}: {problem.reason}")
+    if problems:
+        print(f"{len(problems)} problems; the next run of these stages rebuilds what is missing", file=sys.stderr)
+        raise typer.Exit(1)
+    print("all files are intact")
+
+
+@app.command()
+def inspect(
+    artifact: DigestArgument,
+    store: StoreOption = DEFAULT_STORE,
+    out: Annotated[Path, typer.Option("--out", help="Folder for the pictures.")] = Path(".musevl/inspect"),
+    num_images: Annotated[int, typer.Option("--images", min=0, help="How many rows to decode.")] = 36,
+) -> None:
+    """Show a code table: schema, rows, how its codes are used, and pictures of decoded rows."""
+    from flows.inspection import inspect_code_table
+
+    prepare_process()
+    print(inspect_code_table(_open(store), artifact, out, num_images=num_images))
+
+
+@app.command()
+def ask(
+    image: Annotated[Path, typer.Argument(help="An image file.")],
+    question: Annotated[str, typer.Argument(help="The question.")],
+    recipe: RecipeOption = "mini",
+    store: StoreOption = DEFAULT_STORE,
+    overrides: SetOption = None,
+) -> None:
+    """Answer a question about an image with the trained model."""
+    picture = _read_image(image)
+    print(_assistant(recipe, store, overrides).ask(picture, question))
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str, typer.Argument(help="What to draw.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Image file to write.")] = Path("out.png"),
+    seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
+    guidance: Annotated[float | None, typer.Option(help="Classifier-free guidance scale (default: recipe's).")] = None,
+    temperature: Annotated[float | None, typer.Option(help="Of the sampling (default: recipe's).")] = None,
+    recipe: RecipeOption = "mini",
+    store: StoreOption = DEFAULT_STORE,
+    overrides: SetOption = None,
+) -> None:
+    """Draw an image for a prompt with the trained model."""
+    _check_image_target(out)
+    assistant = _assistant(recipe, store, overrides)
+    drawn = assistant.draw(prompt, num_images=1, guidance=guidance, temperature=temperature, seed=seed)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    drawn[0].save(out)
+    print(out)
+
+
+def _open(uri: str) -> Store:
+    from storage.store import Store
+
+    return Store(uri)
+
+
+def _load(recipe: str, overrides: list[str] | None) -> Recipe:
+    from stages.recipe import load_recipe
+
+    return load_recipe(recipe, overrides)
+
+
+def _assistant(recipe: str, store: str, overrides: list[str] | None) -> Assistant:
+    prepare_process()
+    from stages.assistant import Assistant
+
+    return Assistant(_load(recipe, overrides), _open(store))
+
+
+def _read_image(path: Path) -> Image.Image:
+    from PIL import Image, UnidentifiedImageError
+
+    if not path.is_file():
+        raise ValueError(f"there is no image file {path}; give the path of one")
+    try:
+        image = Image.open(path)
+        image.load()
+    except (UnidentifiedImageError, OSError) as error:
+        raise ValueError(f"{path} cannot be read as an image ({error}); give a PNG, JPEG or WebP file") from error
+    return image
+
+
+def _check_image_target(path: Path) -> None:
+    from PIL import Image
+
+    if path.suffix.lower() not in Image.registered_extensions():
+        raise ValueError(f"--out {path} has no known image suffix; name the file for example out.png")
+
+
+def _read_metrics(store: Store, digest: str) -> list[dict[str, Any]]:
+    from storage.tables import read_table
+
+    manifest = store.load(digest)
+    rows = read_table(store.fetch(manifest.file("metrics.parquet"))).to_pylist()
+    return [row | {"settings": json.loads(row["settings"])} for row in rows]
+
+
+def _metrics_text(rows: list[dict[str, Any]]) -> str:
+    cells = []
+    for row in rows:
+        interval = "" if row["ci_low"] is None else f"{row['ci_low']:.4g} to {row['ci_high']:.4g}"
+        cells.append([row["model"], row["benchmark"], row["split"], row["metric"], f"{row['value']:.4g}", interval])
+        cells[-1].append(str(row["num_samples"]))
+    return text_table(["model", "benchmark", "split", "metric", "value", "interval", "samples"], cells)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,135 @@
+"""A code table made visible: schema, rows, use of the codebook, and pictures that its codes stand for."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from PIL import Image
+
+from flows.text import text_table
+from models.transforms import to_pil, to_pixels
+from stages.loading import load_tokenizer
+from storage.code_table import CodeTable, check_tokenizer, read_code_table
+from storage.tables import read_table
+
+if TYPE_CHECKING:
+    from storage.manifest import Manifest
+    from storage.store import Store
+
+_FIRST_ROWS = 5
+_LONGEST_CELL = 48
+_COLUMNS = 6
+_BATCH = 16
+
+
+def inspect_code_table(store: Store, artifact: str, folder: Path, *, num_images: int = 36) -> str:
+    """Describe a code table and write contact sheets of its first rows, decoded.
+
+    Args:
+        store: holds the table and its tokenizer.
+        artifact: digest of the table, or the beginning of it.
+        folder: where the PNG file goes; made if needed.
+        num_images: rows to decode; 0 for none.
+
+    Returns:
+        Text for the terminal.
+
+    Raises:
+        ValueError: the artifact is no code table.
+    """
+    manifest = store.load(artifact)
+    if manifest.kind != "code_table":
+        raise ValueError(
+            f"artifact {manifest.digest[:12]} of stage {manifest.stage} is of kind {manifest.kind!r}, no code table; "
+            "`musevl artifacts ls` lists those that are"
+        )
+    paths = [store.fetch(entry) for entry in manifest.files if entry.path.endswith(".parquet")]
+    table = read_code_table(paths)
+    schema = read_table(paths[0]).schema
+    parts = [
+        f"code table {manifest.digest}",
+        text_table(["column", "type"], [[field.name, str(field.type)] for field in schema]),
+        _facts(table, manifest),
+        _first_rows(table),
+        _usage(table),
+    ]
+    if num_images and table.keys:
+        parts.append(f"pictures of the first rows: {_contact_sheet(store, table, manifest, folder, num_images)}")
+    return "\n\n".join(parts)
+
+
+def _facts(table: CodeTable, manifest: Manifest) -> str:
+    info = table.info
+    books, depth, height, width = info.code_shape
+    return "\n".join(
+        [
+            f"rows:      {len(table.keys)} in {len(manifest.files)} files, {manifest.size / 1e6:.1f} MB",
+            f"codes:     {books} book(s) x depth {depth} x {height} x {width} positions, stored as {info.dtype}",
+            f"tokenizer: {info.tokenizer_digest}",
+            f"transform: {info.transform}",
+        ]
+    )
+
+
+def _first_rows(table: CodeTable) -> str:
+    names = list(table.columns)
+    rows = [
+        [_cell(key), *(_cell(table.columns[name][index]) for name in names), _cell(table.codes[index].ravel()[:8])]
+        for index, key in enumerate(table.keys[:_FIRST_ROWS])
+    ]
+    return text_table(["key", *names, "first codes"], rows)
+
+
+def _cell(value: object) -> str:
+    text = " ".join(str(value).split()) if value is not None else "-"
+    return text if len(text) <= _LONGEST_CELL else text[: _LONGEST_CELL - 3] + "..."
+
+
+def _usage(table: CodeTable) -> str:
+    rows = []
+    for book, (name, size) in enumerate(zip(table.info.codebook_names, table.info.codebook_sizes, strict=True)):
+        for level in range(table.info.code_shape[1]):
+            counts = np.bincount(table.codes[:, book, level].ravel().astype(np.int64), minlength=size)
+            used = int(np.count_nonzero(counts))
+            top = 100 * counts.max() / max(1, counts.sum())
+            cells = [name, str(level), str(size), f"{used} ({100 * used / size:.1f} %)", f"{perplexity(counts):.1f}"]
+            rows.append([*cells, f"{top:.1f} %"])
+    return text_table(["book", "depth", "size", "codes used", "perplexity", "commonest code"], rows)
+
+
+def perplexity(counts: np.ndarray) -> float:
+    """`exp` of the entropy of a histogram: how many equally common codes would be as varied; 0 for an empty one."""
+    total = counts.sum()
+    if total == 0:
+        return 0.0
+    shares = counts[counts > 0] / total
+    return math.exp(-float((shares * np.log(shares)).sum()))
+
+
+def _contact_sheet(store: Store, table: CodeTable, manifest: Manifest, folder: Path, num_images: int) -> Path:
+    check_tokenizer(table.info, manifest.inputs["train_tokenizer"])
+    tokenizer = load_tokenizer(store, table.info.tokenizer_digest)
+    codes = torch.from_numpy(table.codes[:num_images].astype(np.int64))  # [B, N, D, h, w]
+    with torch.inference_mode():
+        pictures = [picture for batch in codes.split(_BATCH) for picture in to_pil(to_pixels(tokenizer.decode(batch)))]
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{manifest.digest[:12]}.png"
+    contact_sheet(pictures).save(path)
+    return path
+
+
+def contact_sheet(pictures: list[Image.Image]) -> Image.Image:
+    """Equal-sized pictures in rows on white, in reading order."""
+    width, height = pictures[0].size
+    gap = max(2, width // 32)
+    columns = min(_COLUMNS, len(pictures))
+    rows = math.ceil(len(pictures) / columns)
+    sheet = Image.new("RGB", (columns * (width + gap) + gap, rows * (height + gap) + gap), "white")
+    for index, picture in enumerate(pictures):
+        row, column = divmod(index, columns)
+        sheet.paste(picture, (gap + column * (width + gap), gap + row * (height + gap)))
+    return sheet

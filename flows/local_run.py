@@ -1,0 +1,40 @@
+"""The Prefect flow in this process: with the server of PREFECT_API_URL, else with a temporary one that it starts."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from stages.standalone import prepare_process
+
+if TYPE_CHECKING:
+    from flows.stage_task import StageSummary
+    from infra.executors import ExecutorName
+
+# What the stages say is on the terminal already; Prefect keeps its own log lines, and ours, with the run.
+_SETTINGS = {
+    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+    "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",
+    "PREFECT_LOGGING_EXTRA_LOGGERS": "stages,infra,storage",
+    "PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW": "ignore",
+}
+
+
+def run_pipeline(recipe: str, store: str, overrides: Sequence[str], executor: ExecutorName) -> list[StageSummary]:
+    """Run `full_pipeline` and return its summaries.
+
+    Raises:
+        ValueError, OSError, StoreError: the recipe or the store cannot be used; before any server is started.
+    """
+    prepare_process()
+    from stages.recipe import load_recipe
+    from storage.store import Store
+
+    load_recipe(recipe, list(overrides))
+    Store(store)
+    for name, value in _SETTINGS.items():
+        os.environ.setdefault(name, value)
+    from flows.pipeline import full_pipeline
+
+    return full_pipeline(recipe=recipe, store=store, overrides=list(overrides), executor=executor)

@@ -1,0 +1,38 @@
+"""The report: one HTML page that shows what a recipe's run came to, a view of artifacts and run records."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from pathlib import Path
+
+from flows.report_data import collect
+from flows.report_page import write_page
+from stages.execution import find_artifacts
+from stages.recipe import STAGES, Recipe
+from storage.store import Store
+
+
+def write_report(recipe: Recipe, store: Store, folder: Path) -> Path:
+    """Write the page of a recipe from what the store holds; sections whose artifact is missing say so.
+
+    Args:
+        recipe: whose artifacts are looked up.
+        store: that holds them.
+        folder: made if needed; an `index.html` in it is replaced.
+
+    Returns:
+        The path of `index.html`, which needs no other file and no network.
+
+    Raises:
+        StoreError: a file of an artifact is missing or damaged.
+    """
+    data = collect(
+        recipe=recipe.name,
+        description=recipe.description,
+        seed=recipe.seed,
+        written=f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
+        artifacts=find_artifacts(recipe, store),
+        inputs={name: stage.inputs for name, stage in STAGES.items()},
+        store=store,
+    )
+    return write_page(data, folder)

@@ -1,0 +1,309 @@
+"""Where mapped work runs: in this process, or as Ray Data actors. Workload code does not know which."""
+
+from __future__ import annotations
+
+import logging
+import os
+import pickle
+import platform
+import secrets
+import sys
+import tempfile
+import traceback
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal, Protocol
+
+logger = logging.getLogger(__name__)
+
+Item = dict[str, Any]
+Worker = Callable[[Item], Item]
+WorkerFactory = Callable[[], Worker]
+ExecutorName = Literal["local", "ray"]
+
+TASK_RETRIES = 3
+"""How often an input is given to a new worker process after its worker died on it."""
+OBJECT_STORE_BYTES = 256 * 2**20
+"""Shared memory of a cluster started here; items and results are small."""
+
+
+class WorkerFailed(RuntimeError):
+    """An exception in a worker that cannot travel between processes as itself; the message names its type."""
+
+
+class WorkerDied(RuntimeError):
+    """Worker processes died again and again on the same input; the message says how often and what was left to do."""
+
+
+class ClusterUnreachable(ConnectionError):
+    """The Ray cluster that `RAY_ADDRESS` names does not answer."""
+
+
+class Executor(Protocol):
+    """Maps items over workers."""
+
+    def map(
+        self, factory: WorkerFactory, items: list[Item], *, num_workers: int, num_gpus: float = 0
+    ) -> Iterator[Item]:
+        """Yield one result an item, as they finish, in any order.
+
+        An exception of the factory or of a worker ends the iteration and is raised here with its own type and message.
+
+        Args:
+            factory: picklable; called once in each worker, returns the function that is called with each item.
+            items: small JSON-like dictionaries, each with everything that its worker needs to find its data.
+            num_workers: most workers at a time.
+            num_gpus: share of a GPU that each worker holds.
+
+        Raises:
+            WorkerDied: an input took down every worker that it was given to.
+        """
+        ...
+
+    def close(self) -> None:
+        """Give back what the executor started; the executor can be used again and then starts anew."""
+        ...
+
+
+class LocalExecutor:
+    """One item after the other in this process: for tests, debuggers and machines without Ray."""
+
+    def map(
+        self, factory: WorkerFactory, items: list[Item], *, num_workers: int, num_gpus: float = 0
+    ) -> Iterator[Item]:
+        if items:
+            worker = factory()
+            for item in items:
+                yield worker(item)
+
+    def close(self) -> None:
+        """Nothing was started."""
+
+
+class RayExecutor:
+    """Ray Data actors: on the cluster that `RAY_ADDRESS` names (as in a submitted job), else on one started here.
+
+    Nothing is started or connected before the first `map` with items. A cluster started here is open only to holders of
+    a token made for this process, writes nothing to the home folder and ends with `close`.
+
+    Args:
+        num_cpus: size of a cluster started here; None takes every core.
+    """
+
+    def __init__(self, num_cpus: int | None = None) -> None:
+        self._num_cpus = num_cpus
+        self._started = False
+
+    def map(
+        self, factory: WorkerFactory, items: list[Item], *, num_workers: int, num_gpus: float = 0
+    ) -> Iterator[Item]:
+        if not items:
+            return
+        self._connect()
+        import ray
+
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        num_actors = max(1, min(num_workers, len(items)))
+        if self._started:
+            num_actors = min(num_actors, max(1, int(sum(node.get("CPU", 0) for node in nodes))))
+        unfinished = dict(enumerate(items))
+        processes: set[tuple[str, int]] = set()
+        dataset = _ray_dataset(factory, items, num_actors, cpus_per_worker(nodes, num_actors, num_gpus), num_gpus)
+        try:
+            for row in dataset.iter_rows():
+                processes.add((row["host"], row["pid"]))
+                result = pickle.loads(row["outcome"])
+                if isinstance(result, Exception):
+                    raise result
+                del unfinished[row["index"]]
+                yield result
+        except ray.exceptions.RayError as error:
+            if not _is_worker_death(error):
+                raise
+            raise WorkerDied(_death_message(len(items), unfinished)) from error
+        if len(processes) > num_actors:
+            logger.warning("%d worker processes died; others did their work", len(processes) - num_actors)
+
+    def close(self) -> None:
+        """Leave the cluster; stop it if this executor started it."""
+        if self._started:
+            import ray
+
+            ray.shutdown()
+            self._started = False
+
+    def _connect(self) -> None:
+        # Ray reads these when it is imported or first used, so they stay for the life of the process.
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+        # Ray prints a paragraph on stdout for each dead worker; `map` says it in one line
+        os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", ".")
+        if not os.environ.get("MUSEVL_DEBUG"):
+            # Its native part logs an "error" about each actor pool of Ray Data, which is none
+            os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+        address = os.environ.get("RAY_ADDRESS")
+        if address is None:
+            os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+        import ray
+        import ray.data
+
+        context = ray.data.DataContext.get_current()
+        context.enable_progress_bars = False
+        context.print_on_execution_start = False
+        logging.getLogger("ray.data").setLevel(logging.CRITICAL)
+        if ray.is_initialized():
+            return
+        if address is not None:
+            try:
+                ray.init(log_to_driver=False, logging_level=logging.WARNING)
+            except (ConnectionError, RuntimeError, ValueError) as error:
+                reason = " ".join(str(error).split())
+                raise ClusterUnreachable(
+                    f"cannot connect to the Ray cluster of RAY_ADDRESS={address}: {reason}; start it, or unset "
+                    "RAY_ADDRESS to use this machine alone"
+                ) from error
+            logger.info("connected to the Ray cluster %s", address)
+            return
+        # `local`, not `auto`: that joins any cluster on this machine, another run's too, and dies with it
+        with _without_log_level_line():
+            ray.init(
+                address="local",
+                num_cpus=self._num_cpus,
+                object_store_memory=OBJECT_STORE_BYTES,
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+            )
+        self._started = True
+        logger.info("started a local Ray cluster")
+
+
+class _RayWorker:
+    """The callable class that Ray Data keeps as an actor; exceptions come back as results and so keep their type."""
+
+    def __init__(self, factory: WorkerFactory) -> None:
+        # Called with the first item, so that a death in it counts against an input and is not repeated for ever
+        self._factory = factory
+        self._worker: Worker | None = None
+
+    def __call__(self, row: Item) -> Item:
+        result: Item | Exception
+        try:
+            if self._worker is None:
+                self._worker = self._factory()
+            result = self._worker(pickle.loads(row["item"]))
+        except Exception as error:  # raised again where `map` is iterated
+            result = _portable(error)
+        return {
+            "index": row["index"],
+            "outcome": pickle.dumps(result),
+            "host": platform.node(),
+            "pid": os.getpid(),
+        }
+
+
+def _ray_dataset(factory: WorkerFactory, items: list[Item], num_actors: int, num_cpus: int, num_gpus: float) -> Any:
+    """The lazy Ray Data pipeline: one block, and so one task, an item."""
+    import ray.data
+
+    # Items travel pickled: as Arrow columns they would come back with missing keys filled in and lists as arrays.
+    rows = [{"index": index, "item": pickle.dumps(item)} for index, item in enumerate(items)]
+    with warnings.catch_warnings():
+        # The bound on retries has no named parameter yet; without it an input that kills its worker is retried for ever
+        warnings.filterwarnings("ignore", message=".*ray_remote_args.*")
+        return ray.data.from_items(rows, override_num_blocks=len(rows)).map(
+            _RayWorker,  # type: ignore[arg-type]  # Ray takes a callable class too
+            fn_constructor_args=(factory,),
+            compute=ray.data.ActorPoolStrategy(size=num_actors),
+            num_cpus=num_cpus,
+            num_gpus=num_gpus or None,
+            max_task_retries=TASK_RETRIES,
+        )
+
+
+def build_executor(name: ExecutorName, *, num_cpus: int | None = None) -> Executor:
+    """An executor by its name on the command line.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    if name == "ray":
+        return RayExecutor(num_cpus)
+    if name == "local":
+        return LocalExecutor()
+    raise ValueError(f"unknown executor {name!r}; use ray or local")
+
+
+def cpus_per_worker(nodes: Sequence[Mapping[str, float]], num_workers: int, num_gpus: float) -> int:
+    """How many cores, and so threads (Ray sets OMP_NUM_THREADS to it), each worker gets.
+
+    Args:
+        nodes: resources of each machine, as Ray lists them.
+        num_workers: how many share them.
+        num_gpus: share of a GPU that each worker holds; only machines with that much count then.
+
+    Returns:
+        Whole cores, at least 1, and no more than the smallest machine in question has.
+    """
+    cores = [int(node.get("CPU", 0)) for node in nodes if node.get("GPU", 0) >= num_gpus and node.get("CPU", 0) >= 1]
+    if not cores:
+        return 1
+    return max(1, min(min(cores), sum(cores) // max(1, num_workers)))
+
+
+@contextmanager
+def _without_log_level_line() -> Iterator[None]:
+    """Hold back the process's stderr meanwhile and drop Ray's remark that a log level was set, which it logs natively."""
+    sys.stderr.flush()
+    real = os.dup(2)
+    with tempfile.TemporaryFile() as held:
+        os.dup2(held.fileno(), 2)
+        try:
+            yield
+        finally:
+            sys.stderr.flush()
+            os.dup2(real, 2)
+            os.close(real)
+            held.seek(0)
+            for line in held.read().splitlines():
+                if b"RAY_BACKEND_LOG_LEVEL" not in line:
+                    os.write(2, line + b"\n")
+
+
+def _portable(error: Exception) -> Exception:
+    """The exception with its traceback as a note, or a WorkerFailed where it does not survive pickling."""
+    error.add_note("in the worker:\n" + "".join(traceback.format_exception(error)))
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:  # whatever a foreign class's pickling may raise
+        failed = WorkerFailed(f"{type(error).__name__}: {error}")
+        for note in error.__notes__:
+            failed.add_note(note)
+        return failed
+    return error
+
+
+def _is_worker_death(error: BaseException | None) -> bool:
+    """Whether an actor's death is among an exception and its causes."""
+    from ray.exceptions import ActorDiedError, ActorUnavailableError, WorkerCrashedError
+
+    while error is not None:
+        if isinstance(error, (ActorDiedError, ActorUnavailableError, WorkerCrashedError)):
+            return True
+        error = getattr(error, "cause", None) or error.__cause__
+    return False
+
+
+def _death_message(num_items: int, unfinished: Mapping[int, Item]) -> str:
+    first = "; ".join(_short(item) for item in list(unfinished.values())[:3])
+    return (
+        f"worker processes died {1 + TASK_RETRIES} times on the same input, and the run was given up (out of memory, "
+        f"or a crash in native code?); {len(unfinished)} of {num_items} inputs are unfinished, first: {first}. "
+        "Give the workers more memory or smaller batches, or remove the input; finished inputs are kept"
+    )
+
+
+def _short(item: Item) -> str:
+    text = repr(item)
+    return text if len(text) <= 200 else text[:200] + "..."

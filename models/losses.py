@@ -1,0 +1,117 @@
+"""The terms of the tokenizer's loss. Shape legend: B batch, H W pixels, C channels."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.config import Config
+from models.convolutional import gradient_norm
+from models.teachers import BackboneTeacher
+
+
+class LossConfig(Config):
+    """Weights of the tokenizer's loss (MUSE-VL, eq. 3-5; LlamaGen, section 2.1)."""
+
+    l2_weight: float = 1.0
+    """Mean squared pixel error in [-1, 1]."""
+    l1_weight: float = 0.0
+    """Mean absolute pixel error in [-1, 1]."""
+    perceptual: str = "lpips"
+    """`lpips` (VGG, v0.1), `backbone` (the same distance on the backbone teacher's features: a stand-in where LPIPS's
+    weights are out of reach; its values do not compare with LPIPS) or `none`."""
+    perceptual_weight: float = 1.0
+    """Weight of the perceptual distance."""
+    lpips_vgg_weights: str | None = None
+    """Path of torchvision's VGG16 state dict for machines without a hub; `null` lets `lpips` download it."""
+    semantic_weight: float = 1.0
+    """`1 - cos(Dec_s(z_q), T)`."""
+    adversarial_weight: float = 0.5
+    """PatchGAN term; MUSE-VL's lambda_G is not published, 0.5 is LlamaGen's."""
+    adversarial_adaptive: bool = False
+    """Scale the PatchGAN term by the ratio of gradient norms at the decoder's last layer (VQGAN, eq. 7)."""
+    adversarial_clamp: tuple[float, float] = (0.0, 10.0)
+    """Limits of that ratio."""
+    adversarial_start: int = 20_000
+    """Step at which the discriminator starts to train and to count."""
+    discriminator_channels: int = 64
+    """Width of PatchGAN."""
+    discriminator_layers: int = 3
+    """Strided layers of PatchGAN."""
+
+
+def hinge_discriminator_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
+    """`(mean relu(1 - D(x)) + mean relu(1 + D(x_hat))) / 2` (Geometric GAN, arXiv 1705.02894)."""
+    return (F.relu(1 - real_logits).mean() + F.relu(1 + fake_logits).mean()) / 2
+
+
+def generator_loss(fake_logits: Tensor) -> Tensor:
+    """`- mean D(x_hat)`."""
+    return -fake_logits.mean()
+
+
+def adaptive_weight(reconstruction_loss: Tensor, adversarial_loss: Tensor, last_layer: Tensor, clamp: tuple[float, float]) -> Tensor:
+    """Ratio of the two losses' gradient norms at the decoder's last layer, clamped (VQGAN, eq. 7)."""
+    ratio = gradient_norm(reconstruction_loss, last_layer) / (gradient_norm(adversarial_loss, last_layer) + 1e-4)
+    return ratio.clamp(*clamp)
+
+
+def semantic_loss(prediction: Tensor, target: Tensor) -> Tensor:
+    """`1 - cos` averaged over positions of `[B, h, w, C]` (MUSE-VL, eq. 3)."""
+    return 1 - F.cosine_similarity(prediction.float(), target.float(), dim=-1).mean()
+
+
+class BackbonePerceptualDistance(nn.Module):
+    """LPIPS's distance on a backbone's features: unit-normalise channels, mean squared difference, sum over stages.
+
+    Without LPIPS's learned channel weights, so a stand-in: good for training and for comparing runs, not with papers.
+    """
+
+    def __init__(self, teacher: BackboneTeacher, stages: int = 4) -> None:
+        super().__init__()
+        self.__dict__["teacher"] = teacher  # not registered: belongs to the teacher's artifact
+        self.stages = stages
+
+    def _maps(self, images: Tensor) -> list[Tensor]:
+        backbone = self.teacher.backbone
+        # at the images' own size, not the teacher's: the distance is about textures, and small maps are cheap
+        mean = images.new_tensor(self.teacher.normalisation.mean).view(1, 3, 1, 1)
+        std = images.new_tensor(self.teacher.normalisation.std).view(1, 3, 1, 1)
+        hidden = backbone.bn1(backbone.conv_stem(((images + 1) / 2 - mean) / std))
+        maps = []
+        for stage in backbone.blocks[: self.stages]:
+            hidden = stage(hidden)
+            maps.append(hidden * torch.rsqrt(hidden.float().square().sum(1, keepdim=True) + 1e-10))
+        return maps
+
+    def forward(self, images: Tensor, references: Tensor) -> Tensor:
+        """Distance of each pair of `[B, 3, H, W]` images in [-1, 1]; `[B]`."""
+        with torch.no_grad():
+            targets = self._maps(references)
+        pairs = zip(self._maps(images), targets, strict=True)
+        return torch.stack([(a - b).float().square().sum(1).mean((1, 2)) for a, b in pairs]).sum(0)
+
+
+class LpipsDistance(nn.Module):
+    """LPIPS v0.1 with VGG16 (arXiv 1801.03924); input in [-1, 1]."""
+
+    def __init__(self, vgg_state: dict[str, Tensor] | None) -> None:
+        super().__init__()
+        from models.torchvision_compat import make_torchvision_importable
+
+        make_torchvision_importable()
+        import lpips
+
+        # pnet_rand keeps lpips from downloading the trunk; the learned channel weights ship with the package
+        network = lpips.LPIPS(net="vgg", version="0.1", pnet_rand=vgg_state is not None, verbose=False)
+        if vgg_state is not None:
+            trunk = {key.removeprefix("features."): value for key, value in vgg_state.items() if key.startswith("features.")}
+            own = network.net.state_dict()
+            renamed = {key: trunk[key.split(".", 1)[1]] for key in own}
+            network.net.load_state_dict(renamed)
+        self.__dict__["network"] = network.requires_grad_(False).eval()
+
+    def forward(self, images: Tensor, references: Tensor) -> Tensor:
+        """Distance of each pair of `[B, 3, H, W]` images in [-1, 1]; `[B]`."""
+        return self.network.to(images.device)(images.float(), references.float()).flatten()

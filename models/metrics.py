@@ -1,0 +1,89 @@
+"""What is measured, as functions of tensors. Shape legend: B batch, H W pixels."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class CodebookStatistics(NamedTuple):
+    """How a codebook is used."""
+
+    usage: float
+    """Fraction of the codes that occur at all."""
+    perplexity: float
+    """Exponential of the entropy of the code distribution: the number of equally used codes it is worth."""
+
+
+class Interval(NamedTuple):
+    """A proportion and its 95% confidence limits."""
+
+    value: float
+    low: float
+    high: float
+
+
+def psnr(pixels: Tensor, references: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio of each image pair in dB, over RGB in 0..255.
+
+    Args:
+        pixels: uint8 `[B, 3, H, W]`.
+        references: uint8, same shape.
+
+    Returns:
+        `[B]` float32; equal images give infinity. The papers report the mean over images.
+    """
+    error = (pixels.float() - references.float()).square().mean((1, 2, 3))
+    return 10 * torch.log10(255.0**2 / error)
+
+
+def ssim(pixels: Tensor, references: Tensor, *, data_range: float = 1.0) -> Tensor:
+    """Structural similarity of each image pair (Wang et al. 2004; Gaussian window of 11, sigma 1.5).
+
+    Args:
+        pixels: uint8 `[B, 3, H, W]`; scaled to [0, 1] here.
+        references: uint8, same shape.
+        data_range: 1.0 is right for [0, 1]; LlamaGen and TokenFlow report with 2.0, which inflates the value.
+
+    Returns:
+        `[B]` float32.
+    """
+    from torchmetrics.functional.image import structural_similarity_index_measure
+
+    values = structural_similarity_index_measure(
+        pixels.float() / 255, references.float() / 255, data_range=data_range, reduction="none"
+    )
+    assert isinstance(values, Tensor), "one value an image with reduction='none'"
+    return values.flatten()
+
+
+def codebook_statistics(codes: Tensor, codebook_size: int) -> CodebookStatistics:
+    """Usage and perplexity of integer codes of any shape."""
+    counts = torch.bincount(codes.flatten(), minlength=codebook_size).double()
+    shares = counts[counts > 0] / counts.sum()
+    entropy = -(shares * shares.log()).sum()
+    return CodebookStatistics(float((counts > 0).double().mean()), float(entropy.exp()))
+
+
+def wilson_interval(successes: int, trials: int, z: float = 1.959964) -> Interval:
+    """A proportion with Wilson's score interval (1927), which stays honest near 0 and 1 and for few trials.
+
+    Raises:
+        ValueError: no trials.
+    """
+    if trials <= 0:
+        raise ValueError("a proportion needs at least one trial")
+    share = successes / trials
+    centre = (share + z * z / (2 * trials)) / (1 + z * z / trials)
+    half = z / (1 + z * z / trials) * math.sqrt(share * (1 - share) / trials + z * z / (4 * trials * trials))
+    return Interval(share, max(0.0, centre - half), min(1.0, centre + half))
+
+
+def mean_interval(values: Tensor, z: float = 1.959964) -> Interval:
+    """Mean of `[B]` values with a normal 95% interval."""
+    mean = float(values.double().mean())
+    half = z * float(values.double().std(unbiased=True)) / math.sqrt(len(values)) if len(values) > 1 else 0.0
+    return Interval(mean, mean - half, mean + half)

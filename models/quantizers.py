@@ -1,0 +1,160 @@
+"""Vector quantization: nearest neighbour with an EMA or a gradient codebook, restarts of dead codes.
+
+Shape legend: V vectors, C channels of a code, K codebook size.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.config import Config
+
+_CHUNK_ELEMENTS = 1 << 22
+"""Upper bound on the entries of the vectors x codes similarity matrix that exist at a time (16 MiB of float32)."""
+
+
+class QuantizerConfig(Config):
+    """A codebook and how it learns."""
+
+    codebook_size: int = 32_768
+    """Number of codes."""
+    code_dim: int = 8
+    """Channels of a code."""
+    l2_normalised: bool = True
+    """Compare directions instead of positions (ViT-VQGAN; LlamaGen, table 'codebook')."""
+    update: Literal["ema", "gradient"] = "ema"
+    """`ema`: codes follow the mean of their vectors; `gradient`: codes learn from the codebook loss (VQ-VAE, eq. 3)."""
+    ema_decay: float = 0.99
+    """Share of the running statistics kept at each step (`ema` only)."""
+    dead_threshold: float = 0.05
+    """A code whose running count falls below this is replaced by a vector of the batch (`ema` only); 0 never replaces."""
+    commitment_weight: float = 0.25
+    """Weight of the loss that pulls vectors to their codes (VQ-VAE, beta)."""
+    codebook_weight: float = 1.0
+    """Weight of the loss that pulls codes to their vectors (`gradient` only)."""
+
+
+class Quantized(NamedTuple):
+    """Result of quantization."""
+
+    vectors: Tensor
+    """`[..., C]` codes in place of vectors; the gradient passes straight through to the input."""
+    codes: Tensor
+    """`[...]` int64 code indices in 0..K-1."""
+    loss: Tensor
+    """Scalar: weighted commitment loss, plus the weighted codebook loss where the codebook learns by gradient."""
+
+
+def nearest_codes(vectors: Tensor, codebook: Tensor) -> Tensor:
+    """Index of the nearest code of each vector by Euclidean distance.
+
+    The V x K matrix never exists whole, and distances are float32 even under autocast: bf16 has 8 bits of mantissa
+    and collapses neighbouring codes of a normalised codebook into ties.
+
+    Args:
+        vectors: `[V, C]`.
+        codebook: `[K, C]`.
+
+    Returns:
+        `[V]` int64.
+    """
+    with torch.autocast(vectors.device.type, enabled=False):
+        vectors, codebook = vectors.float(), codebook.float()
+        half_norms = codebook.square().sum(1) / 2  # [K]; argmin |v - c|^2 = argmax v.c - |c|^2 / 2
+        rows = max(1, _CHUNK_ELEMENTS // codebook.shape[0])
+        best = [torch.addmm(-half_norms, chunk, codebook.T).argmax(1) for chunk in vectors.split(rows)]
+        return torch.cat(best) if best else vectors.new_empty(0, dtype=torch.long)
+
+
+class VectorQuantizer(nn.Module):
+    """Nearest-neighbour quantizer with one codebook.
+
+    Source: VQ-VAE (arXiv 1711.00937) sections 3.1-3.2 and appendix A.1 (EMA); MUSE-VL section 3.1 (`L_vq`).
+    """
+
+    codebook: Tensor
+    ema_counts: Tensor
+    ema_sums: Tensor
+    initialised: Tensor
+
+    def __init__(self, config: QuantizerConfig) -> None:
+        super().__init__()
+        self.config = config
+        weight = torch.randn(config.codebook_size, config.code_dim)
+        weight = F.normalize(weight, dim=1) if config.l2_normalised else weight
+        if config.update == "gradient":
+            self.codebook = nn.Parameter(weight)
+        else:
+            self.register_buffer("codebook", weight)
+            self.register_buffer("ema_counts", torch.ones(config.codebook_size))
+            self.register_buffer("ema_sums", weight.clone())
+            self.register_buffer("initialised", torch.zeros((), dtype=torch.bool))
+
+    def lookup(self, codes: Tensor) -> Tensor:
+        """Codes `[...]` int64 to their vectors `[..., C]`."""
+        return F.embedding(codes, self._normalised(self.codebook))
+
+    def forward(self, vectors: Tensor) -> Quantized:
+        """Quantize `[..., C]`; in training mode an EMA codebook also learns from the batch.
+
+        Raises:
+            ValueError: the last axis is not `code_dim`.
+        """
+        if vectors.shape[-1] != self.config.code_dim:
+            raise ValueError(f"vectors have {vectors.shape[-1]} channels; this codebook has code_dim={self.config.code_dim}")
+        flat = self._normalised(vectors.reshape(-1, self.config.code_dim).float())  # [V, C]
+        learns_by_ema = self.training and self.config.update == "ema"
+        if learns_by_ema and not bool(self.initialised):
+            self._initialise(flat.detach())
+        codes = nearest_codes(flat.detach(), self._normalised(self.codebook).detach())  # [V]
+        chosen = self.lookup(codes)  # [V, C]
+        loss = self.config.commitment_weight * F.mse_loss(flat, chosen.detach())
+        if self.config.update == "gradient":
+            loss = loss + self.config.codebook_weight * F.mse_loss(chosen, flat.detach())
+        if learns_by_ema:
+            self._learn(flat.detach(), codes)
+        straight_through = flat + (chosen - flat).detach()
+        return Quantized(straight_through.view_as(vectors), codes.view(vectors.shape[:-1]), loss)
+
+    def _normalised(self, vectors: Tensor) -> Tensor:
+        return F.normalize(vectors, dim=-1) if self.config.l2_normalised else vectors
+
+    @torch.no_grad()
+    def _initialise(self, flat: Tensor) -> None:
+        """Start from vectors of the first batch: codes drawn from noise would mostly never be the nearest."""
+        self.codebook.copy_(self._draw(flat, self.config.codebook_size))
+        self.ema_sums.copy_(self.codebook)
+        self.ema_counts.fill_(1.0)
+        self.initialised.fill_(True)
+
+    @torch.no_grad()
+    def _learn(self, flat: Tensor, codes: Tensor) -> None:
+        decay = self.config.ema_decay
+        counts = torch.zeros_like(self.ema_counts).index_add_(0, codes, torch.ones_like(flat[:, 0]))
+        sums = torch.zeros_like(self.ema_sums).index_add_(0, codes, flat)
+        if dist.is_initialized():
+            dist.all_reduce(counts)
+            dist.all_reduce(sums)
+        self.ema_counts.lerp_(counts, 1 - decay)
+        self.ema_sums.lerp_(sums, 1 - decay)
+        dead = self.ema_counts < self.config.dead_threshold
+        num_dead = int(dead.sum())
+        if num_dead:
+            self.ema_sums[dead] = self._draw(flat, num_dead)
+            self.ema_counts[dead] = 1.0
+        self.codebook.copy_(self._normalised(self.ema_sums / self.ema_counts.clamp_min(1e-6)[:, None]))
+
+    def _draw(self, flat: Tensor, count: int) -> Tensor:
+        """`count` vectors of the batch, with a little noise where the batch has fewer; the same on every rank."""
+        picks = torch.randint(flat.shape[0], (count,), device=flat.device)
+        if count <= flat.shape[0]:
+            picks = torch.randperm(flat.shape[0], device=flat.device)[:count]
+        drawn = flat[picks] + 1e-3 * torch.randn(count, flat.shape[1], device=flat.device)
+        if dist.is_initialized():
+            dist.broadcast(drawn, src=0)
+        return self._normalised(drawn)

@@ -1,0 +1,122 @@
+"""The unified vision-language model: an unmodified causal language model with a longer vocabulary.
+
+Shape legend: B batch, T tokens, C channels.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from models.config import Config
+from models.vocabulary import Vocabulary
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+IGNORED = -100
+"""Label of a position that has no loss."""
+
+
+class LlmConfig(Config):
+    """The base language model: any causal LM of transformers, or a small Qwen2 with random weights."""
+
+    base: str = "small"
+    """`small`, or the hub id or folder of a causal LM (Qwen/Qwen2.5-7B, 01-ai/Yi-1.5-9B, ...); only `small` reads the
+    fields below."""
+    hidden_size: int = 256
+    """Channels."""
+    num_layers: int = 4
+    """Decoder layers."""
+    num_heads: int = 4
+    """Attention heads."""
+    intermediate_size: int = 768
+    """Channels of the gated MLP."""
+    dropout: float = 0.0
+    """Dropout of attention weights."""
+    bpe_vocab_size: int = 2048
+    """Most tokens of the BPE that is trained on the texts of the code table."""
+    max_positions: int = 1024
+    """Longest sequence, tokens."""
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    """Attention implementation of transformers."""
+
+
+def build_small_llm(config: LlmConfig, vocabulary: Vocabulary) -> PreTrainedModel:
+    """A Qwen2-architecture causal LM with random weights over the extended vocabulary."""
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    return Qwen2ForCausalLM(
+        Qwen2Config(
+            vocab_size=vocabulary.size,
+            hidden_size=config.hidden_size,
+            intermediate_size=config.intermediate_size,
+            num_hidden_layers=config.num_layers,
+            num_attention_heads=config.num_heads,
+            num_key_value_heads=config.num_heads,
+            max_position_embeddings=config.max_positions,
+            attention_dropout=config.dropout,
+            tie_word_embeddings=False,
+            pad_token_id=vocabulary.pad,
+            bos_token_id=None,
+            eos_token_id=vocabulary.eos,
+            attn_implementation=config.attention,
+        )
+    )
+
+
+def load_base_llm(config: LlmConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
+    """A published causal LM and its tokenizer, by hub id or folder, in float32."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(
+        config.base, dtype=torch.float32, attn_implementation=config.attention
+    )
+    return model, AutoTokenizer.from_pretrained(config.base)
+
+
+def extend_llm(model: PreTrainedModel, vocabulary: Vocabulary) -> None:
+    """Grow embedding and head of a published LM to the extended vocabulary; new rows start at the mean of the old."""
+    if model.get_input_embeddings().weight.shape[0] < vocabulary.size:
+        model.resize_token_embeddings(vocabulary.size, mean_resizing=True)
+
+
+def next_token_loss(model: PreTrainedModel, token_ids: Tensor, labels: Tensor, attention_mask: Tensor) -> Tensor:
+    """Mean cross-entropy of the next token over the positions that have a label.
+
+    Only those positions meet the head: the vocabulary is long, and most of an understanding sequence has no loss.
+
+    Args:
+        model: any causal LM of transformers.
+        token_ids: `[B, T]` int64.
+        labels: `[B, T]`, `IGNORED` where there is no loss; not shifted.
+        attention_mask: `[B, T]`, 0 at padding.
+
+    Returns:
+        Scalar, nats.
+    """
+    hidden = model.base_model(input_ids=token_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
+    targets = labels[:, 1:]
+    chosen = targets != IGNORED
+    logits = model.get_output_embeddings()(hidden[:, :-1][chosen])
+    return F.cross_entropy(logits.float(), targets[chosen])
+
+
+@torch.no_grad()
+def mean_log_likelihood(model: PreTrainedModel, token_ids: Tensor, labels: Tensor, attention_mask: Tensor) -> Tensor:
+    """Mean log-likelihood, in nats a token, of the labelled part of each sequence; arguments as `next_token_loss`.
+
+    Returns:
+        `[B]` float32.
+    """
+    hidden = model.base_model(input_ids=token_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
+    targets = labels[:, 1:]
+    chosen = targets != IGNORED
+    logits = model.get_output_embeddings()(hidden[:, :-1][chosen])
+    token_losses = F.cross_entropy(logits.float(), targets[chosen], reduction="none")
+    rows = chosen.nonzero()[:, 0]
+    sums = torch.zeros(len(token_ids), device=token_losses.device).index_add_(0, rows, token_losses)
+    return -sums / chosen.sum(1)

@@ -1,0 +1,69 @@
+"""A trained run to talk to: questions about images, drawings from prompts."""
+
+from __future__ import annotations
+
+import torch
+from PIL import Image
+
+from models.sampling import SamplingConfig, answer_tokens, draw_codes
+from models.tokenizers import ImageTokenizer
+from models.transforms import normalise, shape_image, to_pil, to_pixels, to_tensor
+from stages.execution import require_artifact
+from stages.loading import load_tokenizer
+from stages.recipe import Recipe
+from stages.training import autocast, resolve_device
+from stages.vlm_training import load_vlm
+from storage.store import Store
+
+_LONGEST_ANSWER = 64
+
+
+class Assistant:
+    """The fine-tuned model of a recipe with its tokenizer."""
+
+    def __init__(self, recipe: Recipe, store: Store) -> None:
+        """
+        Raises:
+            MissingInput: the recipe has not been run on this store.
+        """
+        sft = require_artifact("sft", recipe, store, needed_by="ask and generate")
+        self.config = recipe.evaluate
+        self.device = resolve_device(self.config.device)
+        self.model, self.builder = load_vlm(store, sft)
+        self.model.to(self.device)
+        self.tokenizer: ImageTokenizer = load_tokenizer(store, sft.metadata["tokenizer"]).to(self.device)
+        if self.tokenizer.teacher is not None:
+            self.tokenizer.teacher.to(self.device)
+
+    @torch.no_grad()
+    def ask(self, image: Image.Image, question: str) -> str:
+        """The model's answer to a question about an image of any size."""
+        shaped = shape_image(image, self.tokenizer.config.transform)
+        with autocast(self.device, self.config.precision):
+            codes = self.tokenizer.encode(normalise(to_tensor([shaped]).to(self.device)))[0, 0, 0].cpu()
+            prompt = self.builder.question(codes, question)
+            tokens = answer_tokens(self.model, self.builder.vocabulary, prompt, max_tokens=_LONGEST_ANSWER)
+        return self.builder.tokenizer.decode(tokens).strip()
+
+    @torch.no_grad()
+    def draw(
+        self,
+        prompt: str,
+        *,
+        num_images: int = 1,
+        guidance: float | None = None,
+        temperature: float | None = None,
+        seed: int = 0,
+    ) -> list[Image.Image]:
+        """Images for a prompt; settings that are not given are the recipe's."""
+        changes = {"guidance": guidance, "temperature": temperature}
+        sampling: SamplingConfig = self.config.sampling.model_copy(
+            update={name: value for name, value in changes.items() if value is not None}
+        )
+        wanted, unconditional = self.builder.drawing_prompt(prompt), self.builder.drawing_prompt("")
+        generator = torch.Generator().manual_seed(seed)
+        with autocast(self.device, self.config.precision):
+            codes = draw_codes(
+                self.model, self.builder.vocabulary, [wanted] * num_images, unconditional, sampling, generator
+            )
+            return to_pil(to_pixels(self.tokenizer.decode(codes[:, None, None])).cpu())

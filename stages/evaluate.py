@@ -1,0 +1,173 @@
+"""Evaluation on held-out pairs: reconstruction, understanding by multiple choice, generation by recognition."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import pyarrow as pa
+
+from models.config import Config
+from models.metrics import codebook_statistics
+from models.sampling import SamplingConfig
+from stages.evaluation_results import FILES, gather, measured, measured_mean, measured_share
+from stages.evaluation_tasks import RANDOM, SAME_CATEGORY, TaskFactory
+from stages.stage import Outcome, RuntimeInt, RuntimeStr, Stage, StageContext
+from stages.standalone import run_standalone
+from stages.training import tracked
+from stages.vlm_training import CodedRows, load_rows
+from storage.code_table import check_tokenizer
+from storage.digests import canonical_json
+from storage.tables import metrics_table, write_table
+
+
+class EvaluateConfig(Config):
+    """What is asked, drawn and measured. The scoring rule is fixed: highest mean log-likelihood a token."""
+
+    max_rows: int | None = None
+    """Only the first held-out rows; `null` takes all."""
+    question: str = "What is in the picture?"
+    """Asked about each held-out image."""
+    answer: str = "{choice}"
+    """How a choice is written as an answer."""
+    concept: str = "{concept}"
+    """The name of what an image shows, a template over the code table's columns; `{caption}` is its text."""
+    category_column: str = "category"
+    """Column from which same-category distractors are drawn."""
+    num_choices: int = 4
+    """Choices of a question."""
+    prompt: str = "Draw {caption}."
+    """Drawing request of each held-out row."""
+    images_per_prompt: int = 1
+    """Drawings of each request."""
+    recognition_choices: int = 10
+    """Concepts among which the teacher recognises a drawing."""
+    sampling: SamplingConfig = SamplingConfig()
+    """How drawings are sampled."""
+    rows_per_shard: int = 48
+    """Held-out rows measured, and lost by a crash, together."""
+    precision: Literal["bf16", "fp32"] = "bf16"
+    """Autocast type."""
+    num_workers: RuntimeInt = 1
+    """Workers at a time."""
+    device: RuntimeStr = "auto"
+    """`auto` (a GPU if there is one), `cpu`, `cuda`."""
+
+
+def run(context: StageContext[EvaluateConfig]) -> Outcome:
+    """Make the `evaluation` artifact: metric rows, and the pictures and answers that they stand on.
+
+    Raises:
+        ValueError: the parts were not made for each other, or nothing is held out.
+    """
+    config, store, key = context.config, context.store, context.action_key
+    tokenizer = context.inputs["train_tokenizer"]
+    rows = load_rows(store, context.inputs["tokenize"], split="test", views=False)
+    check_tokenizer(rows.info, tokenizer.digest)
+    trained_on = context.inputs["sft"].metadata["tokenizer"]
+    check_tokenizer(rows.info, trained_on)
+    count = len(rows) if config.max_rows is None else min(len(rows), config.max_rows)
+    plan = store.create_plan(key, {"items": _items(count, config.rows_per_shard)})
+    done = store.receipts(key)
+    items = [item for item in plan["items"] if item["shard"] not in done]
+    factory = TaskFactory(store, key, config, context.seed, context.inputs)
+    for _ in tracked(context.executor.map(factory, items, num_workers=config.num_workers), len(items), "evaluate shards"):
+        pass
+    receipts = store.receipts(key)
+    missing = [item["shard"] for item in plan["items"] if item["shard"] not in receipts]
+    assert not missing, f"every shard was mapped, yet {missing} have no receipt"
+    tables = gather(store, receipts)
+    metric_rows = _metric_rows(context, tables, rows)
+    files = []
+    for name, table in {"metrics": metrics_table(metric_rows), **{FILES[task]: t for task, t in tables.items()}}.items():
+        path = context.scratch / f"{name}.parquet"
+        write_table(table, path)
+        files.append(store.put_file(path, f"{name}.parquet"))
+    files.append(store.put_bytes(canonical_json(metric_rows), "metrics.json"))
+    headline = {f"{row['model']}.{row['benchmark']}.{row['metric']}": row["value"] for row in metric_rows}
+    return Outcome("evaluation", files, metrics=headline)
+
+
+def _items(count: int, rows_per_shard: int) -> list[dict[str, Any]]:
+    return [
+        {"shard": f"{task}-{start:07d}", "task": task, "start": start, "count": min(rows_per_shard, count - start)}
+        for task in FILES
+        for start in range(0, count, rows_per_shard)
+    ]
+
+
+def _metric_rows(
+    context: StageContext[EvaluateConfig], tables: dict[str, pa.Table], rows: CodedRows
+) -> list[dict[str, Any]]:
+    kind = context.inputs["train_tokenizer"].config["kind"]
+    return [
+        *_reconstruction_rows(kind, tables["reconstruction"], rows),
+        *_understanding_rows(kind, tables["understanding"], context.config),
+        *_generation_rows(kind, tables["generation"], context),
+    ]
+
+
+def _reconstruction_rows(kind: str, table: pa.Table, rows: CodedRows) -> list[dict[str, Any]]:
+    settings = {"crop": rows.info.transform["resize"], "image_size": rows.info.transform["image_size"], "format": "PNG"}
+    common = {"model": kind, "benchmark": "reconstruction", "split": "test", "settings": settings}
+    found = []
+    notes: dict[str, dict[str, Any]] = {
+        "psnr": {"rule": "mean of per-image dB"},
+        "ssim": {"data_range": 1.0},
+        "ssim_range2": {"data_range": 2.0, "rule": "LlamaGen's and TokenFlow's range on [0, 1] images; inflated"},
+        "perceptual": {"rule": "distance of backbone features; a stand-in for LPIPS that does not compare with it"},
+        "semantic_cosine": {"rule": "decoded from codes against the teacher's features"},
+    }
+    for metric, note in notes.items():
+        if metric in table.column_names:
+            found.append(measured_mean(common | {"settings": settings | note}, metric, table[metric].to_pylist()))
+    usage, perplexity = codebook_statistics(rows.codes.long(), rows.info.codebook_sizes[0])
+    total = settings | {"codebook_size": rows.info.codebook_sizes[0], "rule": "over the whole held-out split"}
+    found.append(measured(common | {"settings": total}, "codebook_usage", usage, len(rows)))
+    found.append(measured(common | {"settings": total}, "codebook_perplexity", perplexity, len(rows)))
+    return found
+
+
+def _understanding_rows(kind: str, table: pa.Table, config: EvaluateConfig) -> list[dict[str, Any]]:
+    found = []
+    for distractors in (SAME_CATEGORY, RANDOM):
+        asked = [row for row in table.drop_columns(["image"]).to_pylist() if row["distractors"] == distractors]
+        settings = {
+            "choices": config.num_choices,
+            "distractors": distractors,
+            "rule": "highest mean log-likelihood a token",
+            "chance": 1 / config.num_choices,
+        }
+        models = {kind: "correct", "baseline: raw-pixel prototypes": "pixel_baseline_correct", "ceiling: teacher": "teacher_correct"}
+        for model, column in models.items():
+            rule = settings if column == "correct" else settings | {"rule": "nearest of the choices"}
+            common = {"model": model, "benchmark": "understanding", "split": "test", "settings": rule}
+            found.append(measured_share(common, f"accuracy_{distractors}", [row[column] for row in asked]))
+    return found
+
+
+def _generation_rows(kind: str, table: pa.Table, context: StageContext[EvaluateConfig]) -> list[dict[str, Any]]:
+    config = context.config
+    settings = {
+        "choices": config.recognition_choices,
+        "chance": 1 / config.recognition_choices,
+        "judge": context.inputs["prepare_teacher"].digest[:12],
+        "sampling": config.sampling.model_dump(mode="json"),
+        "guidance_convention": "u + s(c - u)",
+    }
+    found = []
+    for model, column in {kind: "correct", "ceiling: real images": "real_correct"}.items():
+        common = {"model": model, "benchmark": "generation", "split": "test", "settings": settings}
+        found.append(measured_share(common, "recognition", table[column].to_pylist()))
+    return found
+
+
+STAGE = Stage(
+    name="evaluate",
+    section="evaluate",
+    config_class=EvaluateConfig,
+    inputs=("download", "prepare_teacher", "train_tokenizer", "tokenize", "sft"),
+    run=run,
+)
+
+if __name__ == "__main__":
+    raise SystemExit(run_standalone(STAGE.name))

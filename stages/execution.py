@@ -1,0 +1,151 @@
+"""Runs one stage against the store: looks the result up, else makes it, and records who did what when."""
+
+from __future__ import annotations
+
+import logging
+import os
+import platform
+import time
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+from infra.executors import Executor
+from stages.recipe import STAGES, Recipe
+from stages.stage import Stage, StageContext, normalised_config
+from storage.manifest import Manifest
+from storage.store import Store
+
+logger = logging.getLogger(__name__)
+
+
+class MissingInput(ValueError):
+    """A stage was asked for before the stages that feed it."""
+
+
+@dataclass(frozen=True)
+class StageResult:
+    """How a stage ended."""
+
+    stage: str
+    action_key: str
+    manifest: Manifest
+    hit: bool
+    """Whether the store had the result already."""
+    seconds: float
+    """Wall time of this call."""
+
+    @property
+    def digest(self) -> str:
+        """Digest of the artifact."""
+        return self.manifest.digest
+
+
+def run_stage(name: str, recipe: Recipe, store: Store, executor: Executor, *, run_id: str = "") -> StageResult:
+    """Run one stage of a recipe; its inputs are found in the store through the recipe.
+
+    Args:
+        name: of the stage.
+        recipe: configs and seed.
+        store: where inputs are and the result goes.
+        executor: where mapped work runs.
+        run_id: groups the records of one pipeline run.
+
+    Returns:
+        The artifact, made now or found.
+
+    Raises:
+        MissingInput: an input artifact is not in the store; the message names the command that makes it.
+    """
+    started = time.monotonic()
+    stage = _stage(name)
+    available = find_artifacts(recipe, store, list(stage.inputs))
+    inputs = {feeder: _required(feeder, available, recipe, store, needed_by=name) for feeder in stage.inputs}
+    config = recipe.section(stage)
+    key = stage.action_key(config, recipe.seed, {feeder: manifest.digest for feeder, manifest in inputs.items()})
+    found = store.lookup(key)
+    if found is not None:
+        result = StageResult(name, key, found, True, time.monotonic() - started)
+    else:
+        logger.info("stage %s: making %s", name, key[:12])
+        with store.attempt_dir() as scratch:
+            context: StageContext[Any] = StageContext(config, recipe.seed, inputs, store, key, executor, scratch)
+            outcome = stage.run(context)
+        manifest = Manifest(
+            kind=outcome.kind,
+            schema_version=outcome.schema_version,
+            stage=name,
+            config=normalised_config(config),
+            inputs={feeder: input_manifest.digest for feeder, input_manifest in inputs.items()},
+            files=tuple(outcome.files),
+            metrics=outcome.metrics,
+            metadata=outcome.metadata,
+        )
+        digest = store.commit(key, manifest).digest
+        store.drop_checkpoints(key)
+        result = StageResult(name, key, store.load(digest), False, time.monotonic() - started)
+    store.record_run(_record(result, recipe, run_id))
+    return result
+
+
+def require_artifact(name: str, recipe: Recipe, store: Store, *, needed_by: str) -> Manifest:
+    """The artifact that a recipe's stage has in the store.
+
+    Raises:
+        MissingInput: it is not there.
+    """
+    return _required(name, find_artifacts(recipe, store, [name]), recipe, store, needed_by=needed_by)
+
+
+def _required(
+    name: str, available: dict[str, Manifest | None], recipe: Recipe, store: Store, *, needed_by: str
+) -> Manifest:
+    manifest = available[name]
+    if manifest is None:
+        raise MissingInput(
+            f"{needed_by} needs the artifact of {name}, which the store {store.uri} does not hold for recipe "
+            f"{recipe.name!r}; run `musevl stage {name} --recipe {recipe.name}` with the same store and overrides first"
+        )
+    return manifest
+
+
+def find_artifact(name: str, recipe: Recipe, store: Store) -> Manifest | None:
+    """The artifact that a recipe's stage has in the store, or None where it, or one that it is made from, is missing."""
+    return find_artifacts(recipe, store, [name])[name]
+
+
+def find_artifacts(recipe: Recipe, store: Store, names: list[str] | None = None) -> dict[str, Manifest | None]:
+    """`find_artifact` of several stages (default: all), each looked up once, in pipeline order."""
+    found: dict[str, Manifest | None] = {}
+
+    def resolve(name: str) -> Manifest | None:
+        if name not in found:
+            stage = _stage(name)
+            digests = {feeder: artifact.digest for feeder in stage.inputs if (artifact := resolve(feeder)) is not None}
+            complete = len(digests) == len(stage.inputs)
+            key = stage.action_key(recipe.section(stage), recipe.seed, digests) if complete else None
+            found[name] = store.lookup(key) if key is not None else None
+        return found[name]
+
+    return {name: resolve(name) for name in names or list(STAGES)}
+
+
+def _stage(name: str) -> Stage[Any]:
+    if name not in STAGES:
+        raise ValueError(f"unknown stage {name!r}; the stages are {', '.join(STAGES)}")
+    return STAGES[name]
+
+
+def _record(result: StageResult, recipe: Recipe, run_id: str) -> dict[str, Any]:
+    return {
+        "run_id": run_id,
+        "recipe": recipe.name,
+        "seed": recipe.seed,
+        "stage": result.stage,
+        "action_key": result.action_key,
+        "artifact": result.digest,
+        "hit": result.hit,
+        "seconds": round(result.seconds, 3),
+        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+        "machine": {"cores": os.cpu_count(), "python": platform.python_version(), "system": platform.system()},
+    }

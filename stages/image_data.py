@@ -1,0 +1,111 @@
+"""Images of a `download` artifact as tensors, in an order that only the artifact decides."""
+
+from __future__ import annotations
+
+import tarfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from models.transforms import TransformConfig, load_image, to_tensor
+from storage.manifest import Manifest
+from storage.store import Store
+from storage.tables import read_table
+
+_CACHE_BYTES = 2 << 30
+"""Decoded images are kept in memory while all of them fit into this; larger sets are decoded at every use."""
+
+
+@dataclass(frozen=True)
+class _Place:
+    shard: Path
+    offset: int
+    size: int
+
+
+class ImageSource:
+    """Random access to the good images of a download, by position.
+
+    Attributes:
+        keys: key of each image.
+        captions: caption of each image.
+        columns: extra columns of the metadata (concept, category, style, ...), one value an image.
+    """
+
+    def __init__(self, store: Store, download: Manifest, transform: TransformConfig, *, split: str | None = None) -> None:
+        """
+        Args:
+            store: holds the download's blobs.
+            download: manifest of kind `image_shards`.
+            transform: how images become squares.
+            split: keep only rows whose `split` column has this value; a download without that column is all train.
+
+        Raises:
+            ValueError: no row is left.
+        """
+        self.transform = transform
+        self.keys: list[str] = []
+        self.captions: list[str] = []
+        self.columns: dict[str, list[str]] = {}
+        self._places: list[_Place] = []
+        for entry in download.files_under("metadata"):
+            table = read_table(store.fetch(entry))
+            name = Path(entry.path).stem
+            shard = store.fetch(download.file(f"images/{name}.tar"))
+            offsets = _image_offsets(shard)
+            for row in table.to_pylist():
+                if row["status"] == "ok" and split in (None, row.get("split") or "train"):
+                    self._add(row, _Place(shard, *offsets[row["key"]]), table.column_names[10:])
+        if not self.keys:
+            raise ValueError(
+                f"the download has no usable image in split {split!r}; check its metadata tables with "
+                f"`musevl artifacts show {download.digest[:12]}`, and the `split` column of the URL list"
+            )
+        decoded_bytes = len(self.keys) * 3 * transform.image_size**2
+        self._cache: dict[int, Tensor] | None = {} if decoded_bytes <= _CACHE_BYTES else None
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def raw(self, index: int) -> bytes:
+        """The encoded image, as downloaded."""
+        place = self._places[index]
+        with place.shard.open("rb") as file:
+            file.seek(place.offset)
+            return file.read(place.size)
+
+    def pixels(self, indices: list[int]) -> Tensor:
+        """uint8 `[len(indices), 3, H, W]`."""
+        return torch.stack([self._one(index) for index in indices])
+
+    def _one(self, index: int) -> Tensor:
+        if self._cache is None:
+            return self._decode(index)
+        if index not in self._cache:
+            self._cache[index] = self._decode(index)
+        return self._cache[index]
+
+    def _decode(self, index: int) -> Tensor:
+        return to_tensor([load_image(self.raw(index), self.transform)])[0]
+
+    def _add(self, row: dict[str, Any], place: _Place, extra: list[str]) -> None:
+        self.keys.append(row["key"])
+        self.captions.append(row["caption"] or "")
+        self._places.append(place)
+        for name in extra:
+            self.columns.setdefault(name, []).append(row[name] or "")
+
+
+def _image_offsets(shard: Path) -> dict[str, tuple[int, int]]:
+    """Byte offset and size of the image of each key in a WebDataset tar."""
+    offsets = {}
+    with tarfile.open(shard) as tar:
+        for member in tar:
+            stem, _, extension = member.name.rpartition(".")
+            if extension not in ("txt", "json"):
+                offsets[stem] = (member.offset_data, member.size)
+    return offsets
+

@@ -1,0 +1,100 @@
+"""Models to files of an artifact and back: safetensors for weights, JSON for the rest."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from models.teachers import (
+    BackboneTeacher,
+    BackboneTeacherConfig,
+    OpenClipTeacher,
+    OpenClipTeacherConfig,
+    Teacher,
+    TransformersTeacher,
+    TransformersTeacherConfig,
+)
+from models.tokenizers import ImageTokenizer, TokenizerConfig
+from stages.stage import StageContext
+from storage.digests import canonical_json
+from storage.manifest import FileEntry, Manifest
+from storage.store import Store
+
+WEIGHTS = "weights.safetensors"
+TEACHER_STAGE = "prepare_teacher"
+
+
+def put_weights(context: StageContext[Any], module: nn.Module, path: str = WEIGHTS) -> FileEntry:
+    """Save a module's parameters and buffers as safetensors into the store."""
+    tensors = {name: value.detach().cpu().contiguous().clone() for name, value in module.state_dict().items()}
+    local = context.scratch / path.replace("/", "_")
+    save_file(tensors, local)
+    return context.store.put_file(local, path)
+
+
+def put_json(store: Store, value: Any, path: str) -> FileEntry:
+    """Save a value as canonical JSON into the store."""
+    return store.put_bytes(canonical_json(value), path)
+
+
+def read_json(store: Store, manifest: Manifest, path: str) -> Any:
+    """Read a JSON file of an artifact."""
+    return json.loads(store.read_bytes(manifest.file(path)))
+
+
+def read_weights(store: Store, manifest: Manifest, path: str = WEIGHTS) -> dict[str, Tensor]:
+    """Read a safetensors file of an artifact."""
+    return load_file(store.fetch(manifest.file(path)))
+
+
+def load_teacher(store: Store, manifest: Manifest) -> Teacher:
+    """The frozen teacher of a `teacher` artifact; nothing is downloaded.
+
+    Raises:
+        ValueError: the artifact's description names an unknown kind.
+    """
+    description = read_json(store, manifest, "teacher.json")
+    kind = description["config"]["kind"]
+    if kind == "transformers":
+        with store.attempt_dir() as folder:
+            store.materialise(manifest, folder, "model")
+            return TransformersTeacher(TransformersTeacherConfig(path=str(folder / "model"))).freeze()
+    teacher: Teacher
+    if kind == "open_clip":
+        config = OpenClipTeacherConfig(**description["config"])
+        teacher = OpenClipTeacher(config.model_copy(update={"pretrained": None}))
+    elif kind == "backbone":
+        teacher = BackboneTeacher(BackboneTeacherConfig(**description["config"]), None, description["words"])
+    else:
+        raise ValueError(f"teacher artifact {manifest.digest[:12]} has unknown kind {kind!r}; it needs a newer musevl")
+    teacher.load_state_dict(read_weights(store, manifest))
+    return teacher.freeze()
+
+
+def load_tokenizer(store: Store, digest: str) -> ImageTokenizer:
+    """The tokenizer of a `tokenizer` artifact with its teacher, in eval mode on the CPU.
+
+    Args:
+        store: holds both artifacts.
+        digest: of the tokenizer artifact.
+
+    Raises:
+        ValueError: the artifact is of another kind.
+    """
+    manifest = store.load(digest)
+    if manifest.kind != "tokenizer":
+        raise ValueError(f"artifact {digest[:12]} is of kind {manifest.kind!r}; give the digest of a tokenizer")
+    config = TokenizerConfig(**read_json(store, manifest, "tokenizer.json"))
+    teacher = load_teacher(store, store.load(manifest.inputs[TEACHER_STAGE])) if config.kind == "sde" else None
+    tokenizer = ImageTokenizer(config, teacher)
+    tokenizer.load_state_dict(read_weights(store, manifest))
+    return tokenizer.eval().requires_grad_(False)
+
+
+def subset(config: Any, config_class: type[Any]) -> Any:
+    """The part of a stage config that a model config declares (stage configs inherit from model configs)."""
+    return config_class(**{name: getattr(config, name) for name in config_class.model_fields})
+

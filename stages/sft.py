@@ -1,0 +1,85 @@
+"""Supervised fine-tuning on a mixture of understanding and generation (MUSE-VL, section 3.2, stage 2)."""
+
+from __future__ import annotations
+
+import torch
+
+from models.config import Config
+from stages.sequences import Sequence, SequenceBuilder
+from stages.stage import Outcome, Stage, StageContext
+from stages.standalone import run_standalone
+from stages.training import LoopConfig, train
+from stages.vlm_training import CodedRows, SequenceMaker, VlmTraining, fill, load_rows, load_vlm, put_vlm
+
+
+class QuestionTemplate(Config):
+    """A question about an image and its answer; `{name}` is a column of the code table, `{caption}` its text."""
+
+    question: str
+    """For example `What is in the picture?`."""
+    answer: str
+    """For example `{caption}`."""
+    weight: float = 1.0
+    """How often it is asked, relative to the other questions."""
+
+
+class SftConfig(LoopConfig):
+    """The mixture and its training."""
+
+    understanding_weight: float = 1.0
+    """Share of questions about images in the mixture, relative to `generation_weight`."""
+    generation_weight: float = 1.0
+    """Share of drawing requests in the mixture."""
+    questions: tuple[QuestionTemplate, ...] = (
+        QuestionTemplate(question="What is in the picture?", answer="{caption}"),
+    )
+    """Understanding: image in the prompt, loss on the answer."""
+    prompts: tuple[str, ...] = ("Draw {caption}.",)
+    """Generation: text in the prompt, loss on the image; one is drawn at random."""
+    caption_dropout: float = 0.1
+    """Part of the drawing requests whose text is left out, which makes guidance possible."""
+    code_dropout: float = 0.0
+    """Part of the image's codes that is replaced by random codes in understanding sequences: an augmentation against
+    learning small data by heart."""
+    steps: int = 1000
+    """Optimiser steps."""
+
+
+def run(context: StageContext[SftConfig]) -> Outcome:
+    """Make the `vlm` artifact: a plain Hugging Face folder, `vocabulary.json` and loss curves."""
+    config = context.config
+    pretrained = context.inputs["pretrain"]
+    rows = load_rows(context.store, context.inputs["tokenize"], split="train", views=True)
+    model, builder = load_vlm(context.store, pretrained)
+    training = VlmTraining(config, context.seed, model, builder, rows, _sequence_maker(config))
+    history = train(context, training, config)
+    files = [*put_vlm(context, training.model, builder.tokenizer, builder.vocabulary), history.save(context)]
+    metadata = {"tokenizer": rows.info.tokenizer_digest, "vocabulary_size": builder.vocabulary.size}
+    return Outcome("vlm", files, metrics={"loss": history.points[-1][2]}, metadata=metadata)
+
+
+def _sequence_maker(config: SftConfig) -> SequenceMaker:
+    total = config.understanding_weight + config.generation_weight
+    if total <= 0:
+        raise ValueError("sft.understanding_weight and sft.generation_weight are both 0; give at least one of them weight")
+    understanding = config.understanding_weight / total
+    question_weights = torch.tensor([template.weight for template in config.questions])
+
+    def make(builder: SequenceBuilder, rows: CodedRows, index: int) -> Sequence:
+        codes, row = rows.codes[index, 0, 0], rows.row(index)
+        if torch.rand(()) < understanding:
+            template = config.questions[int(torch.multinomial(question_weights, 1))]
+            noise = torch.randint(builder.vocabulary.codebook_size, codes.shape, dtype=codes.dtype)
+            seen = torch.where(torch.rand(codes.shape) < config.code_dropout, noise, codes)
+            return builder.understanding(seen, fill(template.question, row), fill(template.answer, row))
+        prompt = fill(config.prompts[int(torch.randint(len(config.prompts), ()))], row)
+        dropped = bool(torch.rand(()) < config.caption_dropout)
+        return builder.generation("" if dropped else prompt, codes)
+
+    return make
+
+
+STAGE = Stage(name="sft", section="sft", config_class=SftConfig, inputs=("tokenize", "pretrain"), run=run)
+
+if __name__ == "__main__":
+    raise SystemExit(run_standalone(STAGE.name))

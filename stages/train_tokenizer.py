@@ -1,0 +1,240 @@
+"""Trains an image tokenizer: the generator and its PatchGAN discriminator, with losses as the papers give them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from models.convolutional import PatchDiscriminator
+from models.losses import (
+    BackbonePerceptualDistance,
+    LossConfig,
+    LpipsDistance,
+    adaptive_weight,
+    generator_loss,
+    hinge_discriminator_loss,
+    semantic_loss,
+)
+from models.metrics import codebook_statistics, psnr
+from models.teachers import BackboneTeacher, Teacher
+from models.tokenizers import ImageTokenizer, TokenizerConfig, TokenizerOutput, semantic_cosine
+from models.transforms import normalise, to_pixels
+from stages.image_data import ImageSource
+from stages.loading import load_teacher, put_json, put_weights, subset
+from stages.stage import Outcome, Stage, StageContext
+from stages.standalone import run_standalone
+from stages.training import (
+    EpochSampler,
+    LoopConfig,
+    OptimiserConfig,
+    autocast,
+    build_optimiser,
+    mix_seed,
+    optimise,
+    resolve_device,
+    train,
+)
+
+_EVALUATION_BATCH = 32
+
+
+class TrainTokenizerConfig(LoopConfig, TokenizerConfig):
+    """The tokenizer (fields of `TokenizerConfig`), its loss and its training."""
+
+    loss: LossConfig = LossConfig()
+    """Terms and weights."""
+    discriminator_optimiser: OptimiserConfig = OptimiserConfig(weight_decay=0.0)
+    """Optimiser of PatchGAN."""
+    horizontal_flip: bool = True
+    """Mirror half of the training images."""
+    ema_decay: float = 0.0
+    """Decay of the averaged weights that the artifact holds in place of the last ones; 0 keeps the last ones."""
+
+
+def run(context: StageContext[TrainTokenizerConfig]) -> Outcome:
+    """Make the `tokenizer` artifact: `tokenizer.json`, weights and loss curves; measured on the held-out split."""
+    config = context.config
+    source = ImageSource(context.store, context.inputs["download"], config.transform, split="train")
+    teacher = load_teacher(context.store, context.inputs["prepare_teacher"])
+    torch.manual_seed(mix_seed(context.seed, "tokenizer"))
+    training = TokenizerTraining(config, context.seed, source, teacher)
+    history = train(context, training, config)
+    tokenizer = training.final_tokenizer()
+    metrics = held_out_metrics(context, tokenizer, training.device)
+    for name, value in metrics.items():
+        history.add(config.steps, f"held_out_{name}", value)
+    files = [
+        put_json(context.store, subset(config, TokenizerConfig).model_dump(mode="json"), "tokenizer.json"),
+        put_weights(context, tokenizer),
+        history.save(context),
+    ]
+    weights = "ema" if config.ema_decay else "last"
+    metadata = {"weights": weights, "code_shape": list(tokenizer.code_shape)}
+    return Outcome("tokenizer", files, metrics=metrics, metadata=metadata)
+
+
+class TokenizerTraining:
+    """One optimiser step of the generator, one of the discriminator once it has started."""
+
+    def __init__(self, config: TrainTokenizerConfig, seed: int, source: ImageSource, teacher: Teacher) -> None:
+        self.config, self.source = config, source
+        self.device = resolve_device(config.device)
+        self.teacher = teacher.to(self.device)
+        self.tokenizer = ImageTokenizer(subset(config, TokenizerConfig), self.teacher).to(self.device)
+        loss = config.loss
+        self.discriminator = PatchDiscriminator(loss.discriminator_channels, loss.discriminator_layers).to(self.device)
+        self.optimiser = build_optimiser(self.tokenizer, config.optimiser)
+        self.discriminator_optimiser = build_optimiser(self.discriminator, config.discriminator_optimiser)
+        self.perceptual = _perceptual_distance(loss, self.teacher)
+        self.average = ImageTokenizer(self.tokenizer.config, self.teacher).to(self.device) if config.ema_decay else None
+        if self.average is not None:
+            self.average.load_state_dict(self.tokenizer.state_dict())
+        self.sampler = EpochSampler(len(source), config.batch_size, seed)
+
+    def step(self, step: int) -> dict[str, Tensor]:
+        images = normalise(self.source.pixels(self.sampler.batch(step)).to(self.device))
+        if self.config.horizontal_flip:
+            mirrored = torch.rand(len(images), 1, 1, 1) < 0.5
+            images = torch.where(mirrored.to(self.device), images.flip(3), images)
+        self.tokenizer.train()
+        with autocast(self.device, self.config.precision):
+            output = self.tokenizer(images)
+            loss, terms = self._generator_loss(output, images, step)
+        terms["loss"] = loss
+        terms["gradient_norm"] = optimise(
+            loss, self.tokenizer, self.optimiser, self.config.optimiser, step, self.config.steps
+        )
+        if self._adversarial(step):
+            terms["discriminator"] = self._train_discriminator(output.reconstruction.detach(), images, step)
+        self._average_weights()
+        return terms
+
+    def _adversarial(self, step: int) -> bool:
+        return self.config.loss.adversarial_weight > 0 and step >= self.config.loss.adversarial_start
+
+    def _generator_loss(self, output: TokenizerOutput, images: Tensor, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        weights = self.config.loss
+        drawn = output.reconstruction.float()
+        terms = {"l2": F.mse_loss(drawn, images), "quantizer": output.quantizer_loss}
+        reconstruction = weights.l2_weight * terms["l2"]
+        if weights.l1_weight:
+            terms["l1"] = F.l1_loss(drawn, images)
+            reconstruction = reconstruction + weights.l1_weight * terms["l1"]
+        if self.perceptual is not None:
+            terms["perceptual"] = self.perceptual(drawn, images).mean()
+            reconstruction = reconstruction + weights.perceptual_weight * terms["perceptual"]
+        loss = reconstruction + output.quantizer_loss
+        if output.semantic_prediction is not None and output.semantic_target is not None:
+            terms["semantic"] = semantic_loss(output.semantic_prediction, output.semantic_target)
+            loss = loss + weights.semantic_weight * terms["semantic"]
+        if self._adversarial(step):
+            terms["adversarial"] = generator_loss(self.discriminator(drawn))
+            scale: Tensor | float = weights.adversarial_weight
+            if weights.adversarial_adaptive:
+                scale = scale * adaptive_weight(
+                    reconstruction, terms["adversarial"], self.tokenizer.decoder.last_layer, weights.adversarial_clamp
+                )
+            loss = loss + scale * terms["adversarial"]
+        return loss, terms
+
+    def _train_discriminator(self, drawn: Tensor, images: Tensor, step: int) -> Tensor:
+        with autocast(self.device, self.config.precision):
+            loss = hinge_discriminator_loss(self.discriminator(images), self.discriminator(drawn))
+        optimise(
+            loss,
+            self.discriminator,
+            self.discriminator_optimiser,
+            self.config.discriminator_optimiser,
+            step,
+            self.config.steps,
+        )
+        return loss
+
+    @torch.no_grad()
+    def _average_weights(self) -> None:
+        if self.average is None:
+            return
+        current = self.tokenizer.state_dict()
+        for name, value in self.average.state_dict().items():
+            # the codebook is a moving average already; lagging it behind would break the pair of encoder and codes
+            if value.is_floating_point() and not name.startswith("quantizer."):
+                value.lerp_(current[name], 1 - self.config.ema_decay)
+            else:
+                value.copy_(current[name])
+
+    def final_tokenizer(self) -> ImageTokenizer:
+        """The tokenizer whose weights the artifact holds."""
+        return (self.average if self.average is not None else self.tokenizer).eval()
+
+    def batch_keys(self, step: int) -> list[str]:
+        return [self.source.keys[index] for index in self.sampler.batch(step)]
+
+    def _parts(self) -> dict[str, Any]:
+        parts: dict[str, Any] = {
+            "tokenizer": self.tokenizer,
+            "discriminator": self.discriminator,
+            "optimiser": self.optimiser,
+            "discriminator_optimiser": self.discriminator_optimiser,
+        }
+        return parts | ({"average": self.average} if self.average is not None else {})
+
+    def state_dict(self) -> dict[str, Any]:
+        return {name: part.state_dict() for name, part in self._parts().items()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for name, part in self._parts().items():
+            part.load_state_dict(state[name])
+
+
+def _perceptual_distance(loss: LossConfig, teacher: Teacher) -> nn.Module | None:
+    if loss.perceptual == "none" or loss.perceptual_weight == 0:
+        return None
+    if loss.perceptual == "lpips":
+        return LpipsDistance(load_file(loss.lpips_vgg_weights) if loss.lpips_vgg_weights else None)
+    if not isinstance(teacher, BackboneTeacher):
+        raise ValueError(
+            "tokenizer.loss.perceptual=backbone needs teacher.model.kind=backbone; use lpips (with "
+            "tokenizer.loss.lpips_vgg_weights where no hub is reachable) or none"
+        )
+    return BackbonePerceptualDistance(teacher)
+
+
+@torch.no_grad()
+def held_out_metrics(
+    context: StageContext[TrainTokenizerConfig], tokenizer: ImageTokenizer, device: torch.device
+) -> dict[str, float]:
+    """PSNR, codebook use and semantic cosine on the test split; on the training split where there is none."""
+    has_test = "test" in context.inputs["download"].metadata.get("splits", {})
+    split = "test" if has_test else "train"
+    source = ImageSource(context.store, context.inputs["download"], context.config.transform, split=split)
+    values, codes, cosines = [], [], []
+    for start in range(0, len(source), _EVALUATION_BATCH):
+        rows = list(range(start, min(start + _EVALUATION_BATCH, len(source))))
+        pixels = source.pixels(rows).to(device)
+        with autocast(device, context.config.precision):
+            output = tokenizer(normalise(pixels))
+        values.append(psnr(to_pixels(output.reconstruction), pixels))
+        codes.append(output.codes)
+        if output.semantic_prediction is not None and output.semantic_target is not None:
+            cosines.append(semantic_cosine(output.semantic_prediction, output.semantic_target) * len(rows))
+    usage, perplexity = codebook_statistics(torch.cat(codes)[:, 0, 0], tokenizer.codebook_sizes[0])
+    metrics = {"psnr": float(torch.cat(values).mean()), "codebook_usage": usage, "codebook_perplexity": perplexity}
+    if cosines:
+        metrics["semantic_cosine"] = float(torch.stack(cosines).sum()) / len(source)
+    return metrics
+
+
+STAGE = Stage(
+    name="train_tokenizer",
+    section="tokenizer",
+    config_class=TrainTokenizerConfig,
+    inputs=("download", "prepare_teacher"),
+    run=run,
+)
+
+if __name__ == "__main__":
+    raise SystemExit(run_standalone(STAGE.name))

@@ -1,0 +1,266 @@
+"""The loop of every training stage: seeded by step, checkpointed, resumable to the bit.
+
+All randomness is a function of (seed, step): the order of the data, augmentation, dropout, restarts of codes. So a
+checkpoint needs no generator state, and a run that was killed and resumed takes the same steps as one that was not.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import math
+import sys
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import pyarrow as pa
+import torch
+from torch import Tensor, nn
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from models.config import Config
+from stages.stage import RuntimeInt, RuntimeStr, StageContext
+from storage.manifest import FileEntry
+from storage.tables import write_table
+
+logger = logging.getLogger(__name__)
+
+_CHECKPOINT = "checkpoint.pt"
+
+
+class OptimiserConfig(Config):
+    """AdamW with warm-up and cosine decay."""
+
+    learning_rate: float = 1e-4
+    """Peak learning rate."""
+    final_learning_rate_fraction: float = 0.05
+    """Learning rate at the last step, as a fraction of the peak."""
+    warmup_steps: int = 100
+    """Steps from zero to the peak."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """Adam's decay rates."""
+    weight_decay: float = 1e-4
+    """Decoupled weight decay of matrices; biases, norms and other vectors have none."""
+    gradient_clip: float = 1.0
+    """Largest gradient norm."""
+
+
+class LoopConfig(Config):
+    """Length of a training stage and what it records."""
+
+    steps: int = 1000
+    """Optimiser steps."""
+    batch_size: int = 32
+    """Samples a step."""
+    optimiser: OptimiserConfig = OptimiserConfig()
+    """Optimiser and schedule."""
+    precision: Literal["bf16", "fp32"] = "bf16"
+    """Autocast type of the forward pass; weights stay float32."""
+    log_every: int = 20
+    """Steps between points of the loss curves; a point is the mean since the last."""
+    checkpoint_every: RuntimeInt = 200
+    """Steps between checkpoints."""
+    device: RuntimeStr = "auto"
+    """`auto` (a GPU if there is one), `cpu`, `cuda`."""
+    tensorboard: RuntimeStr = ""
+    """Folder for TensorBoard events of this stage; empty writes none."""
+
+
+class Trainable(Protocol):
+    """What the loop drives."""
+
+    def step(self, step: int) -> dict[str, Tensor]:
+        """Take one optimiser step and return its loss terms, scalars."""
+        ...
+
+    def batch_keys(self, step: int) -> list[str]:
+        """Keys of the samples of a step, for error messages."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that changes: weights, buffers, optimiser state."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take a state back."""
+        ...
+
+
+class History:
+    """Points of the loss curves: (step, name, value)."""
+
+    def __init__(self) -> None:
+        self.points: list[tuple[int, str, float]] = []
+
+    def add(self, step: int, name: str, value: float) -> None:
+        """Record one value."""
+        self.points.append((step, name, value))
+
+    def save(self, context: StageContext[Any]) -> FileEntry:
+        """Write `history.parquet` (step, name, value) into the store."""
+        steps, names, values = zip(*self.points, strict=True) if self.points else ((), (), ())
+        table = pa.table(
+            {
+                "step": pa.array(steps, pa.int64()),
+                "name": pa.array(names, pa.string()),
+                "value": pa.array(values, pa.float64()),
+            }
+        )
+        path = context.scratch / "history.parquet"
+        write_table(table, path)
+        return context.store.put_file(path, "history.parquet")
+
+
+def train(context: StageContext[Any], trainable: Trainable, config: LoopConfig) -> History:
+    """Run the loop from the newest checkpoint, if any, to the last step.
+
+    Raises:
+        ValueError: a loss is not finite; the message names the step, the term and the batch's keys.
+    """
+    history, pending = History(), dict[str, list[float]]()
+    done = _restore(context, trainable, history, pending)
+    writer = SummaryWriter(config.tensorboard) if config.tensorboard else None
+    with progress(config.steps, f"{context.action_key[:6]} training", initial=done) as bar:
+        for step in range(done, config.steps):
+            torch.manual_seed(mix_seed(context.seed, "step", step))
+            for name, value in _finite(trainable.step(step), step, trainable).items():
+                pending.setdefault(name, []).append(value)
+            bar.update()
+            last = step + 1 == config.steps
+            if (step + 1) % config.log_every == 0 or last:
+                for name, values in pending.items():
+                    history.add(step + 1, name, sum(values) / len(values))
+                    if writer:
+                        writer.add_scalar(name, history.points[-1][2], step + 1)
+                bar.set_postfix({name: f"{values[-1]:.3f}" for name, values in list(pending.items())[:3]})
+                pending.clear()
+            if (step + 1) % config.checkpoint_every == 0 and not last:
+                _save(context, trainable, history, pending, step + 1)
+    if writer:
+        writer.close()
+    return history
+
+
+class EpochSampler:
+    """Positions of each batch: every epoch is its own permutation, a function of (seed, epoch) alone."""
+
+    def __init__(self, num_samples: int, batch_size: int, seed: int) -> None:
+        self.num_samples, self.batch_size, self.seed = num_samples, batch_size, seed
+        self._epoch, self._order = -1, torch.empty(0, dtype=torch.long)
+
+    def batch(self, step: int) -> list[int]:
+        """Positions of batch number `step`; a batch may span two epochs."""
+        start = step * self.batch_size
+        return [self._at(position) for position in range(start, start + self.batch_size)]
+
+    def _at(self, position: int) -> int:
+        epoch, offset = divmod(position, self.num_samples)
+        if epoch != self._epoch:
+            generator = torch.Generator().manual_seed(mix_seed(self.seed, "epoch", epoch))
+            self._epoch, self._order = epoch, torch.randperm(self.num_samples, generator=generator)
+        return int(self._order[offset])
+
+
+def build_optimiser(module: nn.Module, config: OptimiserConfig) -> torch.optim.AdamW:
+    """AdamW over the parameters that need gradients; only matrices and kernels decay."""
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas)
+
+
+def optimise(
+    loss: Tensor, module: nn.Module, optimiser: torch.optim.Optimizer, config: OptimiserConfig, step: int, steps: int
+) -> Tensor:
+    """Backward, clip, schedule and one optimiser step; returns the gradient norm before clipping."""
+    optimiser.zero_grad(set_to_none=True)
+    loss.backward()
+    norm = nn.utils.clip_grad_norm_(module.parameters(), config.gradient_clip)
+    for group in optimiser.param_groups:
+        group["lr"] = config.learning_rate * schedule(step, steps, config)
+    optimiser.step()
+    return norm.detach()
+
+
+def schedule(step: int, steps: int, config: OptimiserConfig) -> float:
+    """Learning rate of a step as a fraction of the peak: linear warm-up, then cosine to the final fraction."""
+    if step < config.warmup_steps:
+        return (step + 1) / config.warmup_steps
+    progressed = (step - config.warmup_steps) / max(1, steps - config.warmup_steps)
+    final = config.final_learning_rate_fraction
+    return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * min(1.0, progressed)))
+
+
+def resolve_device(name: str) -> torch.device:
+    """`auto` is the first GPU if there is one, else the CPU."""
+    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+
+
+def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any]:
+    """bf16 autocast on `device`, or nothing for fp32."""
+    return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
+
+
+def mix_seed(*parts: object) -> int:
+    """A 63-bit seed from any printable parts; the same in every process."""
+    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big") >> 1
+
+
+def progress(total: int, label: str, *, initial: int = 0) -> tqdm[Any]:
+    """A progress bar on a terminal; in a log, a line every half minute."""
+    interval = 0.5 if sys.stderr.isatty() else 30.0
+    return tqdm(total=total, initial=initial, desc=label, mininterval=interval, maxinterval=interval, dynamic_ncols=True)
+
+
+def tracked(results: Iterator[Any], total: int, label: str) -> Iterator[Any]:
+    """Draw a progress bar over results that arrive one by one."""
+    with progress(total, label) as bar:
+        for result in results:
+            bar.update()
+            yield result
+
+
+def _finite(terms: dict[str, Tensor], step: int, trainable: Trainable) -> dict[str, float]:
+    values = {name: float(value.detach()) for name, value in terms.items()}
+    for name, value in values.items():
+        if not math.isfinite(value):
+            keys = ", ".join(trainable.batch_keys(step)[:8])
+            raise ValueError(
+                f"training step {step}: {name} is {value} (batch keys: {keys}, ...); lower the learning rate, or use "
+                f"precision=fp32 if it only happens in bf16"
+            )
+    return values
+
+
+def _save(
+    context: StageContext[Any], trainable: Trainable, history: History, pending: dict[str, list[float]], step: int
+) -> None:
+    folder = context.scratch / f"checkpoint-{step}"
+    folder.mkdir()
+    state = {"trainable": trainable.state_dict(), "history": history.points, "pending": pending}
+    torch.save(state, folder / _CHECKPOINT)
+    context.store.save_checkpoint(context.action_key, step, folder)
+    (folder / _CHECKPOINT).unlink()
+
+
+def _restore(
+    context: StageContext[Any], trainable: Trainable, history: History, pending: dict[str, list[float]]
+) -> int:
+    folder: Path = context.scratch / "restored"
+    folder.mkdir()
+    step = context.store.load_checkpoint(context.action_key, folder)
+    if step is None:
+        return 0
+    state = torch.load(folder / _CHECKPOINT, weights_only=True, map_location="cpu")
+    (folder / _CHECKPOINT).unlink()
+    trainable.load_state_dict(state["trainable"])
+    history.points = [tuple(point) for point in state["history"]]
+    pending.update(state["pending"])
+    logger.info("resuming at step %d", step)
+    return step
+

@@ -1,0 +1,149 @@
+"""What pretraining and fine-tuning share: rows of a code table, sequences, one optimiser step, the artifact."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from models.vlm import next_token_loss
+from models.vocabulary import Vocabulary
+from stages.sequences import Sequence, SequenceBuilder
+from stages.stage import StageContext
+from stages.training import EpochSampler, LoopConfig, autocast, build_optimiser, optimise, resolve_device
+from storage.code_table import CodeTableInfo, read_code_table
+from storage.manifest import FileEntry, Manifest
+from storage.store import Store
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+VOCABULARY = "vocabulary.json"
+_FOLDER = "model"
+
+
+@dataclass(frozen=True)
+class CodedRows:
+    """Rows of a code table in memory."""
+
+    info: CodeTableInfo
+    keys: list[str]
+    columns: dict[str, list[str]]
+    """`text` is the caption; others as in the URL list."""
+    codes: Tensor
+    """`[R, N, D, h, w]` int32."""
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def row(self, index: int) -> dict[str, str]:
+        """The text fields of one row."""
+        return {name: values[index] for name, values in self.columns.items()}
+
+
+def load_rows(store: Store, table: Manifest, *, split: str, views: bool) -> CodedRows:
+    """Rows of one split.
+
+    Args:
+        store: holds the table.
+        table: manifest of kind `code_table`.
+        split: value of the `split` column; a table without that column is all train.
+        views: also the rows of mirrored images.
+
+    Raises:
+        ValueError: no row is left.
+    """
+    loaded = read_code_table([store.fetch(entry) for entry in table.files_under("codes")])
+    splits = loaded.columns.get("split") or ["train"] * len(loaded.keys)
+    shown = loaded.columns["view"]
+    kept = [
+        index
+        for index in range(len(loaded.keys))
+        if (splits[index] or "train") == split and (views or shown[index] == "original")
+    ]
+    if not kept:
+        raise ValueError(f"code table {table.digest[:12]} has no row in split {split!r}; see its `split` column")
+    columns = {name: [values[index] or "" for index in kept] for name, values in loaded.columns.items()}
+    codes = torch.from_numpy(loaded.codes[kept].astype("int32"))
+    return CodedRows(loaded.info, [loaded.keys[index] for index in kept], columns, codes)
+
+
+def fill(template: str, row: dict[str, str]) -> str:
+    """A template such as `Draw {caption}.` with a row's fields; `{caption}` is the row's text.
+
+    Raises:
+        ValueError: the template names a field that the table does not have.
+    """
+    fields = row | {"caption": row["text"]}
+    try:
+        return template.format(**fields)
+    except (KeyError, IndexError) as error:
+        names = ", ".join(sorted(fields))
+        raise ValueError(f"template {template!r} names {error}, which the code table does not have; it has {names}") from error
+
+
+SequenceMaker = Callable[[SequenceBuilder, CodedRows, int], Sequence]
+
+
+class VlmTraining:
+    """One next-token loss over whatever sequences `make` writes; randomness inside `make` is torch's."""
+
+    def __init__(
+        self,
+        config: LoopConfig,
+        seed: int,
+        model: PreTrainedModel,
+        builder: SequenceBuilder,
+        rows: CodedRows,
+        make: SequenceMaker,
+    ) -> None:
+        self.config, self.builder, self.rows, self.make = config, builder, rows, make
+        self.device = resolve_device(config.device)
+        self.model = model.to(self.device).train()
+        self.optimiser = build_optimiser(model, config.optimiser)
+        self.sampler = EpochSampler(len(rows), config.batch_size, seed)
+
+    def step(self, step: int) -> dict[str, Tensor]:
+        sequences = [self.make(self.builder, self.rows, index) for index in self.sampler.batch(step)]
+        batch = self.builder.batch(sequences).to(self.device)
+        with autocast(self.device, self.config.precision):
+            loss = next_token_loss(self.model, batch.token_ids, batch.labels, batch.attention_mask)
+        norm = optimise(loss, self.model, self.optimiser, self.config.optimiser, step, self.config.steps)
+        return {"loss": loss, "gradient_norm": norm}
+
+    def batch_keys(self, step: int) -> list[str]:
+        return [self.rows.keys[index] for index in self.sampler.batch(step)]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"model": self.model.state_dict(), "optimiser": self.optimiser.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.model.load_state_dict(state["model"])
+        self.optimiser.load_state_dict(state["optimiser"])
+
+
+def put_vlm(
+    context: StageContext[Any], model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, vocabulary: Vocabulary
+) -> list[FileEntry]:
+    """Save a plain Hugging Face folder under `model/`, readable by transformers alone, and `vocabulary.json`."""
+    folder = context.scratch / _FOLDER
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    files = [context.store.put_file(path, f"{_FOLDER}/{path.relative_to(folder).as_posix()}") for path in paths]
+    return [*files, context.store.put_bytes(vocabulary.to_json().encode(), VOCABULARY)]
+
+
+def load_vlm(store: Store, manifest: Manifest) -> tuple[PreTrainedModel, SequenceBuilder]:
+    """The model of a `vlm` artifact, in eval mode on the CPU, and what writes its sequences."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    vocabulary = Vocabulary.from_json(store.read_bytes(manifest.file(VOCABULARY)).decode())
+    with store.attempt_dir() as scratch:
+        store.materialise(manifest, scratch, _FOLDER)
+        model = AutoModelForCausalLM.from_pretrained(scratch / _FOLDER, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(scratch / _FOLDER)
+    return model.eval(), SequenceBuilder(tokenizer, vocabulary)
