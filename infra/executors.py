@@ -254,7 +254,7 @@ def cpus_per_worker(nodes: Sequence[Mapping[str, float]], num_workers: int, num_
 
 @contextmanager
 def _without_log_level_line() -> Iterator[None]:
-    """Hold back the process's stderr meanwhile and drop Ray's remark that a log level was set, which it logs natively."""
+    """Hold back the process's stderr meanwhile and drop Ray's remark on its log level, which it logs natively."""
     sys.stderr.flush()
     real = os.dup(2)
     with tempfile.TemporaryFile() as held:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -51,7 +53,9 @@ def generator_loss(fake_logits: Tensor) -> Tensor:
     return -fake_logits.mean()
 
 
-def adaptive_weight(reconstruction_loss: Tensor, adversarial_loss: Tensor, last_layer: Tensor, clamp: tuple[float, float]) -> Tensor:
+def adaptive_weight(
+    reconstruction_loss: Tensor, adversarial_loss: Tensor, last_layer: Tensor, clamp: tuple[float, float]
+) -> Tensor:
     """Ratio of the two losses' gradient norms at the decoder's last layer, clamped (VQGAN, eq. 7)."""
     ratio = gradient_norm(reconstruction_loss, last_layer) / (gradient_norm(adversarial_loss, last_layer) + 1e-4)
     return ratio.clamp(*clamp)
@@ -67,6 +71,8 @@ class BackbonePerceptualDistance(nn.Module):
 
     Without LPIPS's learned channel weights, so a stand-in: good for training and for comparing runs, not with papers.
     """
+
+    teacher: BackboneTeacher
 
     def __init__(self, teacher: BackboneTeacher, stages: int = 4) -> None:
         super().__init__()
@@ -96,6 +102,8 @@ class BackbonePerceptualDistance(nn.Module):
 class LpipsDistance(nn.Module):
     """LPIPS v0.1 with VGG16 (arXiv 1801.03924); input in [-1, 1]."""
 
+    network: Any
+
     def __init__(self, vgg_state: dict[str, Tensor] | None) -> None:
         super().__init__()
         from models.torchvision_compat import make_torchvision_importable
@@ -106,7 +114,9 @@ class LpipsDistance(nn.Module):
         # pnet_rand keeps lpips from downloading the trunk; the learned channel weights ship with the package
         network = lpips.LPIPS(net="vgg", version="0.1", pnet_rand=vgg_state is not None, verbose=False)
         if vgg_state is not None:
-            trunk = {key.removeprefix("features."): value for key, value in vgg_state.items() if key.startswith("features.")}
+            trunk = {
+                key.removeprefix("features."): value for key, value in vgg_state.items() if key.startswith("features.")
+            }
             own = network.net.state_dict()
             renamed = {key: trunk[key.split(".", 1)[1]] for key in own}
             network.net.load_state_dict(renamed)

@@ -32,7 +32,7 @@ class QuantizerConfig(Config):
     ema_decay: float = 0.99
     """Share of the running statistics kept at each step (`ema` only)."""
     dead_threshold: float = 0.05
-    """A code whose running count falls below this is replaced by a vector of the batch (`ema` only); 0 never replaces."""
+    """A code whose running count falls below this is replaced by a vector of the batch (`ema` only); 0: never."""
     commitment_weight: float = 0.25
     """Weight of the loss that pulls vectors to their codes (VQ-VAE, beta)."""
     codebook_weight: float = 1.0
@@ -106,7 +106,9 @@ class VectorQuantizer(nn.Module):
             ValueError: the last axis is not `code_dim`.
         """
         if vectors.shape[-1] != self.config.code_dim:
-            raise ValueError(f"vectors have {vectors.shape[-1]} channels; this codebook has code_dim={self.config.code_dim}")
+            raise ValueError(
+                f"vectors have {vectors.shape[-1]} channels; this codebook has code_dim={self.config.code_dim}"
+            )
         flat = self._normalised(vectors.reshape(-1, self.config.code_dim).float())  # [V, C]
         learns_by_ema = self.training and self.config.update == "ema"
         if learns_by_ema and not bool(self.initialised):

@@ -57,7 +57,9 @@ def draw_codes(
     token_ids, mask = _left_padded(rows, vocabulary.pad)
     device = next(model.parameters()).device
     token_ids, mask = token_ids.to(device), mask.to(device)
-    head = model.get_output_embeddings().weight[vocabulary.first_code : vocabulary.first_code + vocabulary.codebook_size]
+    head = model.get_output_embeddings().weight[
+        vocabulary.first_code : vocabulary.first_code + vocabulary.codebook_size
+    ]
     positions = (mask.cumsum(1) - 1).clamp_min(0)
     cache: Any = None
     drawn: list[Tensor] = []

@@ -91,7 +91,9 @@ class Teacher(nn.Module):
         Raises:
             ValueError: this teacher has no text tower.
         """
-        raise ValueError(f"{type(self).__name__} has no text tower; choose a teacher with one, or a backbone with `head`")
+        raise ValueError(
+            f"{type(self).__name__} has no text tower; choose a teacher with one, or a backbone with `head`"
+        )
 
     def train(self, mode: bool = True) -> Teacher:
         return super().train(False)
@@ -250,7 +252,9 @@ class OpenClipTeacher(Teacher):
 
     def _patches(self, pixels: Tensor) -> Tensor:
         """Normalised pixels -> last-layer patch features `[B, C, h', w']`."""
-        out = self.model.visual.forward_intermediates(pixels, indices=1, normalize_intermediates=True, intermediates_only=True)
+        out = self.model.visual.forward_intermediates(
+            pixels, indices=1, normalize_intermediates=True, intermediates_only=True
+        )
         return out["image_intermediates"][-1]
 
     def features(self, images: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -278,7 +282,9 @@ class TransformersTeacher(Teacher):
         self.tokenizer = AutoTokenizer.from_pretrained(config.path)
         processor = AutoImageProcessor.from_pretrained(config.path)
         vision = self.model.config.vision_config
-        self.normalisation = PixelNormalisation(vision.image_size, tuple(processor.image_mean), tuple(processor.image_std))
+        self.normalisation = PixelNormalisation(
+            vision.image_size, tuple(processor.image_mean), tuple(processor.image_std)
+        )
         self.native_grid = (vision.image_size // vision.patch_size,) * 2
         self.feature_dim = vision.hidden_size
 

@@ -77,7 +77,9 @@ class ImageTokenizer(nn.Module):
         super().__init__()
         size, factor = config.transform.image_size, config.conv.downsampling
         if size % factor:
-            raise ValueError(f"tokenizer.transform.image_size={size} is not a multiple of the encoder's downsampling {factor}")
+            raise ValueError(
+                f"tokenizer.transform.image_size={size} is not a multiple of the encoder's downsampling {factor}"
+            )
         if config.kind == "sde" and teacher is None:
             raise ValueError("tokenizer.kind=sde needs a teacher; give one, or use kind=vqgan")
         self.config = config

@@ -72,9 +72,7 @@ def load_base_llm(config: LlmConfig) -> tuple[PreTrainedModel, PreTrainedTokeniz
     """A published causal LM and its tokenizer, by hub id or folder, in float32."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    model = AutoModelForCausalLM.from_pretrained(
-        config.base, dtype=torch.float32, attn_implementation=config.attention
-    )
+    model = AutoModelForCausalLM.from_pretrained(config.base, dtype=torch.float32, attn_implementation=config.attention)
     return model, AutoTokenizer.from_pretrained(config.base)
 
 

@@ -50,7 +50,9 @@ class Vocabulary:
             ValueError: a code outside the codebook.
         """
         if codes.numel() and (int(codes.min()) < 0 or int(codes.max()) >= self.codebook_size):
-            raise ValueError(f"codes lie in {int(codes.min())}..{int(codes.max())}, the codebook has {self.codebook_size}")
+            raise ValueError(
+                f"codes lie in {int(codes.min())}..{int(codes.max())}, the codebook has {self.codebook_size}"
+            )
         return codes + self.first_code
 
     def codes(self, token_ids: Tensor) -> Tensor:
@@ -90,9 +92,7 @@ def train_bpe(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=core, pad_token=PAD, eos_token=EOS)
 
 
-def extend_tokenizer(
-    tokenizer: PreTrainedTokenizerFast, codebook_size: int, grid: tuple[int, int]
-) -> Vocabulary:
+def extend_tokenizer(tokenizer: PreTrainedTokenizerFast, codebook_size: int, grid: tuple[int, int]) -> Vocabulary:
     """Add the markers and one token a code to a text tokenizer (MUSE-VL, section 3.2: the vocabulary is extended).
 
     Args:

@@ -84,7 +84,9 @@ def run(context: StageContext[DownloadConfig]) -> Outcome:
     rows = read_url_list(config)
     local = context.scratch / "rows.parquet"
     write_table(rows, local)
-    plan = store.create_plan(key, {"rows": store.put_file(local, "rows.parquet").to_json(), "shards": _cut(rows, config)})
+    plan = store.create_plan(
+        key, {"rows": store.put_file(local, "rows.parquet").to_json(), "shards": _cut(rows, config)}
+    )
     done = store.receipts(key)
     items = [item | {"rows": plan["rows"]} for item in plan["shards"] if item["shard"] not in done]
     worker = DownloadWorker(store, key, config)
@@ -102,12 +104,14 @@ def read_url_list(config: DownloadConfig) -> pa.Table:
     """
     path = _list_path(config)
     table = _read_table(path)
-    wanted = {"url": config.url_column, "caption": config.caption_column} | {name: name for name in config.extra_columns}
+    wanted = {"url": config.url_column, "caption": config.caption_column} | {
+        name: name for name in config.extra_columns
+    }
     for source in [*wanted.values(), *config.keep]:
         if source not in table.column_names:
             raise ValueError(
-                f"URL list {path} has no column {source!r}; it has {', '.join(table.column_names)}: set download.url_column, "
-                f"download.caption_column, download.extra_columns and download.keep to what the list has"
+                f"URL list {path} has no column {source!r}; it has {', '.join(table.column_names)}: set "
+                f"download.url_column, .caption_column, .extra_columns and .keep to what the list has"
             )
     for name, values in config.keep.items():
         table = table.filter(pc.is_in(pc.cast(table[name], pa.string()), pa.array(values, pa.string())))
@@ -153,7 +157,9 @@ class DownloadWorker:
             self.store.put_file(scratch / "shard.tar", f"images/{item['shard']}.tar"),
             self.store.put_file(scratch / "shard.parquet", f"metadata/{item['shard']}.parquet"),
         ]
-        splits = Counter(row.get("split") or "train" for row, m in zip(rows, metadata, strict=True) if m["status"] == "ok")
+        splits = Counter(
+            row.get("split") or "train" for row, m in zip(rows, metadata, strict=True) if m["status"] == "ok"
+        )
         return {
             "files": [entry.to_json() for entry in files],
             "status": dict(Counter(row["status"] for row in metadata)),
@@ -293,7 +299,9 @@ def _read_table(path: str) -> pa.Table:
         if suffix in (".csv", ".tsv"):
             separator = "\t" if suffix == ".tsv" else ","
             names = pyarrow.csv.open_csv(pa.BufferReader(_read_bytes(path)), parse_options=_csv(separator)).schema.names
-            options = pyarrow.csv.ConvertOptions(column_types=dict.fromkeys(names, pa.string()), strings_can_be_null=False)
+            options = pyarrow.csv.ConvertOptions(
+                column_types=dict.fromkeys(names, pa.string()), strings_can_be_null=False
+            )
             return pyarrow.csv.read_csv(buffer, parse_options=_csv(separator), convert_options=options)
     except pa.ArrowInvalid as error:
         raise ValueError(f"URL list {path} is not readable as {suffix[1:]}: {error}; check the file") from error

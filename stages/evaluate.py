@@ -70,7 +70,9 @@ def run(context: StageContext[EvaluateConfig]) -> Outcome:
     done = store.receipts(key)
     items = [item for item in plan["items"] if item["shard"] not in done]
     factory = TaskFactory(store, key, config, context.seed, context.inputs)
-    for _ in tracked(context.executor.map(factory, items, num_workers=config.num_workers), len(items), "evaluate shards"):
+    for _ in tracked(
+        context.executor.map(factory, items, num_workers=config.num_workers), len(items), "evaluate shards"
+    ):
         pass
     receipts = store.receipts(key)
     missing = [item["shard"] for item in plan["items"] if item["shard"] not in receipts]
@@ -78,7 +80,10 @@ def run(context: StageContext[EvaluateConfig]) -> Outcome:
     tables = gather(store, receipts)
     metric_rows = _metric_rows(context, tables, rows)
     files = []
-    for name, table in {"metrics": metrics_table(metric_rows), **{FILES[task]: t for task, t in tables.items()}}.items():
+    for name, table in {
+        "metrics": metrics_table(metric_rows),
+        **{FILES[task]: t for task, t in tables.items()},
+    }.items():
         path = context.scratch / f"{name}.parquet"
         write_table(table, path)
         files.append(store.put_file(path, f"{name}.parquet"))
@@ -137,7 +142,11 @@ def _understanding_rows(kind: str, table: pa.Table, config: EvaluateConfig) -> l
             "rule": "highest mean log-likelihood a token",
             "chance": 1 / config.num_choices,
         }
-        models = {kind: "correct", "baseline: raw-pixel prototypes": "pixel_baseline_correct", "ceiling: teacher": "teacher_correct"}
+        models = {
+            kind: "correct",
+            "baseline: raw-pixel prototypes": "pixel_baseline_correct",
+            "ceiling: teacher": "teacher_correct",
+        }
         for model, column in models.items():
             rule = settings if column == "correct" else settings | {"rule": "nearest of the choices"}
             common = {"model": model, "benchmark": "understanding", "split": "test", "settings": rule}

@@ -16,8 +16,11 @@ FILES = {"reconstruction": "reconstructions", "understanding": "answers", "gener
 """Name of each task's table in the artifact."""
 
 _TYPES: dict[str, pa.DataType] = {
-    "answer": pa.int32(), "picked": pa.int32(), "choices": pa.list_(pa.string()), "log_likelihoods": pa.list_(pa.float64()),
-}  # fmt: skip
+    "answer": pa.int32(),
+    "picked": pa.int32(),
+    "choices": pa.list_(pa.string()),
+    "log_likelihoods": pa.list_(pa.float64()),
+}
 
 
 def store_rows(store: Store, action_key: str, shard: str, task: str, rows: list[dict[str, Any]]) -> None:

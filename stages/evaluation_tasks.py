@@ -151,7 +151,9 @@ class EvaluationWorker:
         transform = self.tokenizer.config.transform
         source = ImageSource(self.job.store, self.job.inputs["download"], transform, split="test")
         if source.keys != self.rows.keys:
-            raise ValueError("the code table and the download differ in their held-out rows; tokenize this download again")
+            raise ValueError(
+                "the code table and the download differ in their held-out rows; tokenize this download again"
+            )
         return source
 
     @cached_property
@@ -239,7 +241,9 @@ class EvaluationWorker:
     def generate(self, rows: list[int]) -> list[dict[str, Any]]:
         """Draw an image for each held-out prompt and ask the frozen teacher which of some concepts it shows."""
         model, builder = self.vlm
-        prompts = [fill(self.config.prompt, self.rows.row(row)) for row in rows for _ in range(self.config.images_per_prompt)]
+        prompts = [
+            fill(self.config.prompt, self.rows.row(row)) for row in rows for _ in range(self.config.images_per_prompt)
+        ]
         generator = torch.Generator().manual_seed(mix_seed(self.job.seed, "drawing", rows[0]))
         with autocast(self.device, self.config.precision):
             codes = draw_codes(
@@ -250,7 +254,9 @@ class EvaluationWorker:
                 self.config.sampling,
                 generator,
             )
-            drawn = torch.cat([to_pixels(self.tokenizer.decode(part[:, None, None])).cpu() for part in codes.split(_BATCH)])
+            drawn = torch.cat(
+                [to_pixels(self.tokenizer.decode(part[:, None, None])).cpu() for part in codes.split(_BATCH)]
+            )
         found = []
         owners = [row for row in rows for _ in range(self.config.images_per_prompt)]
         asked = [self.concepts.choices(row, self.config.recognition_choices, RANDOM) for row in owners]

@@ -110,7 +110,7 @@ def _required(
 
 
 def find_artifact(name: str, recipe: Recipe, store: Store) -> Manifest | None:
-    """The artifact that a recipe's stage has in the store, or None where it, or one that it is made from, is missing."""
+    """The artifact of a recipe's stage, or None where the store lacks it or one that it is made from."""
     return find_artifacts(recipe, store, [name])[name]
 
 

@@ -35,7 +35,9 @@ class ImageSource:
         columns: extra columns of the metadata (concept, category, style, ...), one value an image.
     """
 
-    def __init__(self, store: Store, download: Manifest, transform: TransformConfig, *, split: str | None = None) -> None:
+    def __init__(
+        self, store: Store, download: Manifest, transform: TransformConfig, *, split: str | None = None
+    ) -> None:
         """
         Args:
             store: holds the download's blobs.
@@ -108,4 +110,3 @@ def _image_offsets(shard: Path) -> dict[str, tuple[int, int]]:
             if extension not in ("txt", "json"):
                 offsets[stem] = (member.offset_data, member.size)
     return offsets
-

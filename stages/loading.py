@@ -97,4 +97,3 @@ def load_tokenizer(store: Store, digest: str) -> ImageTokenizer:
 def subset(config: Any, config_class: type[Any]) -> Any:
     """The part of a stage config that a model config declares (stage configs inherit from model configs)."""
     return config_class(**{name: getattr(config, name) for name in config_class.model_fields})
-

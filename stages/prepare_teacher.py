@@ -178,7 +178,9 @@ def _weights_file(model: BackboneTeacherConfig) -> Path | None:
         return None
     path = _package_weights() if model.weights == "package:efficientnet-lite0" else Path(model.weights)
     if not path.is_file():
-        raise ValueError(f"teacher.model.weights={model.weights!r} is not a file; give a .safetensors or .pth path, or `hub`")
+        raise ValueError(
+            f"teacher.model.weights={model.weights!r} is not a file; give a .safetensors or .pth path, or `hub`"
+        )
     return path
 
 

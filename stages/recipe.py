@@ -75,12 +75,15 @@ def load_recipe(name_or_path: str, overrides: list[str] | None = None) -> Recipe
         path = RECIPE_FOLDER / f"{name_or_path}.yaml"
         if not path.exists():
             raise RecipeError(
-                f"unknown recipe {name_or_path!r}; the recipes are {', '.join(available_recipes())}; or give the path of a YAML file"
+                f"unknown recipe {name_or_path!r}; the recipes are {', '.join(available_recipes())}; "
+                f"or give the path of a YAML file"
             )
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError) as error:
-        raise RecipeError(f"cannot read recipe {path}: {' '.join(str(error).split())}; give a readable YAML file") from error
+        raise RecipeError(
+            f"cannot read recipe {path}: {' '.join(str(error).split())}; give a readable YAML file"
+        ) from error
     if not isinstance(values, dict):
         raise RecipeError(f"recipe {path} is not a mapping of sections; see stages/recipes/mini.yaml")
     values.setdefault("name", path.stem)

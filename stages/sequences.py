@@ -2,7 +2,8 @@
 
 Layouts (MUSE-VL, section 3.2); parts with loss are in brackets:
 pretraining, image first  [soi codes eoi text eos]; text first  [text soi codes eoi eos];
-understanding  user soi codes eoi question assistant [answer eos]; generation  user prompt assistant [soi codes eoi] eos.
+understanding  user soi codes eoi question assistant [answer eos];
+generation  user prompt assistant [soi codes eoi] eos.
 """
 
 from __future__ import annotations

@@ -61,7 +61,9 @@ def run(context: StageContext[SftConfig]) -> Outcome:
 def _sequence_maker(config: SftConfig) -> SequenceMaker:
     total = config.understanding_weight + config.generation_weight
     if total <= 0:
-        raise ValueError("sft.understanding_weight and sft.generation_weight are both 0; give at least one of them weight")
+        raise ValueError(
+            "sft.understanding_weight and sft.generation_weight are both 0; give at least one of them weight"
+        )
     understanding = config.understanding_weight / total
     question_weights = torch.tensor([template.weight for template in config.questions])
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from models.config import Config
 from models.tokenizers import ImageTokenizer
-from models.transforms import TransformConfig, load_image, normalise, to_tensor
+from models.transforms import load_image, normalise, to_tensor
 from stages.loading import load_tokenizer
 from stages.stage import Outcome, RuntimeFloat, RuntimeInt, Stage, StageContext
 from stages.standalone import run_standalone
@@ -48,9 +48,7 @@ def run(context: StageContext[TokenizeConfig]) -> Outcome:
     done = store.receipts(key)
     items = [{"shard": shard} for shard in plan["shards"] if shard not in done]
     factory = WorkerFactory(store, key, config, download.digest, tokenizer.digest)
-    results = context.executor.map(
-        factory, items, num_workers=config.num_workers, num_gpus=config.gpus_per_worker
-    )
+    results = context.executor.map(factory, items, num_workers=config.num_workers, num_gpus=config.gpus_per_worker)
     for _ in tracked(results, len(items), "tokenize shards"):
         pass
     receipts = store.receipts(key)
@@ -136,7 +134,9 @@ class TokenizeWorker:
 
 
 def _columns(sample: ImageSample, view: str) -> dict[str, str | None]:
-    extra = {name: str(value) for name, value in sample.json.items() if name not in ("url", "view", "text", "key", "codes")}
+    extra = {
+        name: str(value) for name, value in sample.json.items() if name not in ("url", "view", "text", "key", "codes")
+    }
     return {"text": sample.text, "view": view, **extra}
 
 

@@ -214,7 +214,9 @@ def mix_seed(*parts: object) -> int:
 def progress(total: int, label: str, *, initial: int = 0) -> tqdm[Any]:
     """A progress bar on a terminal; in a log, a line every half minute."""
     interval = 0.5 if sys.stderr.isatty() else 30.0
-    return tqdm(total=total, initial=initial, desc=label, mininterval=interval, maxinterval=interval, dynamic_ncols=True)
+    return tqdm(
+        total=total, initial=initial, desc=label, mininterval=interval, maxinterval=interval, dynamic_ncols=True
+    )
 
 
 def tracked(results: Iterator[Any], total: int, label: str) -> Iterator[Any]:
@@ -263,4 +265,3 @@ def _restore(
     pending.update(state["pending"])
     logger.info("resuming at step %d", step)
     return step
-

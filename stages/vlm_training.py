@@ -82,7 +82,9 @@ def fill(template: str, row: dict[str, str]) -> str:
         return template.format(**fields)
     except (KeyError, IndexError) as error:
         names = ", ".join(sorted(fields))
-        raise ValueError(f"template {template!r} names {error}, which the code table does not have; it has {names}") from error
+        raise ValueError(
+            f"template {template!r} names {error}, which the code table does not have; it has {names}"
+        ) from error
 
 
 SequenceMaker = Callable[[SequenceBuilder, CodedRows, int], Sequence]

@@ -1,4 +1,4 @@
-"""Image shards: tar files in the WebDataset layout (KEY.webp, KEY.txt, KEY.json), the same bytes for the same samples."""
+"""Image shards: tars in the WebDataset layout (KEY.webp, KEY.txt, KEY.json), the same bytes for the same samples."""
 
 import io
 import json
