@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from flows.text import megabytes, text_table
+from infra.malloc import reexec_with_fast_malloc
 from stages.errors import USER_ERRORS, report
 from stages.standalone import DEFAULT_STORE, STORE_VARIABLE, prepare_process, result_line, run_one_stage
 
@@ -45,6 +46,7 @@ DigestArgument = Annotated[str, typer.Argument(metavar="ARTIFACT", help="Digest,
 
 def main() -> None:
     """Entry point: user errors become one line on stderr and exit code 2."""
+    reexec_with_fast_malloc()
     try:
         app()
     except USER_ERRORS as error:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import pickle
-import platform
 import secrets
+import socket
 import sys
 import tempfile
 import traceback
@@ -108,11 +108,11 @@ class RayExecutor:
         if self._started:
             num_actors = min(num_actors, max(1, int(sum(node.get("CPU", 0) for node in nodes))))
         unfinished = dict(enumerate(items))
-        processes: set[tuple[str, int]] = set()
+        replacements: set[int] = set()
         dataset = _ray_dataset(factory, items, num_actors, cpus_per_worker(nodes, num_actors, num_gpus), num_gpus)
         try:
             for row in dataset.iter_rows():
-                processes.add((row["host"], row["pid"]))
+                replacements |= {row["pid"]} if row["is_replacement"] else set()
                 result = pickle.loads(row["outcome"])
                 if isinstance(result, Exception):
                     raise result
@@ -122,8 +122,8 @@ class RayExecutor:
             if not _is_worker_death(error):
                 raise
             raise WorkerDied(_death_message(len(items), unfinished)) from error
-        if len(processes) > num_actors:
-            logger.warning("%d worker processes died; others did their work", len(processes) - num_actors)
+        if replacements:
+            logger.warning("%d worker processes died and were replaced (out of memory?)", len(replacements))
 
     def close(self) -> None:
         """Leave the cluster; stop it if this executor started it."""
@@ -155,14 +155,12 @@ class RayExecutor:
         if ray.is_initialized():
             return
         if address is not None:
+            _check_answers(address)
             try:
-                ray.init(log_to_driver=False, logging_level=logging.WARNING)
+                with _without_log_level_line():
+                    ray.init(log_to_driver=False, logging_level=logging.WARNING)
             except (ConnectionError, RuntimeError, ValueError) as error:
-                reason = " ".join(str(error).split())
-                raise ClusterUnreachable(
-                    f"cannot connect to the Ray cluster of RAY_ADDRESS={address}: {reason}; start it, or unset "
-                    "RAY_ADDRESS to use this machine alone"
-                ) from error
+                raise _unreachable(address, error) from error
             logger.info("connected to the Ray cluster %s", address)
             return
         # `local`, not `auto`: that joins any cluster on this machine, another run's too, and dies with it
@@ -186,6 +184,9 @@ class _RayWorker:
         # Called with the first item, so that a death in it counts against an input and is not repeated for ever
         self._factory = factory
         self._worker: Worker | None = None
+        import ray
+
+        self._is_replacement = ray.get_runtime_context().was_current_actor_reconstructed
 
     def __call__(self, row: Item) -> Item:
         result: Item | Exception
@@ -198,8 +199,8 @@ class _RayWorker:
         return {
             "index": row["index"],
             "outcome": pickle.dumps(result),
-            "host": platform.node(),
             "pid": os.getpid(),
+            "is_replacement": self._is_replacement,
         }
 
 
@@ -250,6 +251,23 @@ def cpus_per_worker(nodes: Sequence[Mapping[str, float]], num_workers: int, num_
     if not cores:
         return 1
     return max(1, min(min(cores), sum(cores) // max(1, num_workers)))
+
+
+def _check_answers(address: str) -> None:
+    """Raise ClusterUnreachable unless something listens at a HOST:PORT; Ray itself would end the process instead."""
+    host, separator, port = address.removeprefix("ray://").rpartition(":")
+    if separator and port.isdigit():
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+        except OSError as error:
+            raise _unreachable(address, error) from error
+
+
+def _unreachable(address: str, error: Exception) -> ClusterUnreachable:
+    return ClusterUnreachable(
+        f"cannot connect to the Ray cluster of RAY_ADDRESS={address}: {' '.join(str(error).split())}; start it, or unset "
+        "RAY_ADDRESS to use this machine alone"
+    )
 
 
 @contextmanager

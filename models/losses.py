@@ -25,6 +25,8 @@ class LossConfig(Config):
     weights are out of reach; its values do not compare with LPIPS) or `none`."""
     perceptual_weight: float = 1.0
     """Weight of the perceptual distance."""
+    perceptual_fraction: float = 1.0
+    """Part of each batch that the perceptual distance looks at: an unbiased saving where it dominates a step."""
     lpips_vgg_weights: str | None = None
     """Path of torchvision's VGG16 state dict for machines without a hub; `null` lets `lpips` download it."""
     semantic_weight: float = 1.0
@@ -118,8 +120,12 @@ class LpipsDistance(nn.Module):
                 key.removeprefix("features."): value for key, value in vgg_state.items() if key.startswith("features.")
             }
             own = network.net.state_dict()
-            renamed = {key: trunk[key.split(".", 1)[1]] for key in own}
-            network.net.load_state_dict(renamed)
+            missing = sorted({key.split(".", 1)[1] for key in own} - trunk.keys())
+            if missing:
+                raise ValueError(
+                    f"loss.lpips_vgg_weights has no `features.{missing[0]}`; give torchvision's VGG16 state dict"
+                )
+            network.net.load_state_dict({key: trunk[key.split(".", 1)[1]] for key in own})
         self.__dict__["network"] = network.requires_grad_(False).eval()
 
     def forward(self, images: Tensor, references: Tensor) -> Tensor:

@@ -94,6 +94,7 @@ def pick(logits: Tensor, config: SamplingConfig, generator: torch.Generator) -> 
     if config.top_p < 1:
         ordered, order = probabilities.sort(1, descending=True)
         outside = ordered.cumsum(1) - ordered >= config.top_p  # the code that crosses the limit stays in
+        outside[:, 0] = False  # and the likeliest, even with top_p=0
         probabilities = torch.zeros_like(probabilities).scatter(1, order, ordered.masked_fill(outside, 0.0))
     # drawn on the CPU: a seed then means the same draw on every device
     return torch.multinomial(probabilities.cpu(), 1, generator=generator)[:, 0].to(logits.device)
@@ -113,14 +114,15 @@ def answer_tokens(model: PreTrainedModel, vocabulary: Vocabulary, prompt: list[i
         Token ids without the end.
     """
     device = next(model.parameters()).device
-    forbidden = [vocabulary.pad, vocabulary.user, vocabulary.assistant, vocabulary.soi, vocabulary.eoi]
+    forbidden = {vocabulary.pad, vocabulary.user, vocabulary.assistant, vocabulary.soi, vocabulary.eoi}
+    forbidden.discard(vocabulary.eos)  # some published LMs pad with the end of the sequence
     token_ids, cache, answer = torch.tensor([prompt], device=device), None, list[int]()
     for _ in range(max_tokens):
         output = model(input_ids=token_ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
         cache = output.past_key_values
         logits = output.logits[0, -1].float()
-        logits[vocabulary.first_code : vocabulary.size] = float("-inf")
-        logits[forbidden] = float("-inf")
+        logits[vocabulary.first_code :] = float("-inf")
+        logits[list(forbidden)] = float("-inf")
         token = int(logits.argmax())
         if token == vocabulary.eos:
             break

@@ -7,7 +7,9 @@ hand all of them the same tensors. Shape legend: B batch, h w code grid, C chann
 
 from __future__ import annotations
 
+import functools
 import re
+from collections.abc import Callable
 from typing import Annotated, Literal, NamedTuple
 
 import torch
@@ -235,6 +237,8 @@ class OpenClipTeacher(Teacher):
     """Patch features of an open_clip image tower and its two pooled towers."""
 
     has_text = True
+    pixel_mean: Tensor
+    pixel_std: Tensor
 
     def __init__(self, config: OpenClipTeacherConfig) -> None:
         super().__init__()
@@ -242,13 +246,27 @@ class OpenClipTeacher(Teacher):
         import open_clip
 
         self.model = open_clip.create_model(config.name, pretrained=config.pretrained)
-        self.tokenizer = open_clip.get_tokenizer(config.name)
+        self.config = config
         preprocess = open_clip.get_model_preprocess_cfg(self.model)
         size = preprocess["size"]
-        side = size if isinstance(size, int) else size[0]
-        self.normalisation = PixelNormalisation(side, tuple(preprocess["mean"]), tuple(preprocess["std"]))
+        self.side = size if isinstance(size, int) else size[0]
+        # buffers: the pixel statistics belong to the pretrained tag, so they travel with the weights
+        self.register_buffer("pixel_mean", torch.tensor(preprocess["mean"]))
+        self.register_buffer("pixel_std", torch.tensor(preprocess["std"]))
         with torch.no_grad():
-            self.feature_dim = self._patches(torch.zeros(1, 3, side, side)).shape[1]
+            self.feature_dim = self._patches(torch.zeros(1, 3, self.side, self.side)).shape[1]
+
+    @property
+    def normalisation(self) -> PixelNormalisation:
+        """Size and pixel statistics of the image tower."""
+        return PixelNormalisation(self.side, tuple(self.pixel_mean.tolist()), tuple(self.pixel_std.tolist()))
+
+    @functools.cached_property
+    def tokenizer(self) -> Callable[[list[str]], Tensor]:
+        """The text tower's; made when first needed, because SigLIP's comes from the hub."""
+        import open_clip
+
+        return open_clip.get_tokenizer(self.config.name)
 
     def _patches(self, pixels: Tensor) -> Tensor:
         """Normalised pixels -> last-layer patch features `[B, C, h', w']`."""
@@ -276,6 +294,7 @@ class TransformersTeacher(Teacher):
 
     def __init__(self, config: TransformersTeacherConfig) -> None:
         super().__init__()
+        make_torchvision_importable()
         from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 
         self.model = AutoModel.from_pretrained(config.path)
@@ -300,7 +319,9 @@ class TransformersTeacher(Teacher):
         return F.normalize(_pooled(output), dim=-1)
 
     def embed_texts(self, texts: list[str]) -> Tensor:
-        batch = self.tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt")
+        # SigLIP learned from texts padded to this length, which SigLIP2's tokenizer does not know
+        length = self.model.config.text_config.max_position_embeddings
+        batch = self.tokenizer(texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
         device = next(self.model.parameters()).device
         return F.normalize(_pooled(self.model.get_text_features(input_ids=batch["input_ids"].to(device))), dim=-1)
 
@@ -357,7 +378,8 @@ def convert_efficientnet_lite0(state: dict[str, Tensor]) -> dict[str, Tensor]:
         if parts[0] == "_blocks":
             names = _LUKEMELAS_BLOCK.get(parts[2], (None, None))
             new = names[1] if int(parts[1]) == 0 else names[0]
-            prefix = f"{position[int(parts[1])]}.{new}" if new else None
+            block = int(parts[1])
+            prefix = f"{position[block]}.{new}" if new and block < len(position) else None
         else:
             prefix = top.get(parts[0])
         if prefix is None:

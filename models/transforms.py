@@ -36,15 +36,22 @@ def load_image(data: bytes, config: TransformConfig) -> Image.Image:
         RGB image of `image_size` x `image_size` pixels, EXIF orientation applied, transparency flattened.
 
     Raises:
-        OSError: the bytes are not an image or are cut off (Pillow's `UnidentifiedImageError` is one).
+        OSError: the bytes are not an image, are damaged or cut off, or decode to more pixels than Pillow allows.
     """
-    with Image.open(io.BytesIO(data)) as opened:
-        return shape_image(opened, config)
+    try:
+        with Image.open(io.BytesIO(data)) as opened:
+            return shape_image(opened, config)
+    except OSError:
+        raise
+    except Exception as error:  # on damaged bytes Pillow also raises SyntaxError, ValueError, RuntimeError, ...
+        raise OSError(f"cannot decode the image: {error}") from error
 
 
 def shape_image(opened: Image.Image, config: TransformConfig) -> Image.Image:
     """`load_image` for an image that is open already."""
     upright = ImageOps.exif_transpose(opened)
+    if upright.mode.startswith("I"):
+        upright = _eight_bit(upright)
     if upright.mode in ("RGBA", "LA", "PA") or "transparency" in upright.info:
         rgba = upright.convert("RGBA")
         flat = Image.new("RGBA", rgba.size, (*config.background, 255))
@@ -59,6 +66,11 @@ def shape_image(opened: Image.Image, config: TransformConfig) -> Image.Image:
     if config.resize == "pad":
         return ImageOps.pad(image, size, Image.Resampling.BICUBIC, color=config.background)
     return ImageOps.fit(image, size, Image.Resampling.BICUBIC)
+
+
+def _eight_bit(image: Image.Image) -> Image.Image:
+    """A 16-bit grey image scaled to 8 bits; Pillow's own conversion clips instead, which makes most of them white."""
+    return Image.fromarray((np.asarray(image).clip(0, 65_535) / 257).round().astype(np.uint8))
 
 
 def to_tensor(images: list[Image.Image]) -> Tensor:

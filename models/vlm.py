@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models.config import Config
+from models.torchvision_compat import make_torchvision_importable
 from models.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
@@ -47,6 +48,7 @@ class LlmConfig(Config):
 
 def build_small_llm(config: LlmConfig, vocabulary: Vocabulary) -> PreTrainedModel:
     """A Qwen2-architecture causal LM with random weights over the extended vocabulary."""
+    make_torchvision_importable()
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     return Qwen2ForCausalLM(
@@ -70,6 +72,7 @@ def build_small_llm(config: LlmConfig, vocabulary: Vocabulary) -> PreTrainedMode
 
 def load_base_llm(config: LlmConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
     """A published causal LM and its tokenizer, by hub id or folder, in float32."""
+    make_torchvision_importable()
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model = AutoModelForCausalLM.from_pretrained(config.base, dtype=torch.float32, attn_implementation=config.attention)

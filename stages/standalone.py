@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from infra.malloc import reexec_with_fast_malloc
 from stages.errors import USER_ERRORS, report
 
 if TYPE_CHECKING:
@@ -28,11 +30,13 @@ def run_standalone(name: str, argv: Sequence[str] | None = None) -> int:
 
     Args:
         name: of the stage.
-        argv: arguments; default those of the process.
+        argv: arguments; default those of the process, which is then started again with the faster allocator.
 
     Returns:
         The exit code: 0, or 2 after one line on stderr about what is wrong.
     """
+    if argv is None:
+        reexec_with_fast_malloc()
     parser = argparse.ArgumentParser(
         prog=f"python -m stages.{name}",
         description=f"Run the stage {name} of a recipe; its inputs are found in the store.",
@@ -82,6 +86,8 @@ def result_line(result: StageResult) -> str:
 def prepare_process() -> None:
     """Settings of a process that runs stages: what is said on the way, and no look-ups of newer versions online."""
     os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(message)s"))
     for package in ("stages", "infra", "storage"):

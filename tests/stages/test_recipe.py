@@ -1,0 +1,91 @@
+"""Recipes: each that ships loads, overrides reach their field, and mistakes are named with a way out."""
+
+from pathlib import Path
+
+import pytest
+
+from stages.recipe import STAGES, RecipeError, available_recipes, load_recipe
+
+
+@pytest.mark.parametrize("name", available_recipes())
+def test_shipped_recipes_load_and_say_what_they_are_for(name: str) -> None:
+    recipe = load_recipe(name)
+    assert recipe.name == name
+    assert recipe.description
+    assert all(recipe.section(stage) is not None for stage in STAGES.values())
+
+
+def test_every_stage_comes_after_those_that_feed_it() -> None:
+    seen: set[str] = set()
+    for name, stage in STAGES.items():
+        assert set(stage.inputs) <= seen
+        seen.add(name)
+
+
+def test_an_override_changes_its_field_and_nothing_else() -> None:
+    plain, changed = load_recipe("mini"), load_recipe("mini", ["tokenizer.quantizer.codebook_size=77", "seed=5"])
+    assert changed.tokenizer.quantizer.codebook_size == 77
+    assert changed.seed == 5
+    quantizer = changed.tokenizer.quantizer.model_copy(
+        update={"codebook_size": plain.tokenizer.quantizer.codebook_size}
+    )
+    tokenizer = changed.tokenizer.model_copy(update={"quantizer": quantizer})
+    assert changed.model_copy(update={"tokenizer": tokenizer, "seed": plain.seed}) == plain
+
+
+def test_override_values_are_yaml() -> None:
+    recipe = load_recipe("mini", ["download.keep={category: [flags]}", "tokenize.flip=false"])
+    assert recipe.download.keep == {"category": ("flags",)}
+    assert recipe.tokenize.flip is False
+
+
+def test_a_recipe_can_be_a_file_and_takes_its_name_from_it(tmp_path: Path) -> None:
+    source = Path(__file__).parents[2] / "stages" / "recipes" / "mini.yaml"
+    lines = [line for line in source.read_text().splitlines() if not line.startswith("name:")]
+    (tmp_path / "mine.yaml").write_text("\n".join(lines))
+    assert load_recipe(str(tmp_path / "mine.yaml")).name == "mine"
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("sft.setps=3", "unknown field 'sft.setps'; did you mean 'steps'?"),
+        ("tokenizer.quantizer.codebok_size=3", "did you mean 'codebook_size'?"),
+        ("tokenizr.steps=3", "unknown field 'tokenizr'; did you mean 'tokenizer'?"),
+        ("sft.zzz=3", "unknown field 'sft.zzz'; the fields are "),
+        ("sft.steps=many", "field 'sft.steps' has value 'many'"),
+        ("sft.steps", "not of the form section.field=value"),
+        ("=3", "not of the form section.field=value"),
+        ("seed.deeper=3", "'seed' is a value and has no fields"),
+        ("sft.steps=[1", "'[1' is not a YAML value"),
+    ],
+)
+def test_a_wrong_override_is_named_in_one_line(override: str, message: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        load_recipe("mini", [override])
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_unknown_recipe_lists_those_that_exist() -> None:
+    with pytest.raises(RecipeError, match=r"unknown recipe 'minni'.*mini"):
+        load_recipe("minni")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "cannot read recipe"),
+        ("a: [1", "cannot read recipe"),
+        ("- 1", "not a mapping"),
+        ("sft: {}", "field 'download' is missing"),
+    ],
+)
+def test_a_broken_recipe_file_is_named_in_one_line(content: str | None, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "broken.yaml"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(RecipeError, match=message) as caught:
+        load_recipe(str(path))
+    assert "broken" in str(caught.value)
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,111 @@
+"""`python -m stages.NAME`: what a shell or a Ray job runs."""
+
+import dataclasses
+import json
+import logging
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from stages import recipe, standalone
+from stages.errors import one_line, report
+from stages.stage import Outcome, StageContext
+from storage.errors import UnknownArtifact
+
+ROOT = Path(__file__).parents[2]
+
+
+def empty_outcome(context: StageContext[object]) -> Outcome:
+    return Outcome("stub", [context.store.put_bytes(b"made", "file.txt")])
+
+
+@pytest.fixture(autouse=True)
+def _unchanged_loggers() -> Iterator[None]:
+    """Undo what a command does to the loggers of its process."""
+    loggers = [logging.getLogger(name) for name in ("stages", "infra", "storage")]
+    before = [(logger.level, logger.propagate, list(logger.handlers)) for logger in loggers]
+    yield
+    for logger, (level, propagate, handlers) in zip(loggers, before, strict=True):
+        logger.level, logger.propagate, logger.handlers = level, propagate, handlers
+
+
+@pytest.fixture
+def stub_download(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A download stage that downloads nothing."""
+    stage = dataclasses.replace(recipe.STAGES["download"], run=empty_outcome, external_inputs=None)
+    monkeypatch.setitem(recipe.STAGES, "download", stage)
+
+
+def run(*arguments: str) -> int:
+    return standalone.run_standalone("download", [*arguments, "--executor", "local"])
+
+
+@pytest.mark.usefixtures("stub_download")
+def test_the_first_call_makes_and_the_second_finds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("--store", str(tmp_path)) == 0
+    name, result, digest, *_ = capsys.readouterr().out.split()
+    assert (name, result, len(digest)) == ("download", "made", 64)
+    assert run("--store", str(tmp_path)) == 0
+    out = capsys.readouterr().out
+    assert out.split()[:3] == ["download", "hit", digest]
+    assert out.count("\n") == 1
+
+
+@pytest.mark.usefixtures("stub_download")
+def test_an_override_makes_another_result(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run("--store", str(tmp_path))
+    assert run("--store", str(tmp_path), "--set", "seed=9", "--set", "download.rows_per_shard=7") == 0
+    assert capsys.readouterr().out.splitlines()[-1].split()[1] == "made"
+
+
+@pytest.mark.usefixtures("stub_download")
+def test_the_store_of_the_environment_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(standalone.STORE_VARIABLE, str(tmp_path / "elsewhere"))
+    assert run() == 0
+    assert (tmp_path / "elsewhere" / "actions").is_dir()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--recipe", "nosuch"], "unknown recipe 'nosuch'"),
+        (["--set", "download.rows_per_shrd=7"], "did you mean 'rows_per_shard'?"),
+        (["--store", "/proc/nowhere"], "/proc/nowhere"),
+    ],
+)
+def test_bad_input_gives_one_line_and_exit_code_2(
+    arguments: list[str], words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("--store", str(tmp_path), *arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("musevl: ")
+    assert captured.err.count("\n") == 1
+    assert words in captured.err
+
+
+def test_a_stage_module_is_a_command(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "stages.tokenize", "--recipe", "mini", "--store", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    assert done.stderr.startswith("musevl: tokenize needs the artifact of download")
+    assert done.stderr.count("\n") == 1
+
+
+def test_debug_and_defects_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ZeroDivisionError):
+        report(ZeroDivisionError("a defect"))
+    monkeypatch.setenv("MUSEVL_DEBUG", "1")
+    with pytest.raises(ValueError, match="bad field"):
+        report(ValueError("bad field"))
+
+
+def test_an_error_of_a_library_says_its_type_and_how_to_see_where() -> None:
+    with pytest.raises(json.JSONDecodeError) as caught:
+        json.loads("{")
+    assert one_line(caught.value).startswith("JSONDecodeError: ")
+    assert one_line(caught.value).endswith("(MUSEVL_DEBUG=1 shows where)")
+    assert one_line(UnknownArtifact("no artifact\nbegins so")) == "no artifact begins so"
