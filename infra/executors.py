@@ -264,9 +264,10 @@ def _check_answers(address: str) -> None:
 
 
 def _unreachable(address: str, error: Exception) -> ClusterUnreachable:
+    reason = " ".join(str(error).split())
     return ClusterUnreachable(
-        f"cannot connect to the Ray cluster of RAY_ADDRESS={address}: {' '.join(str(error).split())}; start it, or unset "
-        "RAY_ADDRESS to use this machine alone"
+        f"cannot connect to the Ray cluster of RAY_ADDRESS={address}: {reason}; start it, or unset RAY_ADDRESS to use "
+        "this machine alone"
     )
 
 

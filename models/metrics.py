@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from models.torchvision_compat import make_torchvision_importable
+
 
 class CodebookStatistics(NamedTuple):
     """How a codebook is used."""
@@ -51,6 +53,7 @@ def ssim(pixels: Tensor, references: Tensor, *, data_range: float = 1.0) -> Tens
     Returns:
         `[B]` float32.
     """
+    make_torchvision_importable()
     from torchmetrics.functional.image import structural_similarity_index_measure
 
     values = structural_similarity_index_measure(

@@ -70,26 +70,18 @@ class Vocabulary:
 
 
 def train_bpe(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE over some texts, with the turn markers, padding and end of sequence.
+    """A byte-level BPE over some texts, with padding and end of sequence, that splits texts as Qwen2 does.
+
+    `AutoTokenizer` reads the folder of a Qwen2 model with Qwen2's splitting, whatever splitting was saved there.
 
     Args:
         texts: whatever the model is to read.
         vocab_size: most tokens; 256 bytes are always there, so every text can be written.
     """
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
+    from transformers import Qwen2Tokenizer
 
-    core = Tokenizer(models.BPE())
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    core.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        special_tokens=[PAD, EOS],
-        show_progress=False,
-    )
-    core.train_from_iterator(sorted(set(texts)), trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=core, pad_token=PAD, eos_token=EOS)
+    blank = Qwen2Tokenizer(vocab={PAD: 0, EOS: 1}, merges=[], unk_token=None, pad_token=PAD, eos_token=EOS)
+    return blank.train_new_from_iterator(sorted(set(texts)), vocab_size, show_progress=False)
 
 
 def extend_tokenizer(tokenizer: PreTrainedTokenizerFast, codebook_size: int, grid: tuple[int, int]) -> Vocabulary:

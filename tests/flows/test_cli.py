@@ -91,9 +91,7 @@ def test_help_needs_no_heavy_library(arguments: list[str], prefect_environment: 
         ("generate bird", "run `musevl stage sft --recipe mini`"),
     ],
 )
-def test_bad_input_gives_one_line_and_exit_code_2(
-    arguments: str, words: str, musevl: Command, tmp_path: Path
-) -> None:
+def test_bad_input_gives_one_line_and_exit_code_2(arguments: str, words: str, musevl: Command, tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text("no picture")
     Image.new("RGB", (8, 8)).save(tmp_path / "image.png")
     done = musevl(*arguments.split())

@@ -82,5 +82,5 @@ def test_a_deployed_run_of_the_whole_pipeline_fills_the_store(
     assert "Completed" in output, worker_log.read_text()[-4000:]
     made = {record["stage"] for record in Store(store_uri).runs() if not record["hit"]}
     assert made == set(STAGES)
-    published = {artifact["key"] for artifact in query(prefect_server, "artifacts")}
-    assert published == {f"tiny-{name.replace('_', '-')}" for name in STAGES}
+    published = {artifact["key"] for artifact in query(prefect_server, "artifacts") if artifact["type"] == "markdown"}
+    assert published >= {f"tiny-{name.replace('_', '-')}" for name in STAGES}

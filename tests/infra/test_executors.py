@@ -176,7 +176,8 @@ def test_a_local_cluster_is_silent_and_leaves_the_home_folder_alone(tmp_path: Pa
         "from infra.executors import RayExecutor\n"
         "for turn in range(2):\n"
         "    executor = RayExecutor(num_cpus=1)\n"
-        "    print(sorted(r['n'] for r in executor.map(lambda: lambda item: item, [{'n': 1}, {'n': 2}], num_workers=2)))\n"
+        "    results = executor.map(lambda: lambda item: item, [{'n': 1}, {'n': 2}], num_workers=2)\n"
+        "    print(sorted(result['n'] for result in results))\n"
         "    executor.close()\n"
     )
     kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}

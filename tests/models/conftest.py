@@ -2,7 +2,7 @@
 
 import io
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -35,6 +35,15 @@ class StubTeacher(Teacher):
     def features(self, images: Tensor, grid: tuple[int, int]) -> Tensor:
         maps = nn.functional.adaptive_avg_pool2d(self.conv(images), grid).permute(0, 2, 3, 1)
         return nn.functional.layer_norm(maps, maps.shape[-1:])
+
+
+@pytest.fixture(scope="package", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Tensors are tiny here: more threads only wait for one another, long on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture

@@ -92,7 +92,8 @@ def test_lists_of_all_formats_give_the_same_rows(tmp_path: Path) -> None:
     pq.write_table(table, tmp_path / "list.parquet")
     (tmp_path / "list.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     (tmp_path / "list.csv").write_text('url,caption,n\nhttp://a/1,"one, two",1\nhttp://a/2,None,2\n', encoding="utf-8")
-    (tmp_path / "list.tsv").write_text("url\tcaption\tn\nhttp://a/1\tone, two\t1\nhttp://a/2\tNone\t2\n", encoding="utf-8")
+    tabbed = "url\tcaption\tn\nhttp://a/1\tone, two\t1\nhttp://a/2\tNone\t2\n"
+    (tmp_path / "list.tsv").write_text(tabbed, encoding="utf-8")
     for suffix in ("parquet", "jsonl", "csv", "tsv"):
         config = DownloadConfig(url_list=str(tmp_path / f"list.{suffix}"), extra_columns=("n",))
         assert read_url_list(config).to_pylist() == rows, suffix

@@ -111,7 +111,8 @@ assert torch.equal(found, torch.load("expected.pt", weights_only=True))
 assert not any(name.split(".")[0] in ("stages", "models", "storage") for name in sys.modules)
 """
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    ended = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    command = [sys.executable, "-c", script]
+    ended = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr
 
 

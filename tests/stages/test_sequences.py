@@ -48,7 +48,8 @@ def test_drawing_prompt_is_what_generation_was_trained_on(builder: SequenceBuild
 
 
 def test_batch_pads_on_the_right_without_loss(builder: SequenceBuilder) -> None:
-    short, long = builder.pretraining("", CODES, image_first=False), builder.pretraining("a fox", CODES, image_first=True)
+    short = builder.pretraining("", CODES, image_first=False)
+    long = builder.pretraining("a fox", CODES, image_first=True)
     batch = builder.batch([short, long])
     assert batch.token_ids.shape == batch.labels.shape == batch.attention_mask.shape == (2, len(long.token_ids))
     padding = batch.attention_mask[0] == 0

@@ -1,0 +1,278 @@
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from models.teachers import (
+    BackboneTeacher,
+    BackboneTeacherConfig,
+    OpenClipTeacher,
+    OpenClipTeacherConfig,
+    PixelNormalisation,
+    Teacher,
+    TransformersTeacher,
+    TransformersTeacherConfig,
+    build_teacher,
+    convert_efficientnet_lite0,
+    split_words,
+)
+from models.torchvision_compat import make_torchvision_importable
+
+Emoji = Callable[[str], Tensor]
+
+
+@pytest.fixture
+def images() -> Tensor:
+    return torch.rand(2, 3, 48, 48, generator=torch.Generator().manual_seed(3)) * 2 - 1
+
+
+def check_contract(teacher: Teacher, images: Tensor, grid: tuple[int, int]) -> None:
+    """What every teacher promises: shape, scale, determinism, frozen whatever its parent does."""
+    features = teacher.features(images, grid)
+    assert features.shape == (len(images), *grid, teacher.feature_dim)
+    assert features.dtype == torch.float32
+    assert torch.equal(features, teacher.train(True).features(images, grid))
+    assert not any(module.training for module in teacher.modules())
+    parent = torch.nn.ModuleList([teacher]).train()
+    assert not any(module.training for module in parent[0].modules())
+    assert not any(parameter.requires_grad for parameter in teacher.parameters())
+    assert not features.requires_grad
+    embedded = teacher.embed_images(images)
+    torch.testing.assert_close(embedded.norm(dim=1), torch.ones(len(images)))
+    torch.testing.assert_close(embedded[:1], teacher.embed_images(images[:1]), atol=1e-5, rtol=1e-4)
+
+
+def check_standardised(features: Tensor) -> None:
+    torch.testing.assert_close(features.mean(-1), torch.zeros(features.shape[:-1]), atol=1e-5, rtol=0)
+    torch.testing.assert_close(features.var(-1, unbiased=False), torch.ones(features.shape[:-1]), atol=1e-2, rtol=0)
+
+
+def check_texts(teacher: Teacher) -> None:
+    texts = ["a cat", "dog"]
+    embedded = teacher.embed_texts(texts)
+    torch.testing.assert_close(embedded.norm(dim=1), torch.ones(2))
+    torch.testing.assert_close(embedded[1:], teacher.embed_texts(texts[1:]), atol=1e-5, rtol=1e-4)
+    assert not torch.allclose(embedded[0], embedded[1])
+    assert teacher.has_text
+
+
+def test_pixel_normalisation_equals_its_formula() -> None:
+    images = torch.rand(1, 3, 8, 8) * 2 - 1
+    normalised = PixelNormalisation(8, (0.1, 0.2, 0.3), (0.4, 0.5, 0.6))(images)
+    for channel, (mean, std) in enumerate([(0.1, 0.4), (0.2, 0.5), (0.3, 0.6)]):
+        torch.testing.assert_close(normalised[:, channel], ((images[:, channel] + 1) / 2 - mean) / std)
+    assert PixelNormalisation(5, (0.5,) * 3, (0.5,) * 3)(images).shape == (1, 3, 5, 5)
+
+
+class TestBackboneTeacher:
+    def test_contract_holds_without_a_head(self, backbone_teacher: BackboneTeacher, images: Tensor) -> None:
+        check_contract(backbone_teacher, images, (4, 4))
+        first, second = backbone_teacher.features(images, (4, 4)).split([112, 320], dim=-1)  # stages 4 and 6 of Lite0
+        check_standardised(first)
+        check_standardised(second)
+        assert not backbone_teacher.has_text
+
+    def test_contract_holds_with_a_head(self, aligned_teacher: BackboneTeacher, images: Tensor) -> None:
+        check_contract(aligned_teacher, images, (4, 4))
+        check_standardised(aligned_teacher.features(images, (4, 4)))
+        check_texts(aligned_teacher)
+
+    def test_features_of_a_stage_are_timms(self, efficientnet_state: dict[str, Tensor], images: Tensor) -> None:
+        make_torchvision_importable()
+        import timm
+
+        config = BackboneTeacherConfig(input_size=64, feature_blocks=(6,), head=None)
+        teacher = BackboneTeacher(config, efficientnet_state, None).freeze()
+        model = timm.create_model("tf_efficientnet_lite0", pretrained=False)
+        model.load_state_dict(efficientnet_state)
+        resized = torch.nn.functional.interpolate(images, size=(64, 64), mode="bicubic", antialias=True)
+        data = timm.data.resolve_model_data_config(model)
+        mean, std = (torch.tensor(data[name]).view(1, 3, 1, 1) for name in ("mean", "std"))
+        with torch.no_grad():
+            last = model.eval().forward_intermediates(((resized + 1) / 2 - mean) / std, intermediates_only=True)[-1]
+        maps = last.permute(0, 2, 3, 1)
+        expected = torch.nn.functional.layer_norm(maps, maps.shape[-1:])
+        torch.testing.assert_close(teacher.features(images, (2, 2)), expected, atol=1e-4, rtol=1e-3)
+
+    def test_converted_weights_know_their_classes(self, efficientnet_state: dict[str, Tensor], emoji: Emoji) -> None:
+        make_torchvision_importable()
+        import timm
+
+        model = timm.create_model("tf_efficientnet_lite0", pretrained=False).eval()
+        model.load_state_dict(efficientnet_state, strict=True)
+        data = timm.data.resolve_model_data_config(model)
+        normalise = PixelNormalisation(224, data["mean"], data["std"])
+        for code, wanted in {"1f353": 949, "1f34d": 953, "1f34a": 950, "1f427": 145, "1f98b": 323}.items():
+            with torch.no_grad():
+                logits = model(normalise(emoji(code)))[0]
+            rank = int((logits > logits[wanted]).sum())
+            assert rank < 20, f"{code} is ImageNet's class {wanted}, though it is drawn"
+
+    def test_crops_of_one_emoji_are_closer_than_other_emoji(
+        self, backbone_teacher: BackboneTeacher, emoji: Emoji
+    ) -> None:
+        pictures = [emoji(code) for code in ("1f431", "1f697", "1f34c", "1f3e0")]
+        crops = torch.cat([picture[..., start : start + 112, :112] for picture in pictures for start in (0, 16)])
+        embedded = backbone_teacher.embed_images(crops)
+        similarity = embedded @ embedded.T - 2 * torch.eye(8)
+        assert similarity.argmax(1).tolist() == [1, 0, 3, 2, 5, 4, 7, 6]
+
+    def test_no_text_tower_is_said(self, backbone_teacher: BackboneTeacher) -> None:
+        with pytest.raises(ValueError, match="BackboneTeacher has no text tower"):
+            backbone_teacher.embed_texts(["cat"])
+
+    def test_no_weights_are_refused(self) -> None:
+        with pytest.raises(ValueError, match="'tf_efficientnet_lite0' was given no weights"):
+            build_teacher(BackboneTeacherConfig())
+
+    def test_a_teacher_comes_back_from_its_state(self, aligned_teacher: BackboneTeacher, images: Tensor) -> None:
+        loaded = BackboneTeacher(aligned_teacher.config, None, aligned_teacher.head.words).freeze()
+        loaded.load_state_dict(aligned_teacher.state_dict())
+        torch.testing.assert_close(loaded.features(images, (4, 4)), aligned_teacher.features(images, (4, 4)))
+        torch.testing.assert_close(loaded.embed_texts(["a dog"]), aligned_teacher.embed_texts(["a dog"]))
+
+    def test_words_are_a_bag(self, aligned_teacher: BackboneTeacher) -> None:
+        a, b, unknown, empty = aligned_teacher.embed_texts(["Cat, dog!", "dog cat", "zebra", ""])
+        torch.testing.assert_close(a, b)
+        torch.testing.assert_close(unknown, empty)
+        assert split_words("A cat's 2 Eyes!") == ["a", "cat", "s", "2", "eyes"]
+
+    @pytest.mark.parametrize("key", ["_blocks.16._bn1.weight", "_blocks.3._se_reduce.weight", "layer1.0.weight"])
+    def test_keys_of_other_networks_are_refused_by_name(self, key: str) -> None:
+        with pytest.raises(ValueError, match=key.replace(".", r"\.")):
+            convert_efficientnet_lite0({key: torch.zeros(1)})
+
+
+@pytest.fixture(scope="module", params=["vit", "timm"])
+def open_clip_name(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A tiny architecture: open_clip's own ViT with a class token, or a timm trunk as its SigLIP models have it."""
+    make_torchvision_importable()
+    import open_clip
+
+    vision: dict[str, Any] = {"image_size": 32, "layers": 2, "width": 64, "head_width": 32, "patch_size": 8}
+    text = {"context_length": 16, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1}
+    config: dict[str, Any] = {"embed_dim": 24, "vision_cfg": vision, "text_cfg": text}
+    if request.param == "timm":
+        vision = {
+            "image_size": 32,
+            "timm_model_name": "test_vit",
+            "timm_model_pretrained": False,
+            "timm_pool": "avg",
+            "timm_proj": "linear",
+        }
+        extras = {"no_causal_mask": True, "proj_bias": True, "pool_type": "last"}
+        config |= {"custom_text": True, "init_logit_bias": -10, "vision_cfg": vision, "text_cfg": text | extras}
+    name = f"tiny-{request.param}"
+    path = tmp_path_factory.mktemp("open_clip") / f"{name}.json"
+    path.write_text(json.dumps(config))
+    open_clip.add_model_config(path)
+    return name
+
+
+class TestOpenClipTeacher:
+    @pytest.fixture
+    def teacher(self, open_clip_name: str) -> Teacher:
+        torch.manual_seed(0)
+        return build_teacher(OpenClipTeacherConfig(name=open_clip_name, pretrained=None))
+
+    def test_contract_holds(self, teacher: Teacher, images: Tensor) -> None:
+        check_contract(teacher, images, (4, 4))
+        check_standardised(teacher.features(images, (4, 4)))
+        assert teacher.features(images, (3, 5)).shape[1:3] == (3, 5)
+        check_texts(teacher)
+
+    def test_features_keep_their_places(self, teacher: OpenClipTeacher) -> None:
+        patches = teacher._patches(torch.zeros(1, 3, teacher.side, teacher.side))
+        grid = (patches.shape[2], patches.shape[3])
+        images = torch.zeros(1, 3, teacher.side, teacher.side)
+        changed = images.clone()
+        changed[..., :4, -4:] = 1.0
+        moved = (teacher.features(images, grid) - teacher.features(changed, grid)).norm(dim=-1)[0]
+        assert int(moved.argmax()) == grid[1] - 1, "the upper right patch changed most"
+
+    def test_pixel_statistics_travel_with_the_weights(self, teacher: OpenClipTeacher, images: Tensor) -> None:
+        """The tag's statistics are lost where a snapshot is built again without the tag, unless they are saved."""
+        teacher.pixel_mean.fill_(0.5)
+        teacher.pixel_std.fill_(0.25)
+        loaded = OpenClipTeacher(teacher.config).freeze()
+        loaded.load_state_dict(teacher.state_dict())
+        assert loaded.normalisation == PixelNormalisation(32, (0.5,) * 3, (0.25,) * 3)
+        torch.testing.assert_close(loaded.features(images, (4, 4)), teacher.features(images, (4, 4)))
+
+    def test_pixel_statistics_are_the_models_own(self, teacher: OpenClipTeacher) -> None:
+        import open_clip
+
+        known = open_clip.get_model_preprocess_cfg(teacher.model)
+        assert teacher.normalisation.mean == pytest.approx(known["mean"])
+        assert teacher.normalisation.std == pytest.approx(known["std"])
+
+
+def save_word_tokenizer(folder: Path, length: int | None) -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    core = Tokenizer(models.WordLevel({"<pad>": 0, "<unk>": 1, "a": 2, "cat": 3, "dog": 4, "</s>": 5}, "<unk>"))
+    core.pre_tokenizer = pre_tokenizers.Whitespace()
+    options = {} if length is None else {"model_max_length": length}
+    PreTrainedTokenizerFast(
+        tokenizer_object=core, pad_token="<pad>", unk_token="<unk>", eos_token="</s>", **options
+    ).save_pretrained(folder)
+
+
+@pytest.fixture(scope="module", params=["siglip", "clip", "siglip2"])
+def transformers_folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random model with a tokenizer and an image processor of its own.
+
+    The third is a SigLIP2 of fixed resolution: the architecture of SigLIP, a tokenizer that knows no longest text.
+    """
+    make_torchvision_importable()
+    from transformers import (
+        CLIPConfig,
+        CLIPImageProcessor,
+        CLIPModel,
+        SiglipConfig,
+        SiglipImageProcessor,
+        SiglipModel,
+    )
+
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp(str(request.param))
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    vision = sizes | {"image_size": 32, "patch_size": 8}
+    text = sizes | {"vocab_size": 6, "max_position_embeddings": 10, "pad_token_id": 0, "eos_token_id": 5}
+    statistics = {"image_mean": [0.4, 0.5, 0.6], "image_std": [0.2, 0.3, 0.4]}
+    if request.param == "clip":
+        CLIPModel(CLIPConfig(vision_config=vision, text_config=text, projection_dim=24)).save_pretrained(folder)
+        CLIPImageProcessor(**statistics).save_pretrained(folder)
+    else:
+        SiglipModel(SiglipConfig(vision_config=vision, text_config=text)).save_pretrained(folder)
+        SiglipImageProcessor(**statistics).save_pretrained(folder)
+    save_word_tokenizer(folder, None if request.param == "siglip2" else 10)
+    return folder
+
+
+class TestTransformersTeacher:
+    @pytest.fixture
+    def teacher(self, transformers_folder: Path) -> Teacher:
+        return build_teacher(TransformersTeacherConfig(path=str(transformers_folder)))
+
+    def test_contract_holds(self, teacher: Teacher, images: Tensor) -> None:
+        check_contract(teacher, images, (4, 4))
+        check_standardised(teacher.features(images, (4, 4)))
+        assert teacher.features(images, (3, 5)).shape[1:3] == (3, 5)
+        check_texts(teacher)
+
+    def test_pixel_statistics_are_the_processors(self, teacher: TransformersTeacher) -> None:
+        assert teacher.normalisation == PixelNormalisation(32, (0.4, 0.5, 0.6), (0.2, 0.3, 0.4))
+
+    def test_features_are_the_patches_in_place(self, teacher: TransformersTeacher) -> None:
+        images = torch.rand(1, 3, 32, 32)
+        with torch.no_grad():
+            tokens = teacher.model.vision_model(pixel_values=teacher.normalisation(images)).last_hidden_state
+        patches = tokens[:, tokens.shape[1] - 16 :]
+        expected = torch.nn.functional.layer_norm(patches, (32,)).view(1, 4, 4, 32)
+        torch.testing.assert_close(teacher.features(images, (4, 4)), expected)

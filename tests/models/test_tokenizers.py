@@ -1,0 +1,166 @@
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from models.convolutional import ConvConfig
+from models.quantizers import QuantizerConfig
+from models.teachers import Teacher
+from models.tokenizers import ImageTokenizer, TokenizerConfig, semantic_cosine
+from models.transformer import SemanticDecoderConfig
+from models.transforms import TransformConfig
+
+
+def small_config(**fields: Any) -> TokenizerConfig:
+    defaults: dict[str, Any] = {
+        "transform": TransformConfig(image_size=32),
+        "conv": ConvConfig(
+            channels=16, channel_multipliers=(1, 1, 2), encoder_blocks=1, decoder_blocks=1, latent_channels=8
+        ),
+        "quantizer": QuantizerConfig(codebook_size=64, code_dim=4),
+        "semantic_decoder": SemanticDecoderConfig(width=16, depth=1, heads=2),
+    }
+    return TokenizerConfig(**defaults | fields)
+
+
+def make(teacher: Teacher | None, **fields: Any) -> ImageTokenizer:
+    torch.manual_seed(0)
+    return ImageTokenizer(small_config(**fields), teacher)
+
+
+@pytest.fixture(params=["sde", "vqgan"])
+def tokenizer(request: pytest.FixtureRequest, stub_teacher: Teacher) -> ImageTokenizer:
+    return make(stub_teacher, kind=request.param).eval()
+
+
+@pytest.fixture
+def images() -> Tensor:
+    return torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(5)) * 2 - 1
+
+
+def test_codes_have_the_declared_shape(tokenizer: ImageTokenizer, images: Tensor) -> None:
+    codes = tokenizer.encode(images)
+    assert codes.shape == (3, *tokenizer.code_shape) == (3, 1, 1, 8, 8)
+    assert codes.dtype == torch.int64
+    assert int(codes.min()) >= 0 and int(codes.max()) < tokenizer.codebook_sizes[0] == 64
+    assert len(tokenizer.codebook_names) == len(tokenizer.codebook_sizes) == tokenizer.code_shape[0]
+
+
+def test_decoding_what_was_encoded_is_deterministic(tokenizer: ImageTokenizer, images: Tensor) -> None:
+    first, second = (tokenizer.decode(tokenizer.encode(images)) for _ in range(2))
+    assert torch.equal(first, second)
+    assert first.shape == images.shape
+    assert float(first.detach().abs().max()) <= 1.0
+
+
+def test_codes_do_not_depend_on_the_batch(tokenizer: ImageTokenizer, images: Tensor) -> None:
+    together = tokenizer.encode(images)
+    assert torch.equal(together, torch.cat([tokenizer.encode(image[None]) for image in images]))
+
+
+def test_forward_agrees_with_encode_and_decode(tokenizer: ImageTokenizer, images: Tensor) -> None:
+    output = tokenizer(images)
+    assert torch.equal(output.codes, tokenizer.encode(images))
+    torch.testing.assert_close(output.reconstruction.clamp(-1, 1), tokenizer.decode(output.codes), atol=1e-5, rtol=1e-4)
+
+
+def test_semantic_features_are_those_of_the_forward_pass(stub_teacher: Teacher, images: Tensor) -> None:
+    tokenizer = make(stub_teacher).eval()
+    output = tokenizer(images)
+    torch.testing.assert_close(output.semantic_target, stub_teacher.features(images, (8, 8)))
+    predicted = tokenizer.semantic_features(output.codes)
+    torch.testing.assert_close(output.semantic_prediction, predicted, atol=1e-5, rtol=1e-4)
+
+
+def test_given_teacher_features_replace_the_teachers(stub_teacher: Teacher, images: Tensor) -> None:
+    tokenizer = make(stub_teacher).eval()
+    known = stub_teacher.features(images, tokenizer.grid)
+    assert torch.equal(tokenizer(images, known).codes, tokenizer.encode(images))
+    other = torch.randn_like(known)
+    assert torch.equal(tokenizer(images, other).semantic_target, other)
+    assert not torch.equal(tokenizer(images, other).codes, tokenizer.encode(images))
+
+
+def test_vqgan_ignores_the_teacher(stub_teacher: Teacher, images: Tensor) -> None:
+    with_teacher, without = make(stub_teacher, kind="vqgan").eval(), make(None, kind="vqgan").eval()
+    assert with_teacher.teacher is None
+    assert torch.equal(with_teacher.encode(images), without.encode(images))
+    assert with_teacher(images).semantic_target is None and with_teacher(images).semantic_prediction is None
+    with pytest.raises(ValueError, match="'vqgan' has no semantic branch"):
+        without.semantic_features(without.encode(images))
+
+
+def test_sde_without_a_teacher_is_refused() -> None:
+    with pytest.raises(ValueError, match="sde needs a teacher"):
+        make(None)
+
+
+def test_an_image_size_that_does_not_divide_is_refused() -> None:
+    with pytest.raises(ValueError, match="image_size=34 is not a multiple of the encoder's downsampling 4"):
+        make(None, kind="vqgan", transform=TransformConfig(image_size=34))
+
+
+def test_gradients_reach_all_parts_but_the_teacher(stub_teacher: Teacher, images: Tensor) -> None:
+    tokenizer = make(stub_teacher).train()
+    output = tokenizer(images)
+    semantic = 1 - semantic_cosine(output.semantic_prediction, output.semantic_target)
+    ((output.reconstruction - images).square().mean() + semantic + output.quantizer_loss).backward()
+    for name, parameter in tokenizer.named_parameters():
+        assert parameter.grad is not None and float(parameter.grad.abs().sum()) > 0, name
+    assert not output.semantic_target.requires_grad
+    assert all(parameter.grad is None and not parameter.requires_grad for parameter in stub_teacher.parameters())
+
+
+def test_reconstruction_alone_teaches_the_encoder(stub_teacher: Teacher, images: Tensor) -> None:
+    tokenizer = make(stub_teacher).train()
+    (tokenizer(images).reconstruction - images).square().mean().backward()
+    assert all(float(parameter.grad.abs().sum()) > 0 for parameter in tokenizer.encoder.parameters())
+    assert all(parameter.grad is None for parameter in tokenizer.semantic_decoder.parameters())
+
+
+def test_training_leaves_the_teacher_in_eval_mode(stub_teacher: Teacher) -> None:
+    tokenizer = make(stub_teacher).train()
+    assert tokenizer.quantizer.training
+    assert not any(module.training for module in stub_teacher.modules())
+
+
+def test_teacher_is_neither_saved_nor_counted(stub_teacher: Teacher) -> None:
+    tokenizer = make(stub_teacher)
+    assert not [name for name in tokenizer.state_dict() if "teacher." in name]
+    own = {id(parameter) for parameter in tokenizer.parameters()}
+    assert not own & {id(parameter) for parameter in stub_teacher.parameters()}
+
+
+def test_saved_weights_give_the_same_codes(stub_teacher: Teacher, images: Tensor) -> None:
+    trained = make(stub_teacher).train()
+    trained(images)
+    torch.manual_seed(9)
+    loaded = ImageTokenizer(small_config(), stub_teacher)
+    loaded.load_state_dict(trained.state_dict())
+    assert torch.equal(loaded.eval().encode(images), trained.eval().encode(images))
+
+
+def test_semantic_branch_decides_codes_where_the_image_weight_is_zero(stub_teacher: Teacher, images: Tensor) -> None:
+    tokenizer = make(stub_teacher, image_weight=0.0).eval()
+    codes = tokenizer.encode(images)
+    for parameter in tokenizer.encoder.parameters():
+        torch.nn.init.normal_(parameter)
+    assert torch.equal(tokenizer.encode(images), codes)
+
+
+def test_default_size_has_sixteen_by_sixteen_codes_at_256(stub_teacher: Teacher) -> None:
+    for kind in ("sde", "vqgan"):
+        with torch.device("meta"):
+            tokenizer = ImageTokenizer(TokenizerConfig(kind=kind), stub_teacher)
+            latents = tokenizer.encoder(torch.empty(1, 3, 256, 256))
+        assert latents.shape == (1, 256, 16, 16)
+        assert tokenizer.code_shape == (1, 1, 16, 16)
+        assert tokenizer.quantizer.codebook.shape == (32_768, 8)
+
+
+def test_semantic_cosine_is_the_mean_over_positions() -> None:
+    a, b = torch.randn(2, 3, 4, 5), torch.randn(2, 3, 4, 5)
+    expected = ((a * b).sum(-1) / (a.norm(dim=-1) * b.norm(dim=-1))).mean()
+    torch.testing.assert_close(semantic_cosine(a, b), expected)
+    torch.testing.assert_close(semantic_cosine(a, 3 * a), torch.tensor(1.0))

@@ -1,0 +1,168 @@
+import io
+import warnings
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageOps
+
+from models.transforms import TransformConfig, load_image, normalise, shape_image, to_pil, to_pixels, to_tensor
+
+RED, BLUE, WHITE = (255, 0, 0), (0, 0, 255), (255, 255, 255)
+Encoder = Callable[..., bytes]
+
+
+def halves(size: tuple[int, int] = (64, 64)) -> Image.Image:
+    """Red on the left, blue on the right."""
+    image = Image.new("RGB", size, RED)
+    image.paste(BLUE, (size[0] // 2, 0, *size))
+    return image
+
+
+def noise(size: tuple[int, int] = (48, 48)) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8))
+
+
+def config(size: int = 64, **fields: object) -> TransformConfig:
+    return TransformConfig(image_size=size, **fields)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation_is_applied(orientation: int, encoded: Encoder) -> None:
+    upright = noise((64, 64))
+    undo = {2: 2, 3: 3, 4: 4, 5: 5, 6: 8, 7: 7, 8: 6}
+    exif = Image.Exif()
+    exif[0x0112] = undo.get(orientation, 1)
+    turned = ImageOps.exif_transpose(Image.open(io.BytesIO(encoded(upright, "PNG", exif=exif))))
+    exif[0x0112] = orientation
+    data = encoded(turned, "PNG", exif=exif)
+    np.testing.assert_array_equal(np.asarray(load_image(data, config())), np.asarray(upright))
+
+
+@pytest.mark.parametrize("kind", ["PNG", "WEBP"])
+def test_transparency_lies_on_the_background(kind: str, encoded: Encoder) -> None:
+    image = halves().convert("RGBA")
+    image.paste((0, 0, 0, 0), (0, 0, 64, 32))
+    image.paste((255, 0, 0, 128), (0, 32, 32, 64))
+    data = encoded(image, kind, lossless=True)
+    white, green = load_image(data, config()), load_image(data, config(background=(0, 255, 0)))
+    assert white.getpixel((10, 10)) == WHITE
+    assert green.getpixel((10, 10)) == (0, 255, 0)
+    assert green.getpixel((50, 50)) == BLUE
+    red, mixed_green, mixed_blue = white.getpixel((10, 50))
+    assert red == 255 and mixed_green == mixed_blue
+    assert abs(mixed_green - 127) <= 1
+
+
+def test_grey_with_alpha_and_transparent_palettes_lie_on_the_background(encoded: Encoder) -> None:
+    grey = Image.new("LA", (64, 64), (0, 0))
+    palette = halves().quantize(4)
+    index = palette.getpixel((0, 0))
+    for data in (encoded(grey, "PNG"), encoded(palette, "PNG", transparency=index)):
+        assert load_image(data, config()).getpixel((3, 3)) == WHITE
+
+
+def test_palette_and_bilevel_images_keep_their_colours(encoded: Encoder) -> None:
+    for kind in ("PNG", "GIF"):
+        image = load_image(encoded(halves().quantize(4), kind), config())
+        assert image.mode == "RGB"
+        assert image.getpixel((3, 3)) == RED and image.getpixel((60, 3)) == BLUE
+    black = Image.new("1", (64, 64), 0)
+    assert load_image(encoded(black, "PNG"), config()).getpixel((3, 3)) == (0, 0, 0)
+
+
+def test_cmyk_becomes_rgb(encoded: Encoder) -> None:
+    image = load_image(encoded(halves().convert("CMYK"), "JPEG", quality=95), config())
+    assert image.mode == "RGB"
+    np.testing.assert_allclose(image.getpixel((8, 8)), RED, atol=8)
+    np.testing.assert_allclose(image.getpixel((56, 8)), BLUE, atol=8)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+def test_sixteen_bits_are_scaled_and_not_clipped(kind: str, encoded: Encoder) -> None:
+    ramp = np.linspace(0, 65_535, 64 * 64).reshape(64, 64).astype(np.uint16)
+    image = np.asarray(load_image(encoded(Image.fromarray(ramp), kind), config()))
+    np.testing.assert_array_equal(image, np.round(ramp / 257)[..., None].repeat(3, 2))
+
+
+def test_grey_is_the_same_in_all_channels(encoded: Encoder) -> None:
+    grey = noise((64, 64)).convert("L")
+    image = np.asarray(load_image(encoded(grey, "PNG"), config()))
+    np.testing.assert_array_equal(image, np.asarray(grey)[..., None].repeat(3, 2))
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM"])
+def test_damaged_bytes_raise_os_error(kind: str, encoded: Encoder) -> None:
+    data = encoded(noise(), kind)
+    load_image(data, config())
+    random = np.random.default_rng(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for share in (0.0, 0.02, 0.1, 0.4, 0.8):
+            with pytest.raises(OSError):  # noqa: PT011
+                load_image(data[: int(share * len(data))], config())
+        for _ in range(30):
+            flipped = bytearray(data)
+            for position in random.integers(0, min(80, len(data)), 5):
+                flipped[position] = random.integers(256)
+            try:
+                load_image(bytes(flipped), config())  # some flips harm nothing
+            except OSError:
+                continue
+
+
+def test_an_image_of_too_many_pixels_raises_os_error(encoded: Encoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(OSError, match="decompression bomb"):
+        load_image(encoded(noise(), "PNG"), config())
+
+
+@pytest.mark.parametrize("resize", ["shortest_crop", "squash", "pad"])
+@pytest.mark.parametrize("size", [(1, 300), (300, 1), (1, 1), (7, 5), (200, 120)])
+def test_every_shape_becomes_the_square(resize: str, size: tuple[int, int]) -> None:
+    assert shape_image(Image.new("RGB", size), config(32, resize=resize)).size == (32, 32)
+
+
+def test_shortest_crop_cuts_the_sides() -> None:
+    image = Image.new("RGB", (128, 64), WHITE)
+    image.paste(RED, (32, 0, 96, 64))
+    assert np.asarray(shape_image(image, config())).reshape(-1, 3).tolist() == [list(RED)] * 64 * 64
+
+
+def test_squash_keeps_everything() -> None:
+    image = shape_image(halves((200, 100)), config(resize="squash"))
+    assert image.getpixel((0, 30)) == RED and image.getpixel((63, 30)) == BLUE
+    assert image.getpixel((28, 30)) == RED and image.getpixel((35, 30)) == BLUE
+
+
+def test_pad_keeps_the_aspect_ratio_on_the_background() -> None:
+    image = shape_image(halves((128, 64)), config(resize="pad", background=(0, 255, 0)))
+    assert image.getpixel((5, 5)) == image.getpixel((60, 60)) == (0, 255, 0)
+    assert image.getpixel((5, 32)) == RED and image.getpixel((60, 32)) == BLUE
+
+
+@pytest.mark.parametrize("resize", ["shortest_crop", "squash", "pad"])
+def test_an_image_of_the_right_size_is_untouched(resize: str) -> None:
+    np.testing.assert_array_equal(
+        np.asarray(shape_image(noise((64, 64)), config(resize=resize))), np.asarray(noise((64, 64)))
+    )
+
+
+def test_normalise_round_trips_every_value() -> None:
+    pixels = torch.arange(256, dtype=torch.uint8).repeat(3).view(1, 3, 16, 16)
+    images = normalise(pixels)
+    assert (float(images.min()), float(images.max())) == (-1.0, 1.0)
+    assert torch.equal(to_pixels(images), pixels)
+
+
+def test_to_pixels_clamps() -> None:
+    assert to_pixels(torch.tensor([-1.7, 1.2, 0.0])).tolist() == [0, 255, 128]
+
+
+def test_pictures_round_trip_through_tensors() -> None:
+    images = [noise((8, 8)), halves((8, 8))]
+    pixels = to_tensor(images)
+    assert pixels.shape == (2, 3, 8, 8) and pixels.dtype == torch.uint8 and pixels.is_contiguous()
+    for before, after in zip(images, to_pil(pixels), strict=True):
+        np.testing.assert_array_equal(np.asarray(before), np.asarray(after))

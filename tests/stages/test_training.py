@@ -1,0 +1,113 @@
+"""The loop: what it draws, how it stops, what it leaves behind."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from infra.executors import LocalExecutor
+from stages.stage import StageContext
+from stages.training import (
+    EpochSampler,
+    LoopConfig,
+    OptimiserConfig,
+    build_optimiser,
+    mix_seed,
+    optimise,
+    schedule,
+    train,
+)
+from storage.store import Store
+
+KEY = "a" * 64
+
+
+class Noisy:
+    """A trainable whose steps depend on its weights, its optimiser and the random numbers of each step."""
+
+    def __init__(self, config: LoopConfig, fail_at: int | None = None) -> None:
+        torch.manual_seed(0)
+        self.config, self.fail_at = config, fail_at
+        self.module = nn.Linear(4, 4)
+        self.optimiser = build_optimiser(self.module, config.optimiser)
+
+    def step(self, step: int) -> dict[str, Tensor]:
+        if step == self.fail_at:
+            return {"loss": torch.tensor(float("nan"))}
+        loss = (self.module(torch.randn(8, 4)) - torch.randn(8, 4)).square().mean()
+        optimise(loss, self.module, self.optimiser, self.config.optimiser, step, self.config.steps)
+        return {"loss": loss}
+
+    def batch_keys(self, step: int) -> list[str]:
+        return [f"sample-{step}"]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"module": self.module.state_dict(), "optimiser": self.optimiser.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.module.load_state_dict(state["module"])
+        self.optimiser.load_state_dict(state["optimiser"])
+
+
+def context(folder: Path, name: str) -> StageContext[Any]:
+    scratch = folder / f"scratch-{name}"
+    scratch.mkdir(parents=True)
+    return StageContext(LoopConfig(), 0, {}, Store(str(folder / "store")), KEY, LocalExecutor(), scratch)
+
+
+@pytest.mark.parametrize("stopped_at", [4, 7, 10, 13])
+def test_resumed_run_equals_uninterrupted_one(tmp_path: Path, stopped_at: int) -> None:
+    config = LoopConfig(steps=20, log_every=3, checkpoint_every=4)
+    whole = Noisy(config)
+    history = train(context(tmp_path / "whole", "once"), whole, config)
+
+    broken = Noisy(config, fail_at=stopped_at)
+    with pytest.raises(ValueError, match=f"step {stopped_at}: loss is nan"):
+        train(context(tmp_path / "broken", "first"), broken, config)
+    resumed = Noisy(config)
+    nn.init.zeros_(resumed.module.weight)  # what it starts from must not matter
+    resumed_history = train(context(tmp_path / "broken", "second"), resumed, config)
+
+    assert torch.equal(resumed.module.weight, whole.module.weight)
+    assert resumed_history.points == history.points
+
+
+def test_not_finite_loss_names_step_term_and_samples(tmp_path: Path) -> None:
+    config = LoopConfig(steps=5)
+    with pytest.raises(ValueError, match=r"training step 2: loss is nan \(batch keys: sample-2"):
+        train(context(tmp_path, "nan"), Noisy(config, fail_at=2), config)
+
+
+def test_every_sample_comes_once_an_epoch_in_an_order_that_only_the_seed_decides() -> None:
+    sampler = EpochSampler(10, 4, seed=3)
+    drawn = [index for step in range(5) for index in sampler.batch(step)]
+    assert sorted(drawn[:10]) == sorted(drawn[10:]) == list(range(10))
+    assert drawn[:10] != drawn[10:]
+    fresh = EpochSampler(10, 4, seed=3)
+    assert fresh.batch(3) == drawn[12:16], "a step's batch does not depend on the steps before it"
+    assert EpochSampler(10, 4, seed=4).batch(0) != drawn[:4]
+
+
+def test_schedule_warms_up_and_ends_at_the_final_fraction() -> None:
+    config = OptimiserConfig(warmup_steps=10, final_learning_rate_fraction=0.1)
+    values = [schedule(step, 100, config) for step in range(101)]
+    assert values[0] == pytest.approx(0.1) and values[9] == pytest.approx(1.0)
+    assert all(later <= earlier for earlier, later in zip(values[10:], values[11:], strict=False))
+    assert values[100] == pytest.approx(0.1)
+
+
+def test_only_matrices_decay() -> None:
+    groups = build_optimiser(nn.Linear(3, 2), OptimiserConfig(weight_decay=0.5)).param_groups
+    assert [(group["weight_decay"], [tuple(p.shape) for p in group["params"]]) for group in groups] == [
+        (0.5, [(2, 3)]),
+        (0.0, [(2,)]),
+    ]
+
+
+def test_seeds_differ_by_every_part_and_repeat_exactly() -> None:
+    assert mix_seed(0, "step", 1) == mix_seed(0, "step", 1)
+    assert len({mix_seed(0, "step", 1), mix_seed(0, "step", 2), mix_seed(1, "step", 1), mix_seed(0, "epoch", 1)}) == 4
