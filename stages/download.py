@@ -227,7 +227,7 @@ def _describe(
     data = fetched["jpg"]  # img2dataset names the column so whatever the format is
     try:
         width, height, extension = _inspect(data)
-    except (OSError, ValueError, SyntaxError) as error:  # Pillow raises each of these on damaged files
+    except OSError as error:
         return described | {"status": "undecodable", "error": f"{type(error).__name__}: {error}"[:200]}, None
     facts = {"width": width, "height": height, "sha256": sha256_bytes(data), "bytes": len(data)}
     return described | facts, (data, extension)
@@ -239,9 +239,9 @@ def _inspect(data: bytes) -> tuple[int, int, str]:
 
     from PIL import Image
 
+    load_image(data, TransformConfig(image_size=8))  # first: it turns whatever Pillow raises into OSError
     with Image.open(io.BytesIO(data)) as image:
         width, height, extension = image.width, image.height, (image.format or "").lower()
-    load_image(data, TransformConfig(image_size=8))
     return width, height, {"jpeg": "jpg"}.get(extension, extension)
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -48,6 +50,20 @@ def read_json(store: Store, manifest: Manifest, path: str) -> Any:
 def read_weights(store: Store, manifest: Manifest, path: str = WEIGHTS) -> dict[str, Tensor]:
     """Read a safetensors file of an artifact."""
     return load_file(store.fetch(manifest.file(path)))
+
+
+def read_state(path: str | Path) -> dict[str, Tensor]:
+    """A state dict from a local `.safetensors` file, or any other that `torch.load(weights_only=True)` reads.
+
+    Raises:
+        ValueError: there is no such file.
+    """
+    if not Path(path).is_file():
+        raise ValueError(f"weights file {str(path)!r} does not exist; give the path of a .safetensors or .pth file")
+    if Path(path).suffix == ".safetensors":
+        return load_file(path)
+    state: dict[str, Tensor] = torch.load(path, weights_only=True, map_location="cpu")
+    return state
 
 
 def load_teacher(store: Store, manifest: Manifest) -> Teacher:

@@ -29,7 +29,7 @@ from models.teachers import (
 )
 from models.transforms import TransformConfig, normalise
 from stages.image_data import ImageSource
-from stages.loading import put_json, put_weights
+from stages.loading import put_json, put_weights, read_state
 from stages.stage import Outcome, Stage, StageContext
 from stages.standalone import run_standalone
 from stages.training import EpochSampler, LoopConfig, OptimiserConfig, build_optimiser, mix_seed, optimise, train
@@ -193,11 +193,7 @@ def _backbone_state(model: BackboneTeacherConfig) -> dict[str, Tensor]:
         import timm
 
         return timm.create_model(model.architecture, pretrained=True).state_dict()
-    if path.suffix == ".safetensors":
-        from safetensors.torch import load_file
-
-        return load_file(path)
-    state = torch.load(path, weights_only=True, map_location="cpu")
+    state = read_state(path)
     return convert_efficientnet_lite0(state) if "_conv_stem.weight" in state else state
 
 

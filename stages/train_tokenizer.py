@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from models.convolutional import PatchDiscriminator
@@ -24,7 +23,7 @@ from models.teachers import BackboneTeacher, Teacher
 from models.tokenizers import ImageTokenizer, TokenizerConfig, TokenizerOutput, semantic_cosine
 from models.transforms import normalise, to_pixels
 from stages.image_data import ImageSource
-from stages.loading import load_teacher, put_json, put_weights, subset
+from stages.loading import load_teacher, put_json, put_weights, read_state, subset
 from stages.stage import Outcome, Stage, StageContext
 from stages.standalone import run_standalone
 from stages.training import (
@@ -221,7 +220,7 @@ def _perceptual_distance(loss: LossConfig, teacher: Teacher) -> nn.Module | None
     if loss.perceptual == "none" or loss.perceptual_weight == 0:
         return None
     if loss.perceptual == "lpips":
-        return LpipsDistance(load_file(loss.lpips_vgg_weights) if loss.lpips_vgg_weights else None)
+        return LpipsDistance(read_state(loss.lpips_vgg_weights) if loss.lpips_vgg_weights else None)
     if not isinstance(teacher, BackboneTeacher):
         raise ValueError(
             "tokenizer.loss.perceptual=backbone needs teacher.model.kind=backbone; use lpips (with "
