@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Literal, NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -115,6 +116,11 @@ class ImageTokenizer(nn.Module):
     def codebook_names(self) -> tuple[str, ...]:
         """Name of each book."""
         return ("semantic_discrete" if self.teacher is not None else "pixel",)
+
+    @property
+    def codebook(self) -> Tensor:
+        """`[K, C]` vectors of the codes, as `code_embeddings` returns them."""
+        return self.quantizer.lookup(torch.arange(self.config.quantizer.codebook_size)).detach()
 
     def forward(self, images: Tensor, teacher_features: Tensor | None = None) -> TokenizerOutput:
         """Encode, quantize and decode `[B, 3, H, W]` images in [-1, 1].

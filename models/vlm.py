@@ -42,6 +42,9 @@ class LlmConfig(Config):
     """Most tokens of the BPE that is trained on the texts of the code table."""
     max_positions: int = 1024
     """Longest sequence, tokens."""
+    visual_init: Literal["codebook", "random"] = "codebook"
+    """Where the rows of visual codes start: `codebook` maps each code's vector through one random matrix, so that
+    codes that look alike begin alike; `random` starts each row on its own. It changes a beginning, not the model."""
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     """Attention implementation of transformers."""
 
@@ -83,6 +86,25 @@ def extend_llm(model: PreTrainedModel, vocabulary: Vocabulary) -> None:
     """Grow embedding and head of a published LM to the extended vocabulary; new rows start at the mean of the old."""
     if model.get_input_embeddings().weight.shape[0] < vocabulary.size:
         model.resize_token_embeddings(vocabulary.size, mean_resizing=True)
+
+
+@torch.no_grad()
+def start_from_codebook(model: PreTrainedModel, vocabulary: Vocabulary, codebook: Tensor) -> None:
+    """Set the visual rows of embedding and head to a random linear image of the codebook.
+
+    The rows get the spread of the rows that are there, so the rest of the model sees what it would see otherwise.
+
+    Args:
+        model: over the extended vocabulary, changed in place.
+        vocabulary: ids.
+        codebook: `[K, C]` vectors of the codes.
+    """
+    directions = codebook / codebook.norm(dim=1).mean()
+    for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
+        if layer is model.get_output_embeddings() and layer.weight is model.get_input_embeddings().weight:
+            continue  # tied: one table
+        rows = layer.weight[vocabulary.first_code : vocabulary.first_code + vocabulary.codebook_size]
+        rows.copy_(rows.std() * directions @ torch.randn(codebook.shape[1], rows.shape[1]))
 
 
 def next_token_loss(model: PreTrainedModel, token_ids: Tensor, labels: Tensor, attention_mask: Tensor) -> Tensor:

@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from models.vlm import LlmConfig, build_small_llm, extend_llm, load_base_llm
+from models.vlm import LlmConfig, build_small_llm, extend_llm, load_base_llm, start_from_codebook
 from models.vocabulary import Vocabulary, extend_tokenizer, train_bpe
+from stages.loading import load_tokenizer
 from stages.sequences import Sequence, SequenceBuilder
 from stages.stage import Outcome, Stage, StageContext
 from stages.standalone import run_standalone
@@ -39,6 +40,9 @@ def run(context: StageContext[PretrainConfig]) -> Outcome:
     rows = load_rows(context.store, context.inputs["tokenize"], split="train", views=True)
     torch.manual_seed(mix_seed(context.seed, "llm"))
     model, tokenizer, vocabulary = build_unified(config, rows)
+    if config.llm.visual_init == "codebook":
+        image_tokenizer = load_tokenizer(context.store, rows.info.tokenizer_digest)
+        start_from_codebook(model, vocabulary, image_tokenizer.codebook)
     training = VlmTraining(
         config, context.seed, model, SequenceBuilder(tokenizer, vocabulary), rows, _sequence_maker(config)
     )

@@ -44,7 +44,7 @@ def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TinyRun]:
     store = Store(str(tmp_path_factory.mktemp("tiny") / "store"))
     recipe = load_recipe("tiny")
     executor = LocalExecutor()
-    yield TinyRun(recipe, store, {name: run_stage(name, recipe, store, executor) for name in STAGES})
+    return TinyRun(recipe, store, {name: run_stage(name, recipe, store, executor) for name in STAGES})
 
 
 def start_stage(name: str, store: Store, *overrides: str) -> subprocess.Popen[str]:
