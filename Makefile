@@ -11,7 +11,7 @@ export MALLOC_TOP_PAD_ ?= 1000000000
 export PYTHON
 
 .DEFAULT_GOAL := help
-.PHONY: help setup mini test lint format lock bench clean
+.PHONY: help setup mini test lint format lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -41,9 +41,6 @@ format: $(STAMP) ## rewrite the sources as ruff wants them
 
 lock: ## resolve requirements.lock again (ARGS=--upgrade for newer versions)
 	bash infra/setup.sh lock $(ARGS)
-
-bench: $(STAMP) ## speed of the hot paths
-	$(BIN)/python -m pytest tests/benchmarks -s $(ARGS)
 
 clean: ## remove caches and build outputs; the store (.musevl) and .venv stay
 	rm -rf build *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
