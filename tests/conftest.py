@@ -2,6 +2,10 @@
 
 import pytest
 
+from tests.tiny import tiny_run
+
+__all__ = ["tiny_run"]
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     gpu_items = [item for item in items if "gpu" in item.keywords]

@@ -18,7 +18,7 @@ from stages.assistant import Assistant
 from stages.image_data import ImageSource
 from stages.loading import load_tokenizer
 from stages.vlm_training import load_rows, load_vlm
-from tests.stages.conftest import TinyRun
+from tests.tiny import TinyRun
 
 
 def test_one_image_from_url_to_drawing(tiny_run: TinyRun) -> None:

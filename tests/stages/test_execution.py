@@ -14,7 +14,7 @@ from stages.execution import MissingInput, find_artifacts, run_stage
 from stages.recipe import STAGES, load_recipe
 from stages.stage import normalised_config
 from storage.store import Store
-from tests.stages.conftest import TinyRun
+from tests.tiny import TinyRun
 
 
 def test_second_run_is_all_hits(tiny_run: TinyRun) -> None:

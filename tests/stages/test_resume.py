@@ -13,7 +13,7 @@ import pytest
 from stages.execution import find_artifact
 from stages.recipe import STAGES
 from storage.store import Store
-from tests.stages.conftest import TinyRun, start_stage
+from tests.tiny import TinyRun, start_stage
 
 _GIVE_UP_S = 180
 MAPPED = ("download", "tokenize", "evaluate")

@@ -16,7 +16,7 @@ from stages.execution import StageResult, run_stage
 from stages.recipe import STAGES, Recipe, load_recipe
 from storage.store import Store
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 
 
 @dataclass(frozen=True)
