@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import io
+import math
 from typing import Literal
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import Tensor
 
@@ -23,6 +25,23 @@ class TransformConfig(Config):
     longest side to `image_size`, the rest white."""
     background: tuple[int, int, int] = (255, 255, 255)
     """Colour under transparent pixels and of padding, RGB 0..255."""
+
+
+class ViewsConfig(Config):
+    """Random views of an image: moved, zoomed, turned, stretched and mirrored a little."""
+
+    count: int = 0
+    """Views of each training image beside the image itself."""
+    flip: bool = True
+    """Mirror half of the views."""
+    zoom: tuple[float, float] = (0.8, 1.1)
+    """Smallest and largest size of the content, 1 being its own."""
+    shift: float = 0.1
+    """Most that the content moves to each side, as a part of the image's side."""
+    rotation: float = 9.0
+    """Most that the content turns, degrees."""
+    stretch: float = 0.1
+    """Deviation of the logarithm of width over height."""
 
 
 def load_image(data: bytes, config: TransformConfig) -> Image.Image:
@@ -76,6 +95,32 @@ def _eight_bit(image: Image.Image) -> Image.Image:
 def to_tensor(images: list[Image.Image]) -> Tensor:
     """Stack equal-sized RGB images into uint8 `[B, 3, H, W]`."""
     return torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2).contiguous()
+
+
+def random_view(image: Tensor, config: ViewsConfig, generator: torch.Generator) -> Tensor:
+    """One view of an image; what lies outside it repeats its border.
+
+    Args:
+        image: float `[3, H, W]` in [-1, 1], on the CPU or a GPU.
+        config: limits of the view.
+        generator: on the CPU; decides the view.
+
+    Returns:
+        float `[3, H, W]` in [-1, 1].
+    """
+    mirror, zoom, angle, right, down = torch.rand(5, generator=generator).tolist()
+    stretch = math.exp(config.stretch * float(torch.randn((), generator=generator)))
+    scale = 1 / (config.zoom[0] + zoom * (config.zoom[1] - config.zoom[0]))  # of the window that is looked through
+    sign = -1.0 if config.flip and mirror < 0.5 else 1.0
+    radians = math.radians(config.rotation * (2 * angle - 1))
+    cosine, sine = scale * math.cos(radians), scale * math.sin(radians)
+    # positions run from -1 to 1, so a shift by a part of the side counts twice
+    window = [
+        [sign * cosine * stretch, -sine, 2 * config.shift * (2 * right - 1)],
+        [sign * sine, cosine / stretch, 2 * config.shift * (2 * down - 1)],
+    ]
+    grid = F.affine_grid(image.new_tensor([window]), [1, *image.shape], align_corners=False)
+    return F.grid_sample(image[None], grid, "bicubic", "border", align_corners=False)[0].clamp(-1, 1)
 
 
 def normalise(pixels: Tensor) -> Tensor:

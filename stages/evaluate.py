@@ -49,6 +49,8 @@ class EvaluateConfig(Config):
     """Autocast type."""
     num_workers: RuntimeInt = 1
     """Workers at a time."""
+    threads_per_worker: int = 1
+    """CPU threads of each worker; part of the identity of the result as in training."""
     device: RuntimeStr = "auto"
     """`auto` (a GPU if there is one), `cpu`, `cuda`."""
 

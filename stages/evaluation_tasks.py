@@ -53,6 +53,7 @@ class TaskConfig(Protocol):
     images_per_prompt: int
     precision: str
     device: str
+    threads_per_worker: int
 
 
 @dataclass(frozen=True)
@@ -110,6 +111,7 @@ class EvaluationWorker:
         self.job = job
         self.config: TaskConfig = job.config
         self.device = resolve_device(self.config.device)
+        torch.set_num_threads(self.config.threads_per_worker)
 
     def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
         rows = list(range(item["start"], item["start"] + item["count"]))

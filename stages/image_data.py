@@ -15,6 +15,8 @@ from storage.manifest import Manifest
 from storage.store import Store
 from storage.tables import read_table
 
+ORIGINAL = "original"
+"""Value of a code table's `view` column at the image itself, as against augmented views of it."""
 _CACHE_BYTES = 2 << 30
 """Decoded images are kept in memory while all of them fit into this; larger sets are decoded at every use."""
 

@@ -10,11 +10,12 @@ from torch import Tensor
 
 from models.config import Config
 from models.tokenizers import ImageTokenizer
-from models.transforms import load_image, normalise, to_tensor
+from models.transforms import ViewsConfig, load_image, normalise, random_view, to_tensor
+from stages.image_data import ORIGINAL
 from stages.loading import load_tokenizer
 from stages.stage import Outcome, RuntimeFloat, RuntimeInt, Stage, StageContext
 from stages.standalone import run_standalone
-from stages.training import autocast, tracked
+from stages.training import autocast, mix_seed, tracked
 from storage.code_table import CodeTableInfo, write_code_shard
 from storage.image_shards import ImageSample, read_image_shard
 from storage.manifest import FileEntry, Manifest
@@ -24,8 +25,9 @@ from storage.store import Store
 class TokenizeConfig(Config):
     """How images become rows of codes."""
 
-    flip: bool = False
-    """Also tokenize the mirror image of each training image, as a row of its own (column `view`)."""
+    views: ViewsConfig = ViewsConfig()
+    """Random views of each training image that are tokenized beside it, as rows of their own (column `view`): the
+    augmentation of a language model that reads codes, as LlamaGen (section 3.1) tokenizes ten crops of each image."""
     precision: str = "bf16"
     """Autocast type of the encoder, `bf16` or `fp32`; distances to the codebook are float32 in both."""
     batch_size: int = 32
@@ -35,8 +37,8 @@ class TokenizeConfig(Config):
     """Encoders at a time."""
     gpus_per_worker: RuntimeFloat = 0.0
     """Share of a GPU that each encoder holds; 0 encodes on the CPU."""
-    threads_per_worker: RuntimeInt = 2
-    """CPU threads of each encoder."""
+    threads_per_worker: int = 2
+    """CPU threads of each encoder; part of the identity of the result as in training."""
 
 
 def run(context: StageContext[TokenizeConfig]) -> Outcome:
@@ -47,7 +49,7 @@ def run(context: StageContext[TokenizeConfig]) -> Outcome:
     plan = store.create_plan(key, {"shards": shards})
     done = store.receipts(key)
     items = [{"shard": shard} for shard in plan["shards"] if shard not in done]
-    factory = WorkerFactory(store, key, config, download.digest, tokenizer.digest)
+    factory = WorkerFactory(store, key, config, context.seed, download.digest, tokenizer.digest)
     results = context.executor.map(factory, items, num_workers=config.num_workers, num_gpus=config.gpus_per_worker)
     for _ in tracked(results, len(items), "tokenize shards"):
         pass
@@ -67,6 +69,7 @@ class WorkerFactory:
     store: Store
     action_key: str
     config: TokenizeConfig
+    seed: int
     download_digest: str
     tokenizer_digest: str
 
@@ -96,7 +99,7 @@ class TokenizeWorker:
         for start in range(0, len(samples), self.job.config.batch_size):
             batch = samples[start : start + self.job.config.batch_size]
             for view, kept in self._views(batch):
-                keys += [sample.key if view == "original" else f"{sample.key}_{view}" for sample in kept]
+                keys += [sample.key if view == ORIGINAL else f"{sample.key}_{view}" for sample in kept]
                 rows += [_columns(sample, view) for sample in kept]
                 codes.append(self._encode(kept, view))
         entries = [self._store_table(shard, keys, rows, torch.cat(codes))] if keys else []  # every URL may have failed
@@ -118,17 +121,22 @@ class TokenizeWorker:
             return self.job.store.put_file(scratch / "codes.parquet", f"codes/{shard}.parquet")
 
     def _views(self, batch: list[ImageSample]) -> list[tuple[str, list[ImageSample]]]:
-        views = [("original", batch)]
-        if self.job.config.flip:
-            views.append(("flip", [sample for sample in batch if (sample.json.get("split") or "train") == "train"]))
-        return [(view, kept) for view, kept in views if kept]
+        trained_on = [sample for sample in batch if (sample.json.get("split") or "train") == "train"]
+        views = [(f"view_{number}", trained_on) for number in range(1, self.job.config.views.count + 1)]
+        return [(view, kept) for view, kept in [(ORIGINAL, batch), *views] if kept]
 
     @torch.no_grad()
     def _encode(self, samples: list[ImageSample], view: str) -> Tensor:
         """Codes `[B, N, D, h, w]` of a view of some samples."""
         pixels = to_tensor([load_image(sample.image, self.transform) for sample in samples])
         images = normalise(pixels.to(self.device))
-        images = images.flip(3) if view == "flip" else images
+        if view != ORIGINAL:
+            seeds = [mix_seed(self.job.seed, view, sample.key) for sample in samples]
+            generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+            views = self.job.config.views
+            images = torch.stack(
+                [random_view(image, views, own) for image, own in zip(images, generators, strict=True)]
+            )
         with autocast(self.device, self.job.config.precision):
             return self.tokenizer.encode(images)
 

@@ -59,6 +59,9 @@ class LoopConfig(Config):
     """Optimiser and schedule."""
     precision: Literal["bf16", "fp32"] = "bf16"
     """Autocast type of the forward pass; weights stay float32."""
+    cpu_threads: int = 2
+    """Threads of the CPU's kernels. Sums are split over them, so the last bits of the result depend on their number: it
+    is a setting, not the number of cores, and the same recipe gives the same result on a larger machine."""
     log_every: int = 20
     """Steps between points of the loss curves; a point is the mean since the last."""
     checkpoint_every: RuntimeInt = 200

@@ -12,6 +12,7 @@ from torch import Tensor
 from models.torchvision_compat import make_torchvision_importable
 from models.vlm import next_token_loss
 from models.vocabulary import Vocabulary
+from stages.image_data import ORIGINAL
 from stages.sequences import Sequence, SequenceBuilder
 from stages.stage import StageContext
 from stages.training import EpochSampler, LoopConfig, autocast, build_optimiser, optimise, resolve_device
@@ -52,7 +53,7 @@ def load_rows(store: Store, table: Manifest, *, split: str, views: bool) -> Code
         store: holds the table.
         table: manifest of kind `code_table`.
         split: value of the `split` column; a table without that column is all train.
-        views: also the rows of mirrored images.
+        views: also the rows of augmented views.
 
     Raises:
         ValueError: no row is left.
@@ -63,7 +64,7 @@ def load_rows(store: Store, table: Manifest, *, split: str, views: bool) -> Code
     kept = [
         index
         for index in range(len(loaded.keys))
-        if (splits[index] or "train") == split and (views or shown[index] == "original")
+        if (splits[index] or "train") == split and (views or shown[index] == ORIGINAL)
     ]
     if not kept:
         raise ValueError(f"code table {table.digest[:12]} has no row in split {split!r}; see its `split` column")

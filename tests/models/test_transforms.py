@@ -7,7 +7,17 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
-from models.transforms import TransformConfig, load_image, normalise, shape_image, to_pil, to_pixels, to_tensor
+from models.transforms import (
+    TransformConfig,
+    ViewsConfig,
+    load_image,
+    normalise,
+    random_view,
+    shape_image,
+    to_pil,
+    to_pixels,
+    to_tensor,
+)
 
 RED, BLUE, WHITE = (255, 0, 0), (0, 0, 255), (255, 255, 255)
 Encoder = Callable[..., bytes]
@@ -166,3 +176,45 @@ def test_pictures_round_trip_through_tensors() -> None:
     assert pixels.shape == (2, 3, 8, 8) and pixels.dtype == torch.uint8 and pixels.is_contiguous()
     for before, after in zip(images, to_pil(pixels), strict=True):
         np.testing.assert_array_equal(np.asarray(before), np.asarray(after))
+
+
+STILL = ViewsConfig(count=1, flip=False, zoom=(1.0, 1.0), shift=0.0, rotation=0.0, stretch=0.0)
+
+
+def viewed(image: torch.Tensor, views: ViewsConfig, seed: int = 0) -> torch.Tensor:
+    return random_view(image, views, torch.Generator().manual_seed(seed))
+
+
+def test_a_view_within_no_limits_is_the_image() -> None:
+    image = torch.rand(3, 16, 16) * 2 - 1
+    torch.testing.assert_close(viewed(image, STILL), image, atol=1e-5, rtol=0)
+
+
+def test_views_are_a_function_of_the_generator_and_mirror_half_of_the_time() -> None:
+    image = torch.rand(3, 16, 16) * 2 - 1
+    flipping = STILL.model_copy(update={"flip": True})
+    mirrored = [bool((viewed(image, flipping, seed) - image.flip(2)).abs().max() < 1e-4) for seed in range(200)]
+    assert 70 < sum(mirrored) < 130
+    assert torch.equal(viewed(image, ViewsConfig(), 5), viewed(image, ViewsConfig(), 5))
+    assert not torch.equal(viewed(image, ViewsConfig(), 5), viewed(image, ViewsConfig(), 6))
+
+
+def test_content_grows_with_zoom_and_stays_within_the_shift() -> None:
+    image = torch.full((3, 64, 64), 1.0)
+    image[:, 24:40, 24:40] = -1.0
+
+    def dark(views: ViewsConfig, seed: int = 0) -> torch.Tensor:
+        return (viewed(image, views, seed)[0] < 0).nonzero().float()
+
+    larger = len(dark(STILL.model_copy(update={"zoom": (1.5, 1.5)})))
+    smaller = len(dark(STILL.model_copy(update={"zoom": (0.5, 0.5)})))
+    assert smaller == 8 * 8 and larger == 24 * 24
+    centres = torch.stack([dark(STILL.model_copy(update={"shift": 0.25}), seed).mean(0) for seed in range(100)])
+    moved = centres - 31.5
+    assert moved.abs().max() <= 16.5 and (moved.amax(0) > 10).all() and (moved.amin(0) < -10).all()
+
+
+def test_what_lies_outside_repeats_the_border() -> None:
+    image = torch.rand(1, 1, 1).expand(3, 16, 16).contiguous()
+    wild = ViewsConfig(zoom=(0.3, 0.4), shift=0.5, rotation=90.0)
+    torch.testing.assert_close(viewed(image, wild), image, atol=1e-5, rtol=0)

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from infra.executors import LocalExecutor
 from stages.execution import MissingInput, find_artifacts, run_stage
@@ -29,7 +30,7 @@ def test_second_run_is_all_hits(tiny_run: TinyRun) -> None:
     [
         ("sft.steps=31", {"sft", "evaluate"}),
         ("evaluate.num_choices=3", {"evaluate"}),
-        ("tokenize.flip=false", {"tokenize", "pretrain", "sft", "evaluate"}),
+        ("tokenize.views.flip=false", {"tokenize", "pretrain", "sft", "evaluate"}),
         ("tokenizer.kind=vqgan", {"train_tokenizer", "tokenize", "pretrain", "sft", "evaluate"}),
         ("seed=1", set(STAGES)),
         ("tokenize.num_workers=7", set()),
@@ -52,6 +53,19 @@ def test_runtime_fields_stay_out_of_the_key() -> None:
     changed = config.model_copy(update={"checkpoint_every": 3, "device": "cpu", "tensorboard": "events"})
     assert normalised_config(config) == normalised_config(changed)
     assert normalised_config(config) != normalised_config(config.model_copy(update={"steps": 31}))
+
+
+@pytest.mark.parametrize("ambient", [1, 2])
+def test_threads_of_the_caller_do_not_reach_the_result(tiny_run: TinyRun, tmp_path: Path, ambient: int) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(ambient)
+    try:
+        store = tiny_run.store_before("prepare_teacher", tmp_path / "store")
+        result = run_stage("prepare_teacher", tiny_run.recipe, store, LocalExecutor())
+        assert torch.get_num_threads() == ambient
+    finally:
+        torch.set_num_threads(before)
+    assert result.digest == tiny_run.results["prepare_teacher"].digest
 
 
 def test_flipped_byte_is_found_and_repaired_by_the_next_run(tiny_run: TinyRun, tmp_path: Path) -> None:

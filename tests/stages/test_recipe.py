@@ -34,9 +34,9 @@ def test_an_override_changes_its_field_and_nothing_else() -> None:
 
 
 def test_override_values_are_yaml() -> None:
-    recipe = load_recipe("mini", ["download.keep={category: [flags]}", "tokenize.flip=false"])
+    recipe = load_recipe("mini", ["download.keep={category: [flags]}", "tokenize.views.flip=false"])
     assert recipe.download.keep == {"category": ("flags",)}
-    assert recipe.tokenize.flip is False
+    assert recipe.tokenize.views.flip is False
 
 
 def test_a_recipe_can_be_a_file_and_takes_its_name_from_it(tmp_path: Path) -> None:
