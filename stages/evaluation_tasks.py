@@ -6,6 +6,7 @@ Shape legend: B batch, N books, D depth, h w code grid.
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
 from collections.abc import Sequence as Listing
 from dataclasses import dataclass
 from functools import cached_property
@@ -166,20 +167,31 @@ class EvaluationWorker:
         return Concepts(names, categories, self.job.seed)
 
     @cached_property
-    def prototypes(self) -> tuple[dict[str, int], Tensor, Tensor]:
-        """Mean training image of each concept: index by name, as pixels `[C, P]` and as teacher embeddings `[C, E]`."""
+    def training_images(self) -> ImageSource:
+        """The training images, from which prototypes are made."""
         transform = self.tokenizer.config.transform
-        source = ImageSource(self.job.store, self.job.inputs["download"], transform, split="train")
-        fields = [{name: values[i] for name, values in source.columns.items()} for i in range(len(source))]
-        names = [fill(self.config.concept, row | {"text": source.captions[i]}) for i, row in enumerate(fields)]
-        index = {name: position for position, name in enumerate(sorted(set(names)))}
-        owner = torch.tensor([index[name] for name in names])
-        pixels, embedded = [], []
-        for start in range(0, len(source), _BATCH):
-            images = normalise(source.pixels(list(range(start, min(start + _BATCH, len(source))))))
-            pixels.append(_small(images))
-            embedded.append(self._embed(images).cpu())
-        return index, _means(torch.cat(pixels), owner, len(index)), _means(torch.cat(embedded), owner, len(index))
+        return ImageSource(self.job.store, self.job.inputs["download"], transform, split="train")
+
+    @cached_property
+    def pixel_prototypes(self) -> dict[str, Tensor]:
+        """Mean training image of each concept as small pixels, `[P]`."""
+        return self._prototypes(_small)
+
+    @cached_property
+    def embedding_prototypes(self) -> dict[str, Tensor]:
+        """Mean teacher embedding of the training images of each concept, a unit vector `[E]`."""
+        return {name: F.normalize(mean, dim=0) for name, mean in self._prototypes(self._embed).items()}
+
+    def _prototypes(self, describe: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+        """Mean of `describe` (`[B, 3, H, W]` in [-1, 1] to `[B, F]`) over the training images of each concept."""
+        source, rows = self.training_images, range(len(self.training_images))
+        fields = [{name: values[row] for name, values in source.columns.items()} for row in rows]
+        names = [fill(self.config.concept, fields[row] | {"text": source.captions[row]}) for row in rows]
+        described = torch.cat([describe(normalise(source.pixels(batch))).cpu() for batch in _batches(list(rows))])
+        members: dict[str, list[int]] = {}
+        for row, name in enumerate(names):
+            members.setdefault(name, []).append(row)
+        return {name: described[positions].mean(0) for name, positions in members.items()}
 
     @torch.no_grad()
     def reconstruct(self, rows: list[int]) -> list[dict[str, Any]]:
@@ -217,26 +229,31 @@ class EvaluationWorker:
         """Four-way questions: the answer with the highest mean log-likelihood a token is the model's pick."""
         found = []
         for distractors in (RANDOM, SAME_CATEGORY):
-            for row in rows:
-                choices, answer = self.concepts.choices(row, self.config.num_choices, distractors)
-                scores = self._answer_scores(row, choices)
-                picked = int(scores.argmax())
-                original = self.images.pixels([row])
-                found.append(
-                    {
-                        "key": self.rows.keys[row],
-                        "image": encode_png(to_pil(original)[0]),
-                        "question": self.config.question,
-                        "choices": choices,
-                        "answer": answer,
-                        "picked": picked,
-                        "correct": picked == answer,
-                        "distractors": distractors,
-                        "log_likelihoods": scores.tolist(),
-                        "pixel_baseline_correct": self._nearest_pixels(original, choices) == answer,
-                        "teacher_correct": self.recognise(normalise(original), [choices])[0] == answer,
-                    }
-                )
+            for batch in _batches(rows, max(1, _BATCH // self.config.num_choices)):
+                asked = [self.concepts.choices(row, self.config.num_choices, distractors) for row in batch]
+                choices = [names for names, _ in asked]
+                originals = self.images.pixels(batch)
+                scores = self._answer_scores(batch, choices)
+                recognised = self.recognise(normalise(originals), choices)
+                nearest = self._nearest_pixels(originals, choices)
+                pictures = to_pil(originals)
+                for position, (row, (names, answer)) in enumerate(zip(batch, asked, strict=True)):
+                    picked = int(scores[position].argmax())
+                    found.append(
+                        {
+                            "key": self.rows.keys[row],
+                            "image": encode_png(pictures[position]),
+                            "question": self.config.question,
+                            "choices": names,
+                            "answer": answer,
+                            "picked": picked,
+                            "correct": picked == answer,
+                            "distractors": distractors,
+                            "log_likelihoods": scores[position].tolist(),
+                            "pixel_baseline_correct": nearest[position] == answer,
+                            "teacher_correct": recognised[position] == answer,
+                        }
+                    )
         return found
 
     @torch.no_grad()
@@ -298,8 +315,7 @@ class EvaluationWorker:
             if self.teacher.has_text:
                 known = self.teacher.embed_texts(list(names)).float()
             else:
-                index, _, embedded = self.prototypes
-                known = F.normalize(torch.stack([embedded[index[name]] for name in names]), dim=1).to(seen.device)
+                known = torch.stack([self.embedding_prototypes[name] for name in names]).to(seen.device)
             picks.append(int((known @ vector).argmax()))
         return picks
 
@@ -307,21 +323,26 @@ class EvaluationWorker:
         with torch.no_grad():
             return self.teacher.embed_images(images.to(self.device)).float()
 
-    def _nearest_pixels(self, pixels: Tensor, choices: list[str]) -> int:
-        index, means, _ = self.prototypes
-        known = torch.stack([means[index[name]] for name in choices])
-        return int((known - _small(normalise(pixels))).square().sum(1).argmin())
+    def _nearest_pixels(self, pixels: Tensor, choices: Listing[Listing[str]]) -> list[int]:
+        """Position of the concept whose mean training image is nearest to each image of `[B, 3, H, W]` uint8."""
+        nearest = []
+        for image, names in zip(_small(normalise(pixels)), choices, strict=True):
+            known = torch.stack([self.pixel_prototypes[name] for name in names])
+            nearest.append(int((known - image).square().sum(1).argmin()))
+        return nearest
 
-    def _answer_scores(self, row: int, choices: list[str]) -> Tensor:
-        """Mean log-likelihood of each answer, `[len(choices)]`."""
+    def _answer_scores(self, rows: list[int], choices: list[list[str]]) -> Tensor:
+        """Mean log-likelihood of each answer, `[len(rows), choices]`."""
         model, builder = self.vlm
-        fields = self.rows.row(row)
-        codes = self.rows.codes[row, 0, 0]
-        question = fill(self.config.question, fields)
-        answers = [self.config.answer.format(choice=choice) for choice in choices]
-        batch = builder.batch([builder.understanding(codes, question, answer) for answer in answers]).to(self.device)
+        sequences = []
+        for row, names in zip(rows, choices, strict=True):
+            question = fill(self.config.question, self.rows.row(row))
+            answers = [self.config.answer.format(choice=choice) for choice in names]
+            sequences += [builder.understanding(self.rows.codes[row, 0, 0], question, answer) for answer in answers]
+        batch = builder.batch(sequences).to(self.device)
         with autocast(self.device, self.config.precision):
-            return mean_log_likelihood(model, batch.token_ids, batch.labels, batch.attention_mask).cpu()
+            scores = mean_log_likelihood(model, batch.token_ids, batch.labels, batch.attention_mask)
+        return scores.cpu().view(len(rows), -1)
 
     def _semantic_cosines(self, pixels: Tensor, codes: Tensor) -> Tensor | None:
         if self.tokenizer.teacher is None:
@@ -349,10 +370,5 @@ def _small(images: Tensor) -> Tensor:
     return F.adaptive_avg_pool2d(images, 16).flatten(1)
 
 
-def _means(values: Tensor, owner: Tensor, count: int) -> Tensor:
-    sums = torch.zeros(count, values.shape[1]).index_add_(0, owner, values)
-    return sums / torch.bincount(owner, minlength=count)[:, None]
-
-
-def _batches(rows: list[int]) -> list[list[int]]:
-    return [rows[start : start + _BATCH] for start in range(0, len(rows), _BATCH)]
+def _batches(rows: list[int], size: int = _BATCH) -> list[list[int]]:
+    return [rows[start : start + size] for start in range(0, len(rows), size)]

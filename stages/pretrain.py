@@ -82,7 +82,8 @@ def _sequence_maker(config: PretrainConfig) -> SequenceMaker:
         image_first, dropped = torch.rand(2).tolist()
         first = image_first < config.image_first_fraction
         text = "" if not first and dropped < config.caption_dropout else rows.columns["text"][index]
-        return builder.pretraining(text, rows.codes[index, 0, 0], image_first=first)
+        seen = index if first else rows.originals[index]  # a turned or moved picture is read, but not what to draw
+        return builder.pretraining(text, rows.codes[seen, 0, 0], image_first=first)
 
     return make
 

@@ -74,6 +74,7 @@ def _sequence_maker(config: SftConfig) -> SequenceMaker:
             noise = torch.randint(builder.vocabulary.codebook_size, codes.shape, dtype=codes.dtype)
             seen = torch.where(torch.rand(codes.shape) < config.code_dropout, noise, codes)
             return builder.understanding(seen, fill(template.question, row), fill(template.answer, row))
+        codes = rows.codes[rows.originals[index], 0, 0]  # a turned or moved picture is read, but not what to draw
         prompt = fill(config.prompts[int(torch.randint(len(config.prompts), ()))], row)
         dropped = bool(torch.rand(()) < config.caption_dropout)
         return builder.generation("" if dropped else prompt, codes)

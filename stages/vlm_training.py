@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -40,6 +41,13 @@ class CodedRows:
 
     def __len__(self) -> int:
         return len(self.keys)
+
+    @functools.cached_property
+    def originals(self) -> list[int]:
+        """For each row, the row of the image that it is a view of; its own for an image itself."""
+        place = {key: index for index, key in enumerate(self.keys)}
+        views = self.columns["view"]
+        return [place[key.removesuffix(f"_{view}")] for key, view in zip(self.keys, views, strict=True)]
 
     def row(self, index: int) -> dict[str, str]:
         """The text fields of one row."""
