@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 IGNORED = -100
 """Label of a position that has no loss."""
+LossAverage = Literal["token", "sequence"]
 
 
 class LlmConfig(Config):
@@ -107,25 +108,28 @@ def start_from_codebook(model: PreTrainedModel, vocabulary: Vocabulary, codebook
         rows.copy_(rows.std() * directions @ torch.randn(codebook.shape[1], rows.shape[1]))
 
 
-def next_token_loss(model: PreTrainedModel, token_ids: Tensor, labels: Tensor, attention_mask: Tensor) -> Tensor:
+def next_token_loss(
+    model: PreTrainedModel,
+    token_ids: Tensor,
+    labels: Tensor,
+    attention_mask: Tensor,
+    *,
+    average: LossAverage = "token",
+) -> Tensor:
     """Mean cross-entropy of the next token over the positions that have a label.
-
-    Only those positions meet the head: the vocabulary is long, and most of an understanding sequence has no loss.
 
     Args:
         model: any causal LM of transformers.
         token_ids: `[B, T]` int64.
-        labels: `[B, T]`, `IGNORED` where there is no loss; not shifted.
+        labels: `[B, T]`, `IGNORED` where there is no loss; not shifted. Each row has a label.
         attention_mask: `[B, T]`, 0 at padding.
+        average: over the `token`s of the batch, or over its sequences, each the mean over its own tokens.
 
     Returns:
         Scalar, nats.
     """
-    hidden = model.base_model(input_ids=token_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
-    targets = labels[:, 1:]
-    chosen = targets != IGNORED
-    logits = model.get_output_embeddings()(hidden[:, :-1][chosen])
-    return F.cross_entropy(logits.float(), targets[chosen])
+    losses, rows = _labelled_losses(model, token_ids, labels, attention_mask)
+    return losses.mean() if average == "token" else _row_means(losses, rows, len(token_ids)).mean()
 
 
 @torch.no_grad()
@@ -135,11 +139,24 @@ def mean_log_likelihood(model: PreTrainedModel, token_ids: Tensor, labels: Tenso
     Returns:
         `[B]` float32.
     """
+    losses, rows = _labelled_losses(model, token_ids, labels, attention_mask)
+    return -_row_means(losses, rows, len(token_ids))
+
+
+def _labelled_losses(
+    model: PreTrainedModel, token_ids: Tensor, labels: Tensor, attention_mask: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Cross-entropy of each labelled position, `[L]`, and the sequence that each belongs to, `[L]`.
+
+    Only those positions meet the head: the vocabulary is long, and most of an understanding sequence has no loss.
+    """
     hidden = model.base_model(input_ids=token_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
     targets = labels[:, 1:]
     chosen = targets != IGNORED
     logits = model.get_output_embeddings()(hidden[:, :-1][chosen])
-    token_losses = F.cross_entropy(logits.float(), targets[chosen], reduction="none")
-    rows = chosen.nonzero()[:, 0]
-    sums = torch.zeros(len(token_ids), device=token_losses.device).index_add_(0, rows, token_losses)
-    return -sums / chosen.sum(1)
+    return F.cross_entropy(logits.float(), targets[chosen], reduction="none"), chosen.nonzero()[:, 0]
+
+
+def _row_means(values: Tensor, rows: Tensor, count: int) -> Tensor:
+    sums = torch.zeros(count, device=values.device).index_add_(0, rows, values)
+    return sums / torch.bincount(rows, minlength=count)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from models.config import Config
+from models.vlm import LossAverage
 from stages.sequences import Sequence, SequenceBuilder
 from stages.stage import Outcome, Stage, StageContext
 from stages.standalone import run_standalone
@@ -41,6 +42,9 @@ class SftConfig(LoopConfig):
     code_dropout: float = 0.0
     """Part of the image's codes that is replaced by random codes in understanding sequences: an augmentation against
     learning small data by heart."""
+    loss_average: LossAverage = "token"
+    """What the loss is a mean over: `token`s of the batch, or its `sequence`s. Drawing an image has a loss on each of
+    its codes, an answer on a few tokens: by `token`, drawing gets nearly all of the gradient whatever the weights."""
     steps: int = 1000
     """Optimiser steps."""
 
@@ -51,7 +55,7 @@ def run(context: StageContext[SftConfig]) -> Outcome:
     pretrained = context.inputs["pretrain"]
     rows = load_rows(context.store, context.inputs["tokenize"], split="train", views=True)
     model, builder = load_vlm(context.store, pretrained)
-    training = VlmTraining(config, context.seed, model, builder, rows, _sequence_maker(config))
+    training = VlmTraining(config, context.seed, model, builder, rows, _sequence_maker(config), config.loss_average)
     history = train(context, training, config)
     files = [*put_vlm(context, training.model, builder.tokenizer, builder.vocabulary), history.save(context)]
     metadata = {"tokenizer": rows.info.tokenizer_digest, "vocabulary_size": builder.vocabulary.size}

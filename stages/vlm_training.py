@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from models.torchvision_compat import make_torchvision_importable
-from models.vlm import next_token_loss
+from models.vlm import LossAverage, next_token_loss
 from models.vocabulary import Vocabulary
 from stages.image_data import ORIGINAL
 from stages.sequences import Sequence, SequenceBuilder
@@ -111,8 +111,9 @@ class VlmTraining:
         builder: SequenceBuilder,
         rows: CodedRows,
         make: SequenceMaker,
+        average: LossAverage = "token",
     ) -> None:
-        self.config, self.builder, self.rows, self.make = config, builder, rows, make
+        self.config, self.builder, self.rows, self.make, self.average = config, builder, rows, make, average
         self.device = resolve_device(config.device)
         self.model = model.to(self.device).train()
         self.optimiser = build_optimiser(model, config.optimiser)
@@ -122,7 +123,9 @@ class VlmTraining:
         sequences = [self.make(self.builder, self.rows, index) for index in self.sampler.batch(step)]
         batch = self.builder.batch(sequences).to(self.device)
         with autocast(self.device, self.config.precision):
-            loss = next_token_loss(self.model, batch.token_ids, batch.labels, batch.attention_mask)
+            loss = next_token_loss(
+                self.model, batch.token_ids, batch.labels, batch.attention_mask, average=self.average
+            )
         norm = optimise(loss, self.model, self.optimiser, self.config.optimiser, step, self.config.steps)
         return {"loss": loss, "gradient_norm": norm}
 

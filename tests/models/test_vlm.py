@@ -51,6 +51,18 @@ def test_loss_equals_transformers_own(parts: tuple[Any, Any, Vocabulary], batch:
         torch.testing.assert_close(one, other)
 
 
+def test_loss_by_sequence_weighs_each_sequence_alike(
+    parts: tuple[Any, Any, Vocabulary], batch: tuple[Tensor, ...]
+) -> None:
+    model, (token_ids, labels, mask) = parts[0], batch
+    rows = [
+        model(input_ids=i[None], attention_mask=m[None], labels=t[None]).loss for i, t, m in zip(*batch, strict=True)
+    ]
+    loss = next_token_loss(model, token_ids, labels, mask, average="sequence")
+    torch.testing.assert_close(loss, torch.stack(rows).mean())
+    assert not torch.isclose(loss, next_token_loss(model, token_ids, labels, mask)), "the rows differ in length"
+
+
 def test_mean_log_likelihood_equals_brute_force(parts: tuple[Any, Any, Vocabulary], batch: tuple[Tensor, ...]) -> None:
     model, (token_ids, labels, mask) = parts[0], batch
     expected = []
