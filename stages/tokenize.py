@@ -27,7 +27,7 @@ class TokenizeConfig(Config):
 
     views: ViewsConfig = ViewsConfig()
     """Random views of each training image that are tokenized beside it, as rows of their own (column `view`): the
-    augmentation of a language model that reads codes, as LlamaGen (section 3.1) tokenizes ten crops of each image."""
+    augmentation of a language model that reads codes, as LlamaGen tokenizes ten crops of each image."""
     precision: str = "bf16"
     """Autocast type of the encoder, `bf16` or `fp32`; distances to the codebook are float32 in both."""
     batch_size: int = 32
