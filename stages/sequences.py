@@ -77,12 +77,17 @@ class SequenceBuilder:
         """The prompt of generation, up to and with `soi`; an empty prompt is the unconditional one."""
         return [self.vocabulary.user, *self.text(prompt), self.vocabulary.assistant, self.vocabulary.soi]
 
-    def generation(self, prompt: str, codes: Tensor) -> Sequence:
-        """An image for a prompt, loss on the image."""
+    def generation(self, prompt: str, codes: Tensor, seen: Tensor | None = None) -> Sequence:
+        """An image for a prompt, loss on the image.
+
+        Args:
+            prompt: text; empty is the unconditional one.
+            codes: `[h, w]`, what is to be drawn.
+            seen: `[h, w]`, what stands in the sequence instead; None is `codes`.
+        """
         asked = self.drawing_prompt(prompt)[:-1]
-        image = self.image(codes)
-        labels = [IGNORED] * len(asked) + image + [IGNORED]
-        return Sequence([*asked, *image, self.vocabulary.eos], labels)
+        labels = [IGNORED] * len(asked) + self.image(codes) + [IGNORED]
+        return Sequence([*asked, *self.image(codes if seen is None else seen), self.vocabulary.eos], labels)
 
     def batch(self, sequences: list[Sequence]) -> Batch:
         """Pad sequences to the longest."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from models.config import Config
 from models.vlm import LossAverage
@@ -39,9 +40,13 @@ class SftConfig(LoopConfig):
     """Generation: text in the prompt, loss on the image; one is drawn at random."""
     caption_dropout: float = 0.1
     """Part of the drawing requests whose text is left out, which makes guidance possible."""
-    code_dropout: float = 0.0
+    understanding_code_dropout: float = 0.0
     """Part of the image's codes that is replaced by random codes in understanding sequences: an augmentation against
     learning small data by heart."""
+    generation_code_dropout: float = 0.0
+    """Part of the codes already drawn that is replaced by random codes in drawing sequences; the loss still asks for
+    the true ones. Otherwise small data is learned by heart from the codes before, and the prompt hardly read. Infinity
+    (arXiv:2412.04431) flips bits of the context for another reason: errors that add up while drawing."""
     loss_average: LossAverage = "token"
     """What the loss is a mean over: `token`s of the batch, or its `sequence`s. Drawing an image has a loss on each of
     its codes, an answer on a few tokens: by `token`, drawing gets nearly all of the gradient whatever the weights."""
@@ -75,15 +80,20 @@ def _sequence_maker(config: SftConfig) -> SequenceMaker:
         codes, row = rows.codes[index, 0, 0], rows.row(index)
         if torch.rand(()) < understanding:
             template = config.questions[int(torch.multinomial(question_weights, 1))]
-            noise = torch.randint(builder.vocabulary.codebook_size, codes.shape, dtype=codes.dtype)
-            seen = torch.where(torch.rand(codes.shape) < config.code_dropout, noise, codes)
+            seen = _partly_random(codes, config.understanding_code_dropout, builder)
             return builder.understanding(seen, fill(template.question, row), fill(template.answer, row))
         codes = rows.codes[rows.originals[index], 0, 0]  # a turned or moved picture is read, but not what to draw
         prompt = fill(config.prompts[int(torch.randint(len(config.prompts), ()))], row)
         dropped = bool(torch.rand(()) < config.caption_dropout)
-        return builder.generation("" if dropped else prompt, codes)
+        seen = _partly_random(codes, config.generation_code_dropout, builder)
+        return builder.generation("" if dropped else prompt, codes, seen)
 
     return make
+
+
+def _partly_random(codes: Tensor, part: float, builder: SequenceBuilder) -> Tensor:
+    noise = torch.randint(builder.vocabulary.codebook_size, codes.shape, dtype=codes.dtype)
+    return torch.where(torch.rand(codes.shape) < part, noise, codes)
 
 
 STAGE = Stage(name="sft", section="sft", config_class=SftConfig, inputs=("tokenize", "pretrain"), run=run)

@@ -98,10 +98,12 @@ class TokenizeWorker:
         codes: list[Tensor] = []
         for start in range(0, len(samples), self.job.config.batch_size):
             batch = samples[start : start + self.job.config.batch_size]
+            images = self._decode(batch)
             for view, kept in self._views(batch):
-                keys += [sample.key if view == ORIGINAL else f"{sample.key}_{view}" for sample in kept]
-                rows += [_columns(sample, view) for sample in kept]
-                codes.append(self._encode(kept, view))
+                shown = [batch[position] for position in kept]
+                keys += [sample.key if view == ORIGINAL else f"{sample.key}_{view}" for sample in shown]
+                rows += [_columns(sample, view) for sample in shown]
+                codes.append(self._encode(images[kept], [sample.key for sample in shown], view))
         entries = [self._store_table(shard, keys, rows, torch.cat(codes))] if keys else []  # every URL may have failed
         receipt = {"files": [entry.to_json() for entry in entries], "rows": len(keys)}
         store.write_receipt(self.job.action_key, shard, receipt)
@@ -120,19 +122,23 @@ class TokenizeWorker:
             write_code_shard(scratch / "codes.parquet", info, keys, columns, codes.cpu().numpy())
             return self.job.store.put_file(scratch / "codes.parquet", f"codes/{shard}.parquet")
 
-    def _views(self, batch: list[ImageSample]) -> list[tuple[str, list[ImageSample]]]:
-        trained_on = [sample for sample in batch if (sample.json.get("split") or "train") == "train"]
+    def _views(self, batch: list[ImageSample]) -> list[tuple[str, list[int]]]:
+        """Each view and the positions in the batch of the samples that it is made of."""
+        everyone = list(range(len(batch)))
+        trained_on = [at for at in everyone if (batch[at].json.get("split") or "train") == "train"]
         views = [(f"view_{number}", trained_on) for number in range(1, self.job.config.views.count + 1)]
-        return [(view, kept) for view, kept in [(ORIGINAL, batch), *views] if kept]
+        return [(view, kept) for view, kept in [(ORIGINAL, everyone), *views] if kept]
+
+    def _decode(self, samples: list[ImageSample]) -> Tensor:
+        """float `[B, 3, H, W]` in [-1, 1] on the device."""
+        pixels = to_tensor([load_image(sample.image, self.transform) for sample in samples])
+        return normalise(pixels.to(self.device))
 
     @torch.no_grad()
-    def _encode(self, samples: list[ImageSample], view: str) -> Tensor:
-        """Codes `[B, N, D, h, w]` of a view of some samples."""
-        pixels = to_tensor([load_image(sample.image, self.transform) for sample in samples])
-        images = normalise(pixels.to(self.device))
+    def _encode(self, images: Tensor, keys: list[str], view: str) -> Tensor:
+        """Codes `[B, N, D, h, w]` of a view of the images with these keys."""
         if view != ORIGINAL:
-            seeds = [mix_seed(self.job.seed, view, sample.key) for sample in samples]
-            generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+            generators = [torch.Generator().manual_seed(mix_seed(self.job.seed, view, key)) for key in keys]
             views = self.job.config.views
             images = torch.stack(
                 [random_view(image, views, own) for image, own in zip(images, generators, strict=True)]
