@@ -16,8 +16,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from storage.store import Store
 from tests.flows.conftest import ROOT
+from tests.tiny import TinyRun
 
 RAY = str(Path(sys.executable).parent / "ray")
 
@@ -84,17 +84,17 @@ def submit(job_server: str, environment: dict[str, str], *command: str) -> tuple
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_submitted_stage_maps_on_the_jobs_cluster(
-    job_server: str, environment: dict[str, str], tmp_path: Path
+    job_server: str, environment: dict[str, str], tiny_run: TinyRun, tmp_path: Path
 ) -> None:
-    store = Store(str(tmp_path / "store"))
-    command = ["python", "-m", "stages.download", "--recipe", "tiny", "--store", store.uri]
+    store = tiny_run.store_before("tokenize", tmp_path / "store")
+    command = ["python", "-m", "stages.tokenize", "--recipe", "tiny", "--store", store.uri]
     code, output = submit(job_server, environment, *command)
     assert code == 0, output
     assert "connected to the Ray cluster" in output
     assert "started a local Ray cluster" not in output
-    (record,) = store.runs()
-    assert (record["stage"], record["recipe"], record["hit"]) == ("download", "tiny", False)
-    assert store.load(record["artifact"]).kind == "image_shards"
+    record = store.runs()[-1]
+    assert (record["stage"], record["recipe"], record["hit"]) == ("tokenize", "tiny", False)
+    assert record["artifact"] == tiny_run.results["tokenize"].digest
 
 
 @pytest.mark.slow
