@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from pydantic import PositiveInt
 from torch import Tensor, nn
 
 from models.config import Config
@@ -16,19 +17,19 @@ from models.config import Config
 class ConvConfig(Config):
     """Widths of the convolutional encoder and decoder."""
 
-    patch_size: int = 1
+    patch_size: PositiveInt = 1
     """Pixels along one side folded into channels before the first convolution and unfolded after the last: 1 in the
     papers; 2 saves three quarters of the work at full resolution, which dominates on a CPU."""
 
-    channels: int = 128
+    channels: PositiveInt = 128
     """Channels at the highest resolution that is convolved."""
     channel_multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)
     """Channels at each resolution, in units of `channels`; each step after the first halves the resolution."""
-    encoder_blocks: int = 2
+    encoder_blocks: PositiveInt = 2
     """Residual blocks at each resolution of the encoder."""
-    decoder_blocks: int = 3
+    decoder_blocks: PositiveInt = 3
     """Residual blocks at each resolution of the decoder."""
-    latent_channels: int = 256
+    latent_channels: PositiveInt = 256
     """Channels between the encoder and the quantizer, and between the quantizer and the decoder."""
     attention: bool = True
     """Self-attention beside the residual blocks at the lowest resolution."""

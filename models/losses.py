@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt
 from torch import Tensor, nn
 
-from models.config import Config
+from models.config import Config, Fraction
 from models.convolutional import gradient_norm
 from models.teachers import BackboneTeacher
 
@@ -16,32 +17,32 @@ from models.teachers import BackboneTeacher
 class LossConfig(Config):
     """Weights of the tokenizer's loss (MUSE-VL, eq. 3-5; LlamaGen, section 2.1)."""
 
-    l2_weight: float = 1.0
+    l2_weight: NonNegativeFloat = 1.0
     """Mean squared pixel error in [-1, 1]."""
-    l1_weight: float = 0.0
+    l1_weight: NonNegativeFloat = 0.0
     """Mean absolute pixel error in [-1, 1]."""
     perceptual: str = "lpips"
     """`lpips` (VGG, v0.1), `backbone` (the same distance on the backbone teacher's features: a stand-in where LPIPS's
     weights are out of reach; its values do not compare with LPIPS) or `none`."""
-    perceptual_weight: float = 1.0
+    perceptual_weight: NonNegativeFloat = 1.0
     """Weight of the perceptual distance."""
-    perceptual_fraction: float = 1.0
+    perceptual_fraction: Fraction = 1.0
     """Part of each batch that the perceptual distance looks at: an unbiased saving where it dominates a step."""
     lpips_vgg_weights: str | None = None
     """Path of torchvision's VGG16 state dict for machines without a hub; `null` lets `lpips` download it."""
-    semantic_weight: float = 1.0
+    semantic_weight: NonNegativeFloat = 1.0
     """`1 - cos(Dec_s(z_q), T)`."""
-    adversarial_weight: float = 0.5
+    adversarial_weight: NonNegativeFloat = 0.5
     """PatchGAN term; MUSE-VL's lambda_G is not published, 0.5 is LlamaGen's."""
     adversarial_adaptive: bool = False
     """Scale the PatchGAN term by the ratio of gradient norms at the decoder's last layer (VQGAN, eq. 7)."""
     adversarial_clamp: tuple[float, float] = (0.0, 10.0)
     """Limits of that ratio."""
-    adversarial_start: int = 20_000
+    adversarial_start: NonNegativeInt = 20_000
     """Step at which the discriminator starts to train and to count."""
-    discriminator_channels: int = 64
+    discriminator_channels: PositiveInt = 64
     """Width of PatchGAN."""
-    discriminator_layers: int = 3
+    discriminator_layers: PositiveInt = 3
     """Strided layers of PatchGAN."""
 
 

@@ -10,9 +10,10 @@ from typing import Literal, NamedTuple
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from pydantic import NonNegativeFloat, PositiveInt
 from torch import Tensor, nn
 
-from models.config import Config
+from models.config import Config, Fraction
 
 _CHUNK_ELEMENTS = 1 << 22
 """Upper bound on the entries of the vectors x codes similarity matrix that exist at a time (16 MiB of float32)."""
@@ -21,21 +22,21 @@ _CHUNK_ELEMENTS = 1 << 22
 class QuantizerConfig(Config):
     """A codebook and how it learns."""
 
-    codebook_size: int = 32_768
+    codebook_size: PositiveInt = 32_768
     """Number of codes."""
-    code_dim: int = 8
+    code_dim: PositiveInt = 8
     """Channels of a code."""
     l2_normalised: bool = True
     """Compare directions instead of positions (ViT-VQGAN; LlamaGen, table 'codebook')."""
     update: Literal["ema", "gradient"] = "ema"
     """`ema`: codes follow the mean of their vectors; `gradient`: codes learn from the codebook loss (VQ-VAE, eq. 3)."""
-    ema_decay: float = 0.99
+    ema_decay: Fraction = 0.99
     """Share of the running statistics kept at each step (`ema` only)."""
-    dead_threshold: float = 0.05
+    dead_threshold: NonNegativeFloat = 0.05
     """A code whose running count falls below this is replaced by a vector of the batch (`ema` only); 0: never."""
-    commitment_weight: float = 0.25
+    commitment_weight: NonNegativeFloat = 0.25
     """Weight of the loss that pulls vectors to their codes (VQ-VAE, beta)."""
-    codebook_weight: float = 1.0
+    codebook_weight: NonNegativeFloat = 1.0
     """Weight of the loss that pulls codes to their vectors (`gradient` only)."""
 
 

@@ -8,9 +8,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
+from pydantic import NonNegativeFloat, NonNegativeInt
 from torch import Tensor
 
-from models.config import Config
+from models.config import Config, Fraction
 from models.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
@@ -22,11 +23,11 @@ class SamplingConfig(Config):
 
     guidance: float = 3.0
     """Scale s of `u + s (c - u)` (LlamaGen's convention); 1 is no guidance. Show-o's `(1 + w) c - w u` is s = 1 + w."""
-    temperature: float = 1.0
+    temperature: NonNegativeFloat = 1.0
     """Divides the logits; 0 always takes the likeliest code."""
-    top_k: int = 0
+    top_k: NonNegativeInt = 0
     """Only the likeliest codes are drawn from; 0 means all."""
-    top_p: float = 1.0
+    top_p: Fraction = 1.0
     """Only the smallest set of codes with at least this probability is drawn from."""
 
 

@@ -14,19 +14,19 @@ from typing import Annotated, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
+from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 
-from models.config import Config
+from models.config import Config, Fraction
 from models.torchvision_compat import make_torchvision_importable
 
 
 class AlignedHeadConfig(Config):
     """A one-layer text-aligned head over a frozen backbone, trained on the captions of the training split."""
 
-    dim: int = 128
+    dim: PositiveInt = 128
     """Channels of the aligned patch features and of the shared image-text space."""
-    feature_dropout: float = 0.1
+    feature_dropout: Fraction = 0.1
     """Dropout on the backbone's features while the head trains."""
 
 
@@ -40,7 +40,7 @@ class BackboneTeacherConfig(Config):
     weights: str = "package:efficientnet-lite0"
     """`package:efficientnet-lite0` (ImageNet weights that install from the package index), `hub` (timm's own
     download), or the path of a state dict (`.safetensors`, or `.pth` read with `weights_only`)."""
-    input_size: int = 128
+    input_size: PositiveInt = 128
     """Side of the square that the backbone sees, pixels."""
     feature_blocks: tuple[int, ...] = (4, 6)
     """Indices of the stages whose outputs are resized to the code grid and concatenated."""

@@ -10,6 +10,7 @@ from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from pydantic import NonNegativeFloat
 from torch import Tensor, nn
 
 from models.config import Config
@@ -33,7 +34,7 @@ class TokenizerConfig(Config):
     """Codebook."""
     semantic_decoder: SemanticDecoderConfig = SemanticDecoderConfig()
     """Maps codes back to the teacher's features (`sde` only)."""
-    image_weight: float = 1.0
+    image_weight: NonNegativeFloat = 1.0
     """Scale of the normalised image features `z` in `Quant(T + z)` (`sde` only; the paper does not publish a scale)."""
 
     @property

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from pydantic import NonNegativeInt, PositiveInt
 from torch import Tensor, nn
 
 from models.config import Config
@@ -15,11 +16,11 @@ from models.config import Config
 class SemanticDecoderConfig(Config):
     """The ViT that maps quantized vectors back to the teacher's features (BEiT v2, section 3.1)."""
 
-    width: int = 768
+    width: PositiveInt = 768
     """Channels."""
-    depth: int = 3
+    depth: NonNegativeInt = 3
     """Blocks."""
-    heads: int = 12
+    heads: PositiveInt = 12
     """Attention heads."""
 
 

@@ -10,15 +10,16 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor
 
-from models.config import Config
+from models.config import Config, Fraction
 
 
 class TransformConfig(Config):
     """How a stored image becomes a square tensor."""
 
-    image_size: int = 256
+    image_size: PositiveInt = 256
     """Side of the square that the tokenizer sees, pixels."""
     resize: Literal["shortest_crop", "squash", "pad"] = "shortest_crop"
     """`shortest_crop`: shortest side to `image_size`, then the centre; `squash`: ignore the aspect ratio; `pad`: the
@@ -30,17 +31,17 @@ class TransformConfig(Config):
 class ViewsConfig(Config):
     """Random views of an image: moved, zoomed, turned, stretched and mirrored a little."""
 
-    count: int = 0
+    count: NonNegativeInt = 0
     """Views of each training image beside the image itself."""
     flip: bool = True
     """Mirror half of the views."""
-    zoom: tuple[float, float] = (0.8, 1.1)
+    zoom: tuple[PositiveFloat, PositiveFloat] = (0.8, 1.1)
     """Smallest and largest size of the content, 1 being its own."""
-    shift: float = 0.1
+    shift: Fraction = 0.1
     """Most that the content moves to each side, as a part of the image's side."""
-    rotation: float = 9.0
+    rotation: NonNegativeFloat = 9.0
     """Most that the content turns, degrees."""
-    stretch: float = 0.1
+    stretch: NonNegativeFloat = 0.1
     """Deviation of the logarithm of width over height."""
 
 

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 import torch.nn.functional as F
+from pydantic import PositiveInt
 from torch import Tensor
 
-from models.config import Config
+from models.config import Config, Fraction
 from models.torchvision_compat import make_torchvision_importable
 from models.vocabulary import Vocabulary
 
@@ -29,19 +30,19 @@ class LlmConfig(Config):
     base: str = "small"
     """`small`, or the hub id or folder of a causal LM (Qwen/Qwen2.5-7B, 01-ai/Yi-1.5-9B, ...); only `small` reads the
     fields below."""
-    hidden_size: int = 256
+    hidden_size: PositiveInt = 256
     """Channels."""
-    num_layers: int = 4
+    num_layers: PositiveInt = 4
     """Decoder layers."""
-    num_heads: int = 4
+    num_heads: PositiveInt = 4
     """Attention heads."""
-    intermediate_size: int = 768
+    intermediate_size: PositiveInt = 768
     """Channels of the gated MLP."""
-    dropout: float = 0.0
+    dropout: Fraction = 0.0
     """Dropout of attention weights."""
-    bpe_vocab_size: int = 2048
+    bpe_vocab_size: PositiveInt = 2048
     """Most tokens of the BPE that is trained on the texts of the code table."""
-    max_positions: int = 1024
+    max_positions: PositiveInt = 1024
     """Longest sequence, tokens."""
     visual_init: Literal["codebook", "random"] = "codebook"
     """Where the rows of visual codes start: `codebook` maps each code's vector through one random matrix, so that

@@ -21,9 +21,10 @@ import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.json
 import pyarrow.parquet as pq
+from pydantic import NonNegativeInt, PositiveInt
 
 from infra.sample_data.server import SAMPLE_LIST, SampleServer
-from models.config import Config
+from models.config import Config, Fraction
 from models.transforms import TransformConfig, load_image
 from stages.stage import Outcome, RuntimeInt, RuntimeStr, Stage, StageContext
 from stages.standalone import run_standalone
@@ -58,13 +59,13 @@ class DownloadConfig(Config):
     """Only rows whose column has one of these values, for example `{category: [food & drink]}`."""
     max_rows: int | None = None
     """Only the first rows of the (filtered) list."""
-    rows_per_shard: int = 1000
+    rows_per_shard: PositiveInt = 1000
     """Rows of a shard: what is downloaded, and lost by a crash, together."""
-    timeout_s: int = 10
+    timeout_s: PositiveInt = 10
     """Seconds before an attempt at one URL is given up."""
-    retries: int = 2
+    retries: NonNegativeInt = 2
     """Further attempts at a URL that failed."""
-    max_failed_fraction: float = 0.2
+    max_failed_fraction: Fraction = 0.2
     """The stage stops when a larger part of the rows failed."""
     attempt: int = 0
     """Part of the identity of the result: raise it to download everything once more."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import pyarrow as pa
+from pydantic import PositiveInt
 
 from models.config import Config
 from models.metrics import codebook_statistics
@@ -37,19 +38,19 @@ class EvaluateConfig(Config):
     """Choices of a question."""
     prompt: str = "Draw {caption}."
     """Drawing request of each held-out row."""
-    images_per_prompt: int = 1
+    images_per_prompt: PositiveInt = 1
     """Drawings of each request."""
     recognition_choices: int = 10
     """Concepts among which the teacher recognises a drawing."""
     sampling: SamplingConfig = SamplingConfig()
     """How drawings are sampled."""
-    rows_per_shard: int = 48
+    rows_per_shard: PositiveInt = 48
     """Held-out rows measured, and lost by a crash, together."""
     precision: Literal["bf16", "fp32"] = "bf16"
     """Autocast type."""
     num_workers: RuntimeInt = 1
     """Workers at a time."""
-    threads_per_worker: int = 1
+    threads_per_worker: PositiveInt = 1
     """CPU threads of each worker; part of the identity of the result as in training."""
     device: RuntimeStr = "auto"
     """`auto` (a GPU if there is one), `cpu`, `cuda`."""

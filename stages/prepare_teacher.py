@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from pydantic import PositiveInt
 from torch import Tensor
 
 from models.teachers import (
@@ -44,11 +45,11 @@ class PrepareTeacherConfig(LoopConfig):
     """Which frozen encoder."""
     transform: TransformConfig = TransformConfig(image_size=128)
     """How training images of the head are shaped."""
-    max_images: int = 20_000
+    max_images: PositiveInt = 20_000
     """The head trains on at most this many images, the first by key: their backbone features are kept in memory."""
-    steps: int = 600
+    steps: PositiveInt = 600
     """Optimiser steps of the head; nothing else is trained."""
-    batch_size: int = 256
+    batch_size: PositiveInt = 256
     """Image-caption pairs a step."""
     optimiser: OptimiserConfig = OptimiserConfig(learning_rate=2e-3, weight_decay=1e-2, warmup_steps=20)
     """Optimiser of the head."""

@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
+from pydantic import PositiveInt
 
+from models.config import Fraction
 from models.vlm import LlmConfig, build_small_llm, extend_llm, load_base_llm, start_from_codebook
 from models.vocabulary import Vocabulary, extend_tokenizer, train_bpe
 from stages.loading import load_tokenizer
@@ -24,13 +26,13 @@ class PretrainConfig(LoopConfig):
 
     llm: LlmConfig = LlmConfig()
     """The base language model."""
-    image_first_fraction: float = 0.5
+    image_first_fraction: Fraction = 0.5
     """Part of the pairs that are written image first; the others text first."""
-    caption_dropout: float = 0.1
+    caption_dropout: Fraction = 0.1
     """Part of the text-first pairs whose text is left out, which makes guidance possible."""
     extra_texts: tuple[str, ...] = ()
     """Texts that the BPE of a small LLM also sees, for example the questions of fine-tuning."""
-    steps: int = 1000
+    steps: PositiveInt = 1000
     """Optimiser steps."""
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import torch
+from pydantic import NonNegativeFloat, PositiveInt
 from torch import Tensor
 
-from models.config import Config
+from models.config import Config, Fraction
 from models.vlm import LossAverage
 from stages.sequences import Sequence, SequenceBuilder
 from stages.stage import Outcome, Stage, StageContext
@@ -21,16 +22,16 @@ class QuestionTemplate(Config):
     """For example `What is in the picture?`."""
     answer: str
     """For example `{caption}`."""
-    weight: float = 1.0
+    weight: NonNegativeFloat = 1.0
     """How often it is asked, relative to the other questions."""
 
 
 class SftConfig(LoopConfig):
     """The mixture and its training."""
 
-    understanding_weight: float = 1.0
+    understanding_weight: NonNegativeFloat = 1.0
     """Share of questions about images in the mixture, relative to `generation_weight`."""
-    generation_weight: float = 1.0
+    generation_weight: NonNegativeFloat = 1.0
     """Share of drawing requests in the mixture."""
     questions: tuple[QuestionTemplate, ...] = (
         QuestionTemplate(question="What is in the picture?", answer="{caption}"),
@@ -38,19 +39,19 @@ class SftConfig(LoopConfig):
     """Understanding: image in the prompt, loss on the answer."""
     prompts: tuple[str, ...] = ("Draw {caption}.",)
     """Generation: text in the prompt, loss on the image; one is drawn at random."""
-    caption_dropout: float = 0.1
+    caption_dropout: Fraction = 0.1
     """Part of the drawing requests whose text is left out, which makes guidance possible."""
-    understanding_code_dropout: float = 0.0
+    understanding_code_dropout: Fraction = 0.0
     """Part of the image's codes that is replaced by random codes in understanding sequences: an augmentation against
     learning small data by heart."""
-    generation_code_dropout: float = 0.0
+    generation_code_dropout: Fraction = 0.0
     """Part of the codes already drawn that is replaced by random codes in drawing sequences; the loss still asks for
     the true ones. Otherwise small data is learned by heart from the codes before, and the prompt hardly read. Infinity
     (arXiv:2412.04431) flips bits of the context for another reason: errors that add up while drawing."""
     loss_average: LossAverage = "token"
     """What the loss is a mean over: `token`s of the batch, or its `sequence`s. Drawing an image has a loss on each of
     its codes, an answer on a few tokens: by `token`, drawing gets nearly all of the gradient whatever the weights."""
-    steps: int = 1000
+    steps: PositiveInt = 1000
     """Optimiser steps."""
 
 

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Generic, TypeVar
 
+from pydantic import NonNegativeFloat, PositiveInt
+
 from infra.executors import Executor
 from models.config import Config
 from storage.digests import digest_of
@@ -22,8 +24,8 @@ class DoesNotAffectResult:
     """Marks a config field that changes how a stage runs but not one byte of its result; it stays out of the key."""
 
 
-RuntimeInt = Annotated[int, DoesNotAffectResult]
-RuntimeFloat = Annotated[float, DoesNotAffectResult]
+RuntimeInt = Annotated[PositiveInt, DoesNotAffectResult]
+RuntimeFloat = Annotated[NonNegativeFloat, DoesNotAffectResult]
 RuntimeBool = Annotated[bool, DoesNotAffectResult]
 RuntimeStr = Annotated[str, DoesNotAffectResult]
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from pydantic import PositiveInt
 from torch import Tensor
 
 from models.config import Config
@@ -30,14 +31,14 @@ class TokenizeConfig(Config):
     augmentation of a language model that reads codes, as LlamaGen tokenizes ten crops of each image."""
     precision: str = "bf16"
     """Autocast type of the encoder, `bf16` or `fp32`; distances to the codebook are float32 in both."""
-    batch_size: int = 32
+    batch_size: PositiveInt = 32
     """Images encoded at a time. Part of the identity of the result: on some devices the last bits of a convolution,
     and so now and then a code, depend on the batch."""
     num_workers: RuntimeInt = 1
     """Encoders at a time."""
     gpus_per_worker: RuntimeFloat = 0.0
     """Share of a GPU that each encoder holds; 0 encodes on the CPU."""
-    threads_per_worker: int = 2
+    threads_per_worker: PositiveInt = 2
     """CPU threads of each encoder; part of the identity of the result as in training."""
 
 

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.config import Fraction
 from models.convolutional import PatchDiscriminator
 from models.losses import (
     BackbonePerceptualDistance,
@@ -52,7 +53,7 @@ class TrainTokenizerConfig(LoopConfig, TokenizerConfig):
     """Optimiser of PatchGAN."""
     horizontal_flip: bool = True
     """Mirror half of the training images."""
-    ema_decay: float = 0.0
+    ema_decay: Fraction = 0.0
     """Decay of the averaged weights that the artifact holds in place of the last ones; 0 keeps the last ones."""
 
 

@@ -17,11 +17,12 @@ from typing import Any, Literal, Protocol
 
 import pyarrow as pa
 import torch
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from models.config import Config
+from models.config import Config, Fraction
 from stages.stage import RuntimeInt, RuntimeStr, StageContext
 from storage.manifest import FileEntry
 from storage.tables import write_table
@@ -34,35 +35,35 @@ _CHECKPOINT = "checkpoint.pt"
 class OptimiserConfig(Config):
     """AdamW with warm-up and cosine decay."""
 
-    learning_rate: float = 1e-4
+    learning_rate: PositiveFloat = 1e-4
     """Peak learning rate."""
-    final_learning_rate_fraction: float = 0.05
+    final_learning_rate_fraction: Fraction = 0.05
     """Learning rate at the last step, as a fraction of the peak."""
-    warmup_steps: int = 100
+    warmup_steps: NonNegativeInt = 100
     """Steps from zero to the peak."""
     betas: tuple[float, float] = (0.9, 0.95)
     """Adam's decay rates."""
-    weight_decay: float = 1e-4
+    weight_decay: NonNegativeFloat = 1e-4
     """Decoupled weight decay of matrices; biases, norms and other vectors have none."""
-    gradient_clip: float = 1.0
+    gradient_clip: PositiveFloat = 1.0
     """Largest gradient norm."""
 
 
 class LoopConfig(Config):
     """Length of a training stage and what it records."""
 
-    steps: int = 1000
+    steps: PositiveInt = 1000
     """Optimiser steps."""
-    batch_size: int = 32
+    batch_size: PositiveInt = 32
     """Samples a step."""
     optimiser: OptimiserConfig = OptimiserConfig()
     """Optimiser and schedule."""
     precision: Literal["bf16", "fp32"] = "bf16"
     """Autocast type of the forward pass; weights stay float32."""
-    cpu_threads: int = 2
+    cpu_threads: PositiveInt = 2
     """Threads of the CPU's kernels. Sums are split over them, so the last bits of the result depend on their number: it
     is a setting, not the number of cores, and the same recipe gives the same result on a larger machine."""
-    log_every: int = 20
+    log_every: PositiveInt = 20
     """Steps between points of the loss curves; a point is the mean since the last."""
     checkpoint_every: RuntimeInt = 200
     """Steps between checkpoints."""

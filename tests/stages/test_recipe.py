@@ -89,3 +89,22 @@ def test_a_broken_recipe_file_is_named_in_one_line(content: str | None, message:
         load_recipe(str(path))
     assert "broken" in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "sft.steps=0",
+        "sft.batch_size=-1",
+        "sft.generation_code_dropout=1.5",
+        "sft.optimiser.learning_rate=0",
+        "tokenize.num_workers=0",
+        "tokenize.views.zoom=[0, 1]",
+        "tokenize.views.count=-1",
+        "evaluate.sampling.temperature=-1",
+    ],
+)
+def test_a_number_out_of_range_is_named_with_what_was_expected(override: str) -> None:
+    field = override.partition("=")[0]
+    with pytest.raises(RecipeError, match=rf"field '{field}.*' has value .*: input should be (greater|less) than"):
+        load_recipe("tiny", [override])
