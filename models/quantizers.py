@@ -1,6 +1,6 @@
-"""Vector quantization: nearest neighbour with an EMA or a gradient codebook, restarts of dead codes.
+"""Vector quantization: nearest neighbour or residual, an EMA or a gradient codebook, restarts of dead codes.
 
-Shape legend: V vectors, C channels of a code, K codebook size.
+Shape legend: V vectors, C channels of a code, K codebook size, D depth.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Quantized(NamedTuple):
     vectors: Tensor
     """`[..., C]` codes in place of vectors; the gradient passes straight through to the input."""
     codes: Tensor
-    """`[...]` int64 code indices in 0..K-1."""
+    """`[...]` int64 code indices in 0..K-1; `[..., D]` of a residual quantizer."""
     loss: Tensor
     """Scalar: weighted commitment loss, plus the weighted codebook loss where the codebook learns by gradient."""
 
@@ -111,34 +111,40 @@ class VectorQuantizer(nn.Module):
                 f"vectors have {vectors.shape[-1]} channels; this codebook has code_dim={self.config.code_dim}"
             )
         flat = self._normalised(vectors.reshape(-1, self.config.code_dim).float())  # [V, C]
-        learns_by_ema = self.training and self.config.update == "ema"
-        if learns_by_ema and not bool(self.initialised):
-            self._initialise(flat.detach())
-        codes = nearest_codes(flat.detach(), self._normalised(self.codebook).detach())  # [V]
+        self.start(flat.detach())
+        codes = self.nearest(flat.detach())  # [V]
         chosen = self.lookup(codes)  # [V, C]
         loss = self.config.commitment_weight * F.mse_loss(flat, chosen.detach())
         if self.config.update == "gradient":
             loss = loss + self.config.codebook_weight * F.mse_loss(chosen, flat.detach())
-        if learns_by_ema:
-            self._learn(flat.detach(), codes)
+        self.learn(flat.detach(), codes)
         straight_through = flat + (chosen - flat).detach()
         return Quantized(straight_through.view_as(vectors), codes.view(vectors.shape[:-1]), loss)
 
-    def _normalised(self, vectors: Tensor) -> Tensor:
-        return F.normalize(vectors, dim=-1) if self.config.l2_normalised else vectors
+    def nearest(self, flat: Tensor) -> Tensor:
+        """Vectors `[V, C]`, normalised if the codebook is, to the indices of their codes, `[V]` int64."""
+        return nearest_codes(flat, self._normalised(self.codebook).detach())
 
     @torch.no_grad()
-    def _initialise(self, flat: Tensor) -> None:
-        """Start from vectors of the first batch: codes drawn from noise would mostly never be the nearest."""
+    def start(self, flat: Tensor) -> None:
+        """In training, take an EMA codebook that saw no vectors yet from `[V, C]` vectors of the first batch.
+
+        Codes drawn from noise would mostly never be the nearest.
+        """
+        if not self._learns_by_ema or bool(self.initialised):
+            return
         self.codebook.copy_(self._draw(flat, self.config.codebook_size))
         self.ema_sums.copy_(self.codebook)
         self.ema_counts.fill_(1.0)
         self.initialised.fill_(True)
 
     @torch.no_grad()
-    def _learn(self, flat: Tensor, codes: Tensor) -> None:
+    def learn(self, flat: Tensor, codes: Tensor) -> None:
+        """In training, move an EMA codebook towards the vectors `[V, C]` of its codes `[V]`, and restart dead codes."""
+        if not self._learns_by_ema:
+            return
         decay = self.config.ema_decay
-        counts = torch.zeros_like(self.ema_counts).index_add_(0, codes, torch.ones_like(flat[:, 0]))
+        counts = torch.bincount(codes, minlength=self.config.codebook_size).to(self.ema_counts.dtype)
         sums = torch.zeros_like(self.ema_sums).index_add_(0, codes, flat)
         if dist.is_initialized():
             dist.all_reduce(counts)
@@ -152,6 +158,13 @@ class VectorQuantizer(nn.Module):
             self.ema_counts[dead] = 1.0
         self.codebook.copy_(self._normalised(self.ema_sums / self.ema_counts.clamp_min(1e-6)[:, None]))
 
+    @property
+    def _learns_by_ema(self) -> bool:
+        return self.training and self.config.update == "ema"
+
+    def _normalised(self, vectors: Tensor) -> Tensor:
+        return F.normalize(vectors, dim=-1) if self.config.l2_normalised else vectors
+
     def _draw(self, flat: Tensor, count: int) -> Tensor:
         """`count` vectors of the batch, with a little noise where the batch has fewer; the same on every rank."""
         picks = torch.randint(flat.shape[0], (count,), device=flat.device)
@@ -161,3 +174,80 @@ class VectorQuantizer(nn.Module):
         if dist.is_initialized():
             dist.broadcast(drawn, src=0)
         return self._normalised(drawn)
+
+
+class ResidualQuantizer(nn.Module):
+    """Each depth quantizes what the depths before it left over; a vector is the sum of its codes.
+
+    Source: RQ-VAE (arXiv 2203.01941), section 3.1. Its commitment loss compares the vector with each partial sum of
+    codes; here as the mean over depths. With one codebook for all depths (RQ-VAE, DualToken) EMA statistics are those
+    of all depths together, taken once a batch.
+    """
+
+    def __init__(self, config: QuantizerConfig, depth: int, *, shared: bool = True) -> None:
+        """
+        Args:
+            config: of each codebook.
+            depth: codes a vector.
+            shared: one codebook for all depths in place of one a depth.
+
+        Raises:
+            ValueError: the codes are normalised: unit vectors cannot hold what is left over.
+        """
+        super().__init__()
+        if config.l2_normalised:
+            raise ValueError("a residual quantizer needs l2_normalised=false: what is left over has no fixed length")
+        self.config, self.depth, self.shared = config, depth, shared
+        self.books = nn.ModuleList(VectorQuantizer(config) for _ in range(1 if shared else depth))
+
+    def book(self, depth: int) -> VectorQuantizer:
+        """The codebook of a depth, counted from 0."""
+        book = self.books[0 if self.shared else depth]
+        assert isinstance(book, VectorQuantizer)
+        return book
+
+    def lookup_depths(self, codes: Tensor) -> Tensor:
+        """Codes `[..., D]` int64 to the vector of each, `[..., D, C]`."""
+        return torch.stack([self.book(depth).lookup(codes[..., depth]) for depth in range(self.depth)], dim=-2)
+
+    def lookup(self, codes: Tensor) -> Tensor:
+        """Codes `[..., D]` int64 to the vectors that they add up to, `[..., C]`."""
+        return self.lookup_depths(codes).sum(-2)
+
+    def forward(self, vectors: Tensor) -> Quantized:
+        """Quantize `[..., C]`; in training mode EMA codebooks also learn from the batch.
+
+        Raises:
+            ValueError: the last axis is not `code_dim`.
+        """
+        if vectors.shape[-1] != self.config.code_dim:
+            raise ValueError(
+                f"vectors have {vectors.shape[-1]} channels; these codebooks have code_dim={self.config.code_dim}"
+            )
+        flat = vectors.reshape(-1, self.config.code_dim).float()  # [V, C]
+        left, total = flat.detach(), torch.zeros_like(flat)
+        lefts: list[Tensor] = []
+        picks: list[Tensor] = []
+        loss = flat.new_zeros(())
+        for depth in range(self.depth):
+            book = self.book(depth)
+            book.start(left)
+            codes = book.nearest(left)  # [V]
+            chosen = book.lookup(codes)  # [V, C]
+            total = total + chosen
+            loss = loss + self.config.commitment_weight * F.mse_loss(flat, total.detach())
+            if self.config.update == "gradient":
+                loss = loss + self.config.codebook_weight * F.mse_loss(total, flat.detach())
+            lefts.append(left)
+            picks.append(codes)
+            left = left - chosen.detach()
+        if self.shared:
+            self.book(0).learn(torch.cat(lefts), torch.cat(picks))
+        else:
+            for depth in range(self.depth):
+                self.book(depth).learn(lefts[depth], picks[depth])
+        straight_through = flat + (total - flat).detach()
+        codes = torch.stack(picks, dim=1)  # [V, D]
+        return Quantized(
+            straight_through.view_as(vectors), codes.view(*vectors.shape[:-1], self.depth), loss / self.depth
+        )

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models import quantizers
-from models.quantizers import QuantizerConfig, VectorQuantizer, nearest_codes
+from models.quantizers import QuantizerConfig, ResidualQuantizer, VectorQuantizer, nearest_codes
 
 ROOT = Path(__file__).parents[2]
 
@@ -194,20 +194,106 @@ def test_wrong_channels_are_refused_by_name() -> None:
         small()(torch.randn(2, 5))
 
 
+def residual(depth: int, *, shared: bool = True, **fields: Any) -> ResidualQuantizer:
+    torch.manual_seed(0)
+    config = QuantizerConfig(**({"codebook_size": 16, "code_dim": 4, "l2_normalised": False} | fields))
+    quantizer = ResidualQuantizer(config, depth, shared=shared)
+    if config.update == "ema":
+        for depth_index in range(depth):
+            initialised(quantizer.book(depth_index))
+    return quantizer
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_each_depth_takes_the_nearest_code_of_what_is_left(shared: bool) -> None:
+    quantizer, vectors = residual(3, shared=shared).eval(), torch.randn(2, 5, 4)
+    quantized = quantizer(vectors)
+    left = vectors.view(-1, 4)
+    for depth in range(3):
+        codebook = quantizer.book(depth).codebook
+        expected = brute_force(left, codebook)
+        assert torch.equal(quantized.codes[..., depth].flatten(), expected)
+        left = left - codebook[expected]
+    assert quantized.codes.shape == (2, 5, 3)
+    torch.testing.assert_close(quantized.vectors.view(-1, 4), vectors.view(-1, 4) - left)
+    torch.testing.assert_close(quantizer.lookup(quantized.codes), quantized.vectors)
+    torch.testing.assert_close(quantizer.lookup_depths(quantized.codes).sum(-2), quantized.vectors)
+    assert len(quantizer.books) == (1 if shared else 3)
+
+
+def test_residual_commitment_compares_with_each_partial_sum() -> None:
+    quantizer, vectors = residual(3, commitment_weight=0.5).eval(), torch.randn(7, 4)
+    quantized = quantizer(vectors)
+    sums = quantizer.lookup_depths(quantized.codes).cumsum(-2)  # [V, D, C]
+    expected = 0.5 * torch.stack([F.mse_loss(vectors, sums[:, depth]) for depth in range(3)]).mean()
+    torch.testing.assert_close(quantized.loss, expected)
+
+
+def test_a_residual_gradient_codebook_learns_from_every_depth() -> None:
+    quantizer, vectors = residual(2, shared=False, update="gradient").train(), torch.randn(7, 4, requires_grad=True)
+    quantized = quantizer(vectors)
+    (quantized.loss + quantized.vectors.sum()).backward()
+    for depth in range(2):
+        gradient = quantizer.book(depth).codebook.grad
+        used = torch.zeros(16, dtype=torch.bool).index_fill_(0, quantized.codes[:, depth], True)
+        assert gradient is not None
+        assert torch.equal(gradient.abs().sum(1) > 0, used)
+    assert vectors.grad is not None
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_residual_ema_equals_a_written_out_ema(shared: bool) -> None:
+    quantizer = residual(2, shared=shared, ema_decay=0.9, dead_threshold=0.0).train()
+    vectors = torch.randn(50, 4)
+    books = [quantizer.book(depth).codebook.clone() for depth in range(2)]
+    sums, counts = [book.clone() for book in books], [torch.ones(16) for _ in books]
+    seen_sums, seen_counts = [torch.zeros(16, 4) for _ in books], [torch.zeros(16) for _ in books]
+    left = vectors
+    for depth in range(2):
+        for vector, code in zip(left, brute_force(left, books[depth]).tolist(), strict=True):
+            for book in range(2) if shared else [depth]:
+                seen_sums[book][code] += vector
+                seen_counts[book][code] += 1
+        left = left - books[depth][brute_force(left, books[depth])]
+    quantizer(vectors)
+    for depth in range(2):
+        total = 0.9 * sums[depth] + 0.1 * seen_sums[depth]
+        count = 0.9 * counts[depth] + 0.1 * seen_counts[depth]
+        torch.testing.assert_close(quantizer.book(depth).codebook, total / count[:, None])
+
+
+def test_residual_codes_stay_in_use_on_data_of_one_cluster() -> None:
+    quantizer = residual(4, codebook_size=64, ema_decay=0.8).train()
+    for _ in range(100):
+        quantizer(5 + 0.1 * torch.randn(256, 4))
+    codes = quantizer.eval()(5 + 0.1 * torch.randn(4096, 4)).codes
+    assert len(codes.unique()) > 0.8 * 64
+
+
+def test_a_normalised_residual_quantizer_is_refused() -> None:
+    with pytest.raises(ValueError, match="l2_normalised=false"):
+        ResidualQuantizer(QuantizerConfig(codebook_size=16, code_dim=4), 2)
+    with pytest.raises(ValueError, match="5 channels.*code_dim=4"):
+        residual(2)(torch.zeros(3, 5))
+
+
 _RANK = """
 import sys
 import torch
 import torch.distributed as dist
-from models.quantizers import QuantizerConfig, VectorQuantizer
+from models.quantizers import QuantizerConfig, ResidualQuantizer, VectorQuantizer
 
 rank, folder = int(sys.argv[1]), sys.argv[2]
 dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
-for mode in ("plain", "restarts"):
+for mode in ("plain", "restarts", "residual"):
     torch.manual_seed(0)
-    threshold = 0.3 if mode == "restarts" else 0.0
-    config = QuantizerConfig(codebook_size=16, code_dim=4, ema_decay=0.8, dead_threshold=threshold)
-    quantizer = VectorQuantizer(config).train()
-    quantizer.initialised.fill_(mode == "plain")
+    fields = dict(dead_threshold=0.3 if mode == "restarts" else 0.0, l2_normalised=mode != "residual")
+    config = QuantizerConfig(codebook_size=16, code_dim=4, ema_decay=0.8, **fields)
+    quantizer = ResidualQuantizer(config, 3) if mode == "residual" else VectorQuantizer(config)
+    quantizer.train()
+    for module in quantizer.modules():
+        if isinstance(module, VectorQuantizer):
+            module.initialised.fill_(mode != "restarts")
     batches = torch.randn(6, 24, 4)
     torch.manual_seed(100 + rank)  # what is drawn must not depend on the rank
     for batch in batches:
@@ -228,15 +314,17 @@ def states_of_two_processes(tmp_path_factory: pytest.TempPathFactory) -> dict[st
     assert [process.wait(timeout=120) for process in processes] == [0, 0]
     return {
         mode: [torch.load(folder / f"{mode}.{rank}", weights_only=True) for rank in range(2)]
-        for mode in ("plain", "restarts")
+        for mode in ("plain", "restarts", "residual")
     }
 
 
+@pytest.mark.parametrize("mode", ["plain", "residual"])
 def test_two_processes_end_as_one_process_on_the_whole_batch(
-    states_of_two_processes: dict[str, list[dict[str, Tensor]]],
+    mode: str, states_of_two_processes: dict[str, list[dict[str, Tensor]]]
 ) -> None:
-    first, second = states_of_two_processes["plain"]
-    quantizer = initialised(small(ema_decay=0.8, dead_threshold=0.0)).train()  # seeds and draws as the ranks did
+    first, second = states_of_two_processes[mode]
+    fields = {"ema_decay": 0.8, "dead_threshold": 0.0}  # seeds and draws as the ranks did
+    quantizer = (initialised(small(**fields)) if mode == "plain" else residual(3, **fields)).train()
     for batch in torch.randn(6, 24, 4):
         quantizer(batch)
     for name, value in quantizer.state_dict().items():
