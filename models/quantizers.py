@@ -83,11 +83,21 @@ class VectorQuantizer(nn.Module):
     ema_sums: Tensor
     initialised: Tensor
 
-    def __init__(self, config: QuantizerConfig) -> None:
+    def __init__(self, config: QuantizerConfig, *, parts: tuple[int, ...] | None = None) -> None:
+        """
+        Args:
+            config: codebook size, channels, how it learns.
+            parts: channels of parts of a code that are normalised each on its own; None is one part.
+
+        Raises:
+            ValueError: the parts do not add up to the code's channels.
+        """
         super().__init__()
         self.config = config
-        weight = torch.randn(config.codebook_size, config.code_dim)
-        weight = F.normalize(weight, dim=1) if config.l2_normalised else weight
+        self.parts = parts or (config.code_dim,)
+        if sum(self.parts) != config.code_dim:
+            raise ValueError(f"parts of {self.parts} channels do not add up to code_dim={config.code_dim}")
+        weight = self._normalised(torch.randn(config.codebook_size, config.code_dim))
         if config.update == "gradient":
             self.codebook = nn.Parameter(weight)
         else:
@@ -163,7 +173,9 @@ class VectorQuantizer(nn.Module):
         return self.training and self.config.update == "ema"
 
     def _normalised(self, vectors: Tensor) -> Tensor:
-        return F.normalize(vectors, dim=-1) if self.config.l2_normalised else vectors
+        if not self.config.l2_normalised:
+            return vectors
+        return torch.cat([F.normalize(part, dim=-1) for part in vectors.split(self.parts, dim=-1)], dim=-1)
 
     def _draw(self, flat: Tensor, count: int) -> Tensor:
         """`count` vectors of the batch, with a little noise where the batch has fewer; the same on every rank."""

@@ -19,7 +19,7 @@ from models.teachers import (
     TransformersTeacher,
     TransformersTeacherConfig,
 )
-from models.tokenizers import ImageTokenizer, TokenizerConfig
+from models.tokenizers import KINDS, ImageTokenizer, TokenizerConfig, build_tokenizer
 from stages.stage import StageContext
 from storage.digests import canonical_json
 from storage.manifest import FileEntry, Manifest
@@ -104,8 +104,9 @@ def load_tokenizer(store: Store, digest: str) -> ImageTokenizer:
     if manifest.kind != "tokenizer":
         raise ValueError(f"artifact {digest[:12]} is of kind {manifest.kind!r}; give the digest of a tokenizer")
     config = TokenizerConfig(**read_json(store, manifest, "tokenizer.json"))
-    teacher = load_teacher(store, store.load(manifest.inputs[TEACHER_STAGE])) if config.kind == "sde" else None
-    tokenizer = ImageTokenizer(config, teacher)
+    has_teacher = KINDS[config.kind].needs_teacher
+    teacher = load_teacher(store, store.load(manifest.inputs[TEACHER_STAGE])) if has_teacher else None
+    tokenizer = build_tokenizer(config, teacher)
     tokenizer.load_state_dict(read_weights(store, manifest))
     return tokenizer.eval().requires_grad_(False)
 

@@ -21,7 +21,7 @@ from models.losses import (
 )
 from models.metrics import codebook_statistics, psnr
 from models.teachers import BackboneTeacher, Teacher
-from models.tokenizers import ImageTokenizer, TokenizerConfig, TokenizerOutput, semantic_cosine
+from models.tokenizers import ImageTokenizer, TokenizerConfig, TokenizerOutput, build_tokenizer, semantic_cosine
 from models.transforms import normalise, to_pixels
 from stages.image_data import ImageSource
 from stages.loading import load_teacher, put_json, put_weights, read_state, subset
@@ -86,13 +86,15 @@ class TokenizerTraining:
         self.config, self.source = config, source
         self.device = resolve_device(config.device)
         self.teacher = teacher.to(self.device)
-        self.tokenizer = ImageTokenizer(subset(config, TokenizerConfig), self.teacher).to(self.device)
+        self.tokenizer = build_tokenizer(subset(config, TokenizerConfig), self.teacher).to(self.device)
         loss = config.loss
         self.discriminator = PatchDiscriminator(loss.discriminator_channels, loss.discriminator_layers).to(self.device)
         self.optimiser = build_optimiser(self.tokenizer, config.optimiser)
         self.discriminator_optimiser = build_optimiser(self.discriminator, config.discriminator_optimiser)
         self.perceptual = _perceptual_distance(loss, self.teacher)
-        self.average = ImageTokenizer(self.tokenizer.config, self.teacher).to(self.device) if config.ema_decay else None
+        self.average = (
+            build_tokenizer(self.tokenizer.config, self.teacher).to(self.device) if config.ema_decay else None
+        )
         if self.average is not None:
             self.average.load_state_dict(self.tokenizer.state_dict())
         self.sampler = EpochSampler(len(source), config.batch_size, seed)

@@ -2,12 +2,13 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from models.convolutional import ConvConfig
 from models.quantizers import QuantizerConfig
 from models.teachers import Teacher
-from models.tokenizers import ImageTokenizer, TokenizerConfig, semantic_cosine
+from models.tokenizers import KINDS, ImageTokenizer, TokenizerConfig, build_tokenizer, semantic_cosine
 from models.transformer import SemanticDecoderConfig
 from models.transforms import TransformConfig
 
@@ -26,10 +27,10 @@ def small_config(**fields: Any) -> TokenizerConfig:
 
 def make(teacher: Teacher | None, **fields: Any) -> ImageTokenizer:
     torch.manual_seed(0)
-    return ImageTokenizer(small_config(**fields), teacher)
+    return build_tokenizer(small_config(**fields), teacher)
 
 
-@pytest.fixture(params=["sde", "vqgan"])
+@pytest.fixture(params=sorted(KINDS))
 def tokenizer(request: pytest.FixtureRequest, stub_teacher: Teacher) -> ImageTokenizer:
     return make(stub_teacher, kind=request.param).eval()
 
@@ -91,9 +92,10 @@ def test_vqgan_ignores_the_teacher(stub_teacher: Teacher, images: Tensor) -> Non
         without.semantic_features(without.encode(images))
 
 
-def test_sde_without_a_teacher_is_refused() -> None:
-    with pytest.raises(ValueError, match="sde needs a teacher"):
-        make(None)
+@pytest.mark.parametrize("kind", [kind for kind in sorted(KINDS) if KINDS[kind].needs_teacher])
+def test_a_missing_teacher_is_refused(kind: str) -> None:
+    with pytest.raises(ValueError, match=f"{kind} needs a teacher"):
+        make(None, kind=kind)
 
 
 def test_an_image_size_that_does_not_divide_is_refused() -> None:
@@ -101,15 +103,53 @@ def test_an_image_size_that_does_not_divide_is_refused() -> None:
         make(None, kind="vqgan", transform=TransformConfig(image_size=34))
 
 
-def test_gradients_reach_all_parts_but_the_teacher(stub_teacher: Teacher, images: Tensor) -> None:
-    tokenizer = make(stub_teacher).train()
+@pytest.mark.parametrize("kind", sorted(KINDS))
+def test_gradients_reach_all_parts_but_the_teacher(kind: str, stub_teacher: Teacher, images: Tensor) -> None:
+    tokenizer = make(stub_teacher, kind=kind).train()
     output = tokenizer(images)
-    semantic = 1 - semantic_cosine(output.semantic_prediction, output.semantic_target)
-    ((output.reconstruction - images).square().mean() + semantic + output.quantizer_loss).backward()
+    loss = (output.reconstruction - images).square().mean() + output.quantizer_loss
+    if tokenizer.teacher is not None:
+        loss = loss + 1 - semantic_cosine(output.semantic_prediction, output.semantic_target)
+        assert not output.semantic_target.requires_grad
+    loss.backward()
     for name, parameter in tokenizer.named_parameters():
         assert parameter.grad is not None and float(parameter.grad.abs().sum()) > 0, name
-    assert not output.semantic_target.requires_grad
     assert all(parameter.grad is None and not parameter.requires_grad for parameter in stub_teacher.parameters())
+
+
+def test_semantic_codes_learn_nothing_from_pixels(stub_teacher: Teacher, images: Tensor) -> None:
+    tokenizer = make(stub_teacher, kind="semantic").train()
+    (tokenizer(images).reconstruction - images).square().mean().backward()
+    assert all(float(parameter.grad.abs().sum()) > 0 for parameter in tokenizer.decoder.parameters())
+    assert all(parameter.grad is None for parameter in tokenizer.pre_quant.parameters())
+
+
+def test_tokenflow_index_has_the_least_sum_of_both_distances(stub_teacher: Teacher, images: Tensor) -> None:
+    tokenizer = make(stub_teacher, kind="tokenflow", semantic_code_dim=6).eval()
+    before = tokenizer._before_quantization(images, stub_teacher.features(images, tokenizer.grid))
+    semantic, pixel = (F.normalize(part, dim=-1).double() for part in before.split((6, 4), dim=-1))
+    tables = tokenizer.codebook.double().split((6, 4), dim=-1)
+    for table in tables:
+        torch.testing.assert_close(table.norm(dim=-1), torch.ones(64, dtype=torch.double), atol=1e-6, rtol=0)
+    distances = torch.stack(
+        [(part[..., None, :] - table).square().sum(-1) for part, table in zip((semantic, pixel), tables, strict=True)]
+    )
+    assert torch.equal(tokenizer.encode(images)[:, 0, 0], distances.sum(0).argmin(-1))
+
+
+def test_tokenflow_decoders_read_their_own_table(stub_teacher: Teacher, images: Tensor) -> None:
+    tokenizer = make(stub_teacher, kind="tokenflow", semantic_code_dim=6).eval()
+    codes = tokenizer.encode(images)
+    drawn, predicted = tokenizer.decode(codes), tokenizer.semantic_features(codes)
+    with torch.no_grad():
+        tokenizer.quantizer.codebook[:, :6].neg_()
+    assert torch.equal(tokenizer.decode(codes), drawn)
+    assert not torch.equal(tokenizer.semantic_features(codes), predicted)
+
+
+def test_tokenflow_needs_normalised_tables(stub_teacher: Teacher) -> None:
+    with pytest.raises(ValueError, match="l2_normalised=true"):
+        make(stub_teacher, kind="tokenflow", quantizer=QuantizerConfig(codebook_size=8, l2_normalised=False))
 
 
 def test_reconstruction_alone_teaches_the_encoder(stub_teacher: Teacher, images: Tensor) -> None:
@@ -136,7 +176,7 @@ def test_saved_weights_give_the_same_codes(stub_teacher: Teacher, images: Tensor
     trained = make(stub_teacher).train()
     trained(images)
     torch.manual_seed(9)
-    loaded = ImageTokenizer(small_config(), stub_teacher)
+    loaded = build_tokenizer(small_config(), stub_teacher)
     loaded.load_state_dict(trained.state_dict())
     assert torch.equal(loaded.eval().encode(images), trained.eval().encode(images))
 
@@ -149,14 +189,15 @@ def test_semantic_branch_decides_codes_where_the_image_weight_is_zero(stub_teach
     assert torch.equal(tokenizer.encode(images), codes)
 
 
-def test_default_size_has_sixteen_by_sixteen_codes_at_256(stub_teacher: Teacher) -> None:
-    for kind in ("sde", "vqgan"):
+@pytest.mark.parametrize("kind", sorted(KINDS))
+def test_default_size_has_sixteen_by_sixteen_codes_at_256(kind: str, stub_teacher: Teacher) -> None:
+    with torch.device("meta"):
+        tokenizer = build_tokenizer(TokenizerConfig(kind=kind), stub_teacher)
+    assert tokenizer.code_shape == (1, 1, 16, 16)
+    assert tokenizer.quantizer.codebook.shape == (32_768, 32 + 8 if kind == "tokenflow" else 8)
+    if kind != "semantic":
         with torch.device("meta"):
-            tokenizer = ImageTokenizer(TokenizerConfig(kind=kind), stub_teacher)
-            latents = tokenizer.encoder(torch.empty(1, 3, 256, 256))
-        assert latents.shape == (1, 256, 16, 16)
-        assert tokenizer.code_shape == (1, 1, 16, 16)
-        assert tokenizer.quantizer.codebook.shape == (32_768, 8)
+            assert tokenizer.encoder(torch.empty(1, 3, 256, 256)).shape == (1, 256, 16, 16)
 
 
 def test_semantic_cosine_is_the_mean_over_positions() -> None:
