@@ -4,10 +4,6 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-# glibc returns large buffers to the kernel after every use; keeping them makes PyTorch on a CPU about twice as fast.
-export MALLOC_MMAP_MAX_ ?= 0
-export MALLOC_TRIM_THRESHOLD_ ?= 100000000000
-export MALLOC_TOP_PAD_ ?= 1000000000
 export PYTHON
 
 .DEFAULT_GOAL := help
@@ -27,7 +23,7 @@ mini: $(STAMP) ## run the whole pipeline on sample data and write its report
 
 test: lint ## linters, types, import rules and all tests
 	@bash infra/install-browser.sh
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m infra.malloc $(BIN)/python -m pytest $(ARGS)
 
 lint: $(STAMP) ## ruff, mypy and import-linter
 	$(BIN)/ruff check .

@@ -85,6 +85,29 @@ def stage(
     print(result_line(run_one_stage(name, recipe, store, executor, overrides or [])))
 
 
+@app.command("compare-tokenizers")
+def compare_tokenizers(
+    recipe: RecipeOption = "mini",
+    store: StoreOption = DEFAULT_STORE,
+    executor: ExecutorOption = "ray",
+    overrides: SetOption = None,
+    kinds: Annotated[str, typer.Option(help="Values of tokenizer.kind, with commas.")] = "vqgan,semantic,sde,tokenflow",
+    seeds: Annotated[str, typer.Option(help="Seeds, with commas; each kind is trained once a seed.")] = "0",
+) -> None:
+    """Train each kind of tokenizer and the same language model on its codes; print the papers' tables.
+
+    What the store has already is not trained again. A page with pictures and a Parquet table are written too.
+    """
+    from flows.local_run import run_comparison
+
+    comparison = run_comparison(recipe, store, overrides or [], executor, _listed(kinds), _seeds(seeds))
+    print(comparison.text())
+    from flows.report import write_comparison
+
+    folder = Path(".musevl/report") / f"{comparison.recipe}-tokenizers"
+    print(f"\npage: {write_comparison(comparison, _open(store), folder)}\nrows: {folder / 'comparison.parquet'}")
+
+
 @app.command()
 def recipes() -> None:
     """List the recipes that ship with the project."""
@@ -192,6 +215,20 @@ def generate(
     out.parent.mkdir(parents=True, exist_ok=True)
     drawn[0].save(out)
     print(out)
+
+
+def _listed(text: str) -> list[str]:
+    return list(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
+
+
+def _seeds(text: str) -> list[int]:
+    try:
+        seeds = [int(part) for part in _listed(text)]
+    except ValueError:
+        seeds = []
+    if not seeds:
+        raise ValueError(f"--seeds {text!r} is not a list of integers; write for example --seeds 0,1,2")
+    return seeds
 
 
 def _open(uri: str) -> Store:

@@ -1,12 +1,13 @@
-"""The report: one HTML page that shows what a recipe's run came to, a view of artifacts and run records."""
+"""HTML pages: what a recipe's run came to, a view of artifacts and run records; and tokenizers side by side."""
 
 from __future__ import annotations
 
 from datetime import UTC, datetime
 from pathlib import Path
 
+from flows.comparison_data import Comparison, side_by_side
 from flows.report_data import collect
-from flows.report_page import write_page
+from flows.report_page import render_comparison, render_page, write_page
 from stages.execution import find_artifacts
 from stages.recipe import STAGES, Recipe
 from storage.store import Store
@@ -30,9 +31,19 @@ def write_report(recipe: Recipe, store: Store, folder: Path) -> Path:
         recipe=recipe.name,
         description=recipe.description,
         seed=recipe.seed,
-        written=f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
+        written=_now(),
         artifacts=find_artifacts(recipe, store),
         inputs={name: stage.inputs for name, stage in STAGES.items()},
         store=store,
     )
-    return write_page(data, folder)
+    return write_page(render_page(data), folder)
+
+
+def write_comparison(comparison: Comparison, store: Store, folder: Path) -> Path:
+    """Write `index.html` and `comparison.parquet` of a comparison of tokenizers; returns the path of the page."""
+    comparison.save(folder / "comparison.parquet")
+    return write_page(render_comparison(comparison, side_by_side(comparison, store), _now()), folder)
+
+
+def _now() -> str:
+    return f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC"

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import jinja2
 from markupsafe import Markup
 
+from flows.comparison_data import Comparison, SideBySide
 from flows.report_charts import curve_svg, lineage_svg
 from flows.report_data import (
     Benchmark,
@@ -23,18 +25,33 @@ MAX_HEADLINES = 6
 _TEMPLATES = Path(__file__).parent / "templates"
 
 
-def write_page(data: ReportData, folder: Path) -> Path:
+def write_page(page: str, folder: Path) -> Path:
     """Write `index.html` in a folder, which is made if needed; the page appears whole. Returns its path."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "index.html"
     private = folder / f".index.{os.getpid()}.html"
-    private.write_text(render_page(data), encoding="utf-8")
+    private.write_text(page, encoding="utf-8")
     private.replace(path)
     return path
 
 
 def render_page(data: ReportData) -> str:
-    """The page as text: no scripts, no network resources, pictures embedded."""
+    """The report of a recipe as text: no scripts, no network resources, pictures embedded."""
+    return _render(
+        "report.html.j2",
+        data=data,
+        headlines=_headlines(data.benchmarks or []),
+        curve=_curve,
+        lineage=_lineage(data.stages),
+    )
+
+
+def render_comparison(data: Comparison, pictures: list[SideBySide], written: str) -> str:
+    """A comparison of tokenizers as text, in the manner of `render_page`."""
+    return _render("comparison.html.j2", data=data, pictures=pictures, written=written)
+
+
+def _render(template: str, **values: Any) -> str:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_TEMPLATES),
         autoescape=True,
@@ -43,12 +60,7 @@ def render_page(data: ReportData) -> str:
         undefined=jinja2.StrictUndefined,
     )
     environment.filters |= {"words": _words, "duration": duration, "bytes": _bytes, "number": format_value}
-    return environment.get_template("report.html.j2").render(
-        data=data,
-        headlines=_headlines(data.benchmarks or []),
-        curve=_curve,
-        lineage=_lineage(data.stages),
-    )
+    return environment.get_template(template).render(**values)
 
 
 def _headlines(benchmarks: list[Benchmark]) -> list[tuple[Benchmark, MetricLine]]:

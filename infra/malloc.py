@@ -1,15 +1,24 @@
-"""Start the process again with allocator settings that keep large buffers: about twice as fast for PyTorch on a CPU.
+"""Start a process with an allocator that keeps large buffers: about twice as fast for PyTorch on a CPU.
 
-By default glibc maps every large tensor afresh and gives it back at once, so each step pays for page faults again.
-The settings are read when a process starts; hence the new start.
+By default glibc maps every large tensor afresh and gives it back at once, so each step pays for page faults again. The
+jemalloc that comes with Ray keeps them, in huge pages; where it is missing, glibc can at least be told to keep them,
+though searching its free list then takes longer and longer. Both are chosen when a process starts; hence the new start.
+
+    python -m infra.malloc COMMAND [ARGUMENTS]      runs any command with these settings
 """
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import sys
+from collections.abc import Mapping
+from pathlib import Path
 
-SETTINGS = {
+JEMALLOC_CONF = "dirty_decay_ms:-1,muzzy_decay_ms:-1,thp:always,metadata_thp:always"
+"""Give nothing back, and ask for huge pages."""
+
+GLIBC_SETTINGS = {
     "MALLOC_MMAP_MAX_": "0",
     "MALLOC_TRIM_THRESHOLD_": "100000000000",
     "MALLOC_TOP_PAD_": "1000000000",
@@ -20,21 +29,42 @@ MARKER = "MUSEVL_FAST_MALLOC"
 """Environment variable: `0` switches the new start off; `1` is set by it, so that it happens once."""
 
 
-def reexec_with_fast_malloc() -> None:
-    """Replace this process by the same command with `SETTINGS` in the environment; child processes inherit them.
+def missing_settings(environment: Mapping[str, str]) -> dict[str, str]:
+    """What has to be added to an environment; what the user set stays as it is, a preloaded library too.
 
-    Call it first thing in a command, before imports that cost time. Does nothing outside Linux with glibc, where all
-    settings are in the environment already, where `MUSEVL_FAST_MALLOC` is set, and in an interactive interpreter.
-    Settings that the user made stay as they are.
+    Empty outside Linux with glibc, and where `MUSEVL_FAST_MALLOC` is set.
     """
-    if MARKER in os.environ or not _has_glibc() or not _has_command():
-        return
-    missing = {name: value for name, value in SETTINGS.items() if name not in os.environ}
-    if not missing:
+    if MARKER in environment or not _has_glibc():
+        return {}
+    library = _jemalloc()
+    if library is not None and not environment.get("LD_PRELOAD"):
+        wanted = {"LD_PRELOAD": str(library), "MALLOC_CONF": JEMALLOC_CONF}
+    else:
+        wanted = GLIBC_SETTINGS
+    missing = {name: value for name, value in wanted.items() if not environment.get(name)}
+    return missing | {MARKER: "1"} if missing else {}
+
+
+def reexec_with_fast_malloc() -> None:
+    """Replace this process by the same command with `missing_settings`; child processes inherit them.
+
+    Call it first thing in a command, before imports that cost time. Does nothing where nothing is missing, and in an
+    interactive interpreter.
+    """
+    missing = missing_settings(os.environ)
+    if not missing or not _has_command():
         return
     sys.stdout.flush()
     sys.stderr.flush()
-    os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], os.environ | missing | {MARKER: "1"})
+    os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], os.environ | missing)
+
+
+def _jemalloc() -> Path | None:
+    """Ray's copy of jemalloc, found without importing Ray."""
+    spec = importlib.util.find_spec("ray")
+    folders = spec.submodule_search_locations if spec is not None else None
+    candidates = [Path(folder) / "core" / "libjemalloc.so" for folder in folders or []]
+    return next((path for path in candidates if path.is_file()), None)
 
 
 def _has_glibc() -> bool:
@@ -46,3 +76,9 @@ def _has_glibc() -> bool:
 
 def _has_command() -> bool:
     return bool(sys.executable) and len(sys.orig_argv) > 1
+
+
+if __name__ == "__main__":
+    if len(sys.argv) < 2:
+        raise SystemExit("usage: python -m infra.malloc COMMAND [ARGUMENTS]")
+    os.execvpe(sys.argv[1], sys.argv[1:], os.environ | missing_settings(os.environ))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import os
 import random
 import shutil
 import zipfile
@@ -263,7 +264,7 @@ def test_chance_in_the_settings_is_a_baseline() -> None:
 def test_page_opens_in_a_browser_without_errors_requests_or_sideways_scrolling(
     full_bench: Bench, tmp_path: Path, browser: Any
 ) -> None:
-    path = write_page(full_bench.data(), tmp_path / "report")
+    path = write_page(render_page(full_bench.data()), tmp_path / "report")
     problems: list[str] = []
     requests: list[str] = []
     for width, scheme in ((1280, "light"), (400, "dark")):
@@ -308,7 +309,8 @@ def browser() -> Iterator[Any]:
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=executable, args=BROWSER_ARGUMENTS)
+        plain = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}  # it has its own allocator
+        chromium = playwright.chromium.launch(executable_path=executable, args=BROWSER_ARGUMENTS, env=plain)
         yield chromium
         chromium.close()
 

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from infra.malloc import MARKER, SETTINGS
+from infra import malloc
+from infra.malloc import GLIBC_SETTINGS, JEMALLOC_CONF, MARKER, missing_settings
 
 ROOT = Path(__file__).parents[2]
 PROGRAM = """
@@ -15,42 +16,68 @@ from infra.malloc import reexec_with_fast_malloc
 with open(sys.argv[1], "a") as log:
     log.write("started\\n")
 reexec_with_fast_malloc()
-print(json.dumps({"argv": sys.argv[2:], "pid": os.getpid(), "env": dict(os.environ)}))
+with open("/proc/self/maps") as maps:
+    mapped = "libjemalloc" in maps.read()
+print(json.dumps({"argv": sys.argv[2:], "env": dict(os.environ), "jemalloc": mapped}))
 """
+NAMES = {MARKER, "LD_PRELOAD", "MALLOC_CONF", *GLIBC_SETTINGS}
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the settings are glibc's")
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the settings are for Linux with glibc")
+
+
+def _environment(**variables: str) -> dict[str, str]:
+    plain = {name: value for name, value in os.environ.items() if name not in NAMES}
+    return plain | {"PYTHONPATH": str(ROOT)} | variables
 
 
 def _run(tmp_path: Path, **variables: str) -> tuple[dict, int]:
     (tmp_path / "program.py").write_text(PROGRAM)
     log = tmp_path / "starts"
     log.unlink(missing_ok=True)
-    plain = {name: value for name, value in os.environ.items() if name not in SETTINGS and name != MARKER}
     command = [sys.executable, "-B", str(tmp_path / "program.py"), str(log), "--set", "a b=1", ""]
-    env = plain | {"PYTHONPATH": str(ROOT)} | variables
-    done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, check=True)
+    environment = _environment(**variables)
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stderr == ""
     return json.loads(done.stdout), len(log.read_text().splitlines())
 
 
-def test_process_starts_once_more_with_the_settings_and_the_same_arguments(tmp_path: Path) -> None:
+def test_process_starts_once_more_with_jemalloc_and_the_same_arguments(tmp_path: Path) -> None:
     result, starts = _run(tmp_path)
     assert starts == 2
     assert result["argv"] == ["--set", "a b=1", ""]
-    assert {name: result["env"][name] for name in SETTINGS} == SETTINGS
-
-
-def test_settings_in_the_environment_need_no_new_start(tmp_path: Path) -> None:
-    assert _run(tmp_path, **SETTINGS)[1] == 1
+    assert result["jemalloc"]
+    assert result["env"]["MALLOC_CONF"] == JEMALLOC_CONF
+    assert result["env"][MARKER] == "1"
 
 
 def test_users_own_setting_stays(tmp_path: Path) -> None:
-    result, starts = _run(tmp_path, MALLOC_TOP_PAD_="5")
-    assert starts == 2
-    assert result["env"]["MALLOC_TOP_PAD_"] == "5"
-    assert result["env"]["MALLOC_MMAP_MAX_"] == SETTINGS["MALLOC_MMAP_MAX_"]
+    result, starts = _run(tmp_path, MALLOC_CONF="narenas:2")
+    assert (starts, result["jemalloc"], result["env"]["MALLOC_CONF"]) == (2, True, "narenas:2")
 
 
 def test_marker_switches_it_off(tmp_path: Path) -> None:
     result, starts = _run(tmp_path, **{MARKER: "0"})
     assert starts == 1
-    assert "MALLOC_MMAP_MAX_" not in result["env"]
+    assert not result["jemalloc"]
+
+
+def test_a_preloaded_library_is_left_alone_and_glibc_told_to_keep_buffers() -> None:
+    own = {"LD_PRELOAD": "/usr/lib/libtcmalloc.so", "MALLOC_TOP_PAD_": "5"}
+    missing = missing_settings(own)
+    assert missing == {name: value for name, value in GLIBC_SETTINGS.items() if name not in own} | {MARKER: "1"}
+    assert missing_settings(own | missing) == {}
+
+
+def test_without_rays_library_glibc_is_told_to_keep_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(malloc, "_jemalloc", lambda: None)
+    assert missing_settings({}) == GLIBC_SETTINGS | {MARKER: "1"}
+    assert missing_settings(dict(GLIBC_SETTINGS)) == {}
+
+
+def test_the_launcher_runs_any_command_with_the_settings(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "infra.malloc", "sh", "-c", 'echo "$LD_PRELOAD $0"', "a b"]
+    done = subprocess.run(command, env=_environment(), cwd=tmp_path, capture_output=True, text=True, check=True)
+    library, _, argument = done.stdout.strip().partition(" ")
+    assert library.endswith("libjemalloc.so") and argument == "a b"
+    usage = subprocess.run(command[:3], env=_environment(), cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert usage.returncode != 0 and "usage" in usage.stderr

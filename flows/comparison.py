@@ -1,0 +1,36 @@
+"""Tokenizers compared: each kind trained on the same images, then the same small language model on its codes."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from prefect import flow
+
+from flows.comparison_data import overrides_of
+from flows.pipeline import full_pipeline
+
+
+@flow(name="compare-tokenizers", flow_run_name="{recipe}", persist_result=False)
+def compare_tokenizers(
+    kinds: list[str],
+    seeds: list[int],
+    recipe: str = "mini",
+    store: str | None = None,
+    overrides: list[str] | None = None,
+    executor: Literal["ray", "local"] = "ray",
+) -> None:
+    """One full pipeline for every kind and seed; the store shares what they have in common.
+
+    Args:
+        kinds: values of `tokenizer.kind`.
+        seeds: of everything that is random; the held-out pairs stay the same.
+        recipe: name of a recipe, or path of a YAML file.
+        store: folder or s3://bucket/prefix; default MUSEVL_STORE, else `.musevl/store`.
+        overrides: `section.field=value` strings for every run.
+        executor: where mapped work runs: `ray`, or `local` for this process alone.
+    """
+    for seed in seeds:
+        for kind in kinds:
+            full_pipeline(
+                recipe=recipe, store=store, overrides=overrides_of(kind, seed, overrides or []), executor=executor
+            )

@@ -1,0 +1,100 @@
+"""`musevl compare-tokenizers`: real pipelines of the tiny recipe, and the tables made of their metrics."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flows.comparison_data import COLUMNS, Comparison, Run, spread
+from models.tokenizers import KINDS
+from storage.manifest import Manifest
+from storage.store import Store
+from storage.tables import read_table
+from tests.flows.conftest import Command
+from tests.tiny import TinyRun
+
+
+def run_of(kind: str, seed: int, accuracy: float) -> Run:
+    own: dict[str, Any] = {"model": kind, "benchmark": "understanding", "metric": "accuracy_same_category"}
+    other = own | {"model": "ceiling: teacher", "value": 0.99}
+    manifest = Manifest(
+        kind="evaluation",
+        schema_version=1,
+        stage="evaluate",
+        config={},
+        inputs={},
+        files=(),
+        metrics={},
+        metadata={"kind": kind, "seed": seed},
+    )
+    return Run(kind, seed, manifest, [other, own | {"value": accuracy}])
+
+
+def test_the_gap_is_taken_seed_by_seed() -> None:
+    scores = {("vqgan", 0): 0.5, ("sde", 0): 0.6, ("vqgan", 1): 0.7, ("sde", 1): 0.9}
+    runs = [run_of(kind, seed, score) for (kind, seed), score in scores.items()]
+    comparison = Comparison("mini", ["vqgan", "sde"], [0, 1], runs)
+    header, (vqgan, sde) = comparison.header("x"), comparison.main_table()
+    assert dict(zip(header, vqgan, strict=True)) | {"same category %": "60.0 ± 14.1", "over vqgan": ""} == dict(
+        zip(header, vqgan, strict=True)
+    )
+    cells = dict(zip(header, sde, strict=True))
+    assert (cells["same category %"], cells["over vqgan"], cells["PSNR dB"]) == ("75.0 ± 21.2", "+15.0 ± 7.1", "-")
+    assert comparison.ablation_table() == [], "without the semantic branch alone there is no ablation"
+
+
+@pytest.mark.parametrize(("values", "text"), [([], "-"), ([1.0], "+1.0"), ([1.0, -3.0], "-1.0 ± 2.8")])
+def test_spread(values: list[float], text: str) -> None:
+    assert spread(values, "+.1f") == text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--kinds", "sde,vqvae"], "tokenizer.kind"),
+        (["--kinds", ","], "--kinds names no tokenizer"),
+        (["--seeds", "one"], "--seeds 'one' is not a list of integers"),
+    ],
+)
+def test_wrong_arguments_are_named_before_anything_starts(musevl: Command, arguments: list[str], message: str) -> None:
+    done = musevl("compare-tokenizers", "--recipe", "tiny", "--store", "store", *arguments)
+    assert done.returncode == 2
+    assert message in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_all_kinds_run_end_to_end_and_a_second_comparison_trains_nothing(
+    musevl: Command, tiny_run: TinyRun, tmp_path: Path
+) -> None:
+    shutil.copytree(tiny_run.store.uri.removeprefix("file://"), tmp_path / "store")
+    kinds = ["vqgan", "semantic", "sde", "tokenflow"]
+    assert sorted(kinds) == sorted(KINDS)
+    command = ["compare-tokenizers", "--recipe", "tiny", "--store", "store", "--executor", "local"]
+    first = musevl(*command)
+    assert first.returncode == 0, first.stderr
+    lines = first.stdout.splitlines()
+    assert [line.split()[0] for line in lines if line.startswith(tuple(kinds))] == kinds
+    assert [line[:13].strip() for line in lines if line.startswith(("image only", "semantic only", "both"))] == [
+        "image only",
+        "semantic only",
+        "both (SDE)",
+    ]
+
+    rows = read_table(tmp_path / ".musevl/report/tiny-tokenizers/comparison.parquet").to_pylist()
+    for benchmark, metric, *_ in COLUMNS:
+        measured = [row["kind"] for row in rows if (row["benchmark"], row["metric"]) == (benchmark, metric)]
+        expected = set(kinds) - ({"vqgan"} if metric == "semantic_cosine" else set())
+        assert set(measured) == expected
+    page = (tmp_path / ".musevl/report/tiny-tokenizers/index.html").read_text()
+    assert page.count("<img") > 4 * len(kinds) and 'src="http' not in page
+
+    store = Store(str(tmp_path / "store"))
+    made = len(store.artifacts())
+    second = musevl(*command)
+    assert second.stdout.splitlines()[: len(lines) - 3] == lines[: len(lines) - 3]
+    assert len(store.artifacts()) == made
+    assert all(record["hit"] for record in store.runs()[-7 * len(kinds) :])
