@@ -77,12 +77,10 @@ def test_all_kinds_run_end_to_end_and_a_second_comparison_trains_nothing(
     first = musevl(*command)
     assert first.returncode == 0, first.stderr
     lines = first.stdout.splitlines()
-    assert [line.split()[0] for line in lines if line.startswith(tuple(kinds))] == kinds
-    assert [line[:13].strip() for line in lines if line.startswith(("image only", "semantic only", "both"))] == [
-        "image only",
-        "semantic only",
-        "both (SDE)",
-    ]
+    main, ablation = first.stdout.split("image branch, semantic branch")
+    assert [line.split()[0] for line in main.splitlines() if line.startswith(tuple(kinds))] == kinds
+    names = ("image only", "semantic only", "both (SDE)")
+    assert [name for line in ablation.splitlines() for name in names if line.startswith(name)] == list(names)
 
     rows = read_table(tmp_path / ".musevl/report/tiny-tokenizers/comparison.parquet").to_pylist()
     for benchmark, metric, *_ in COLUMNS:
