@@ -165,12 +165,25 @@ def _generation_rows(kind: str, table: pa.Table, context: StageContext[EvaluateC
         "judge": context.inputs["prepare_teacher"].digest[:12],
         "sampling": config.sampling.model_dump(mode="json"),
         "guidance_convention": "u + s(c - u)",
+        "images_per_prompt": config.images_per_prompt,
     }
-    found = []
-    for model, column in {kind: "correct", "ceiling: real images": "real_correct"}.items():
-        common = {"model": model, "benchmark": "generation", "split": "test", "settings": settings}
-        found.append(measured_share(common, "recognition", table[column].to_pylist()))
-    return found
+    common = {"benchmark": "generation", "split": "test", "settings": settings}
+    drawn, real = _by_prompt(table, "correct"), _by_prompt(table, "real_correct")
+    ours, ceiling = common | {"model": kind}, common | {"model": "ceiling: real images"}
+    if config.images_per_prompt == 1:
+        own = measured_share(ours, "recognition", [shown[0] for shown in drawn])
+    else:  # drawings of one prompt are alike, so the prompts are the samples
+        shares = [sum(shown) / len(shown) for shown in drawn]
+        own = measured_mean(ours | {"settings": settings | {"interval": "over prompts"}}, "recognition", shares)
+    return [own, measured_share(ceiling, "recognition", [shown[0] for shown in real])]
+
+
+def _by_prompt(table: pa.Table, column: str) -> list[list[bool]]:
+    """The values of a column for the drawings of each held-out row."""
+    values: dict[str, list[bool]] = {}
+    for key, value in zip(table["key"].to_pylist(), table[column].to_pylist(), strict=True):
+        values.setdefault(key, []).append(value)
+    return list(values.values())
 
 
 STAGE = Stage(
