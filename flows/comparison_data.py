@@ -81,9 +81,10 @@ class Comparison:
         found = [run.value(benchmark, metric) for run in self.runs if run.kind == kind]
         return [value for value in found if value is not None]
 
-    def header(self, published: str) -> list[str]:
-        """Headings of a table."""
-        return ["tokenizer", *(column[2] for column in COLUMNS), f"over {BASELINE}", f"published: {published}"]
+    @property
+    def header(self) -> list[str]:
+        """Headings of both tables."""
+        return ["tokenizer", *(column[2] for column in COLUMNS), f"over {BASELINE}", "published: mean of 3 benchmarks"]
 
     def main_table(self) -> list[list[str]]:
         """Every kind with the same language model, data and steps."""
@@ -116,12 +117,11 @@ class Comparison:
         about = "mean and standard deviation over the seeds" if len(self.seeds) > 1 else "one seed"
         parts = [
             f"recipe {self.recipe}, seeds {seeds}: {about}; accuracies and pictures are of the held-out pairs",
-            "same language model, data and steps\n"
-            + text_table(self.header("mean of 3 benchmarks"), self.main_table()),
+            "same language model, data and steps\n" + text_table(self.header, self.main_table()),
         ]
         ablation = self.ablation_table()
         if ablation:
-            parts.append("image branch, semantic branch\n" + text_table(self.header("mean of 3 benchmarks"), ablation))
+            parts.append("image branch, semantic branch\n" + text_table(self.header, ablation))
         return "\n\n".join(parts)
 
     def save(self, path: Path) -> None:

@@ -72,6 +72,13 @@ def nearest_codes(vectors: Tensor, codebook: Tensor) -> Tensor:
         return torch.cat(best) if best else vectors.new_empty(0, dtype=torch.long)
 
 
+def _flattened(vectors: Tensor, code_dim: int) -> Tensor:
+    """`[..., C]` to float32 `[V, C]`; raises ValueError where C is not `code_dim`."""
+    if vectors.shape[-1] != code_dim:
+        raise ValueError(f"vectors have {vectors.shape[-1]} channels; the codebook has code_dim={code_dim}")
+    return vectors.reshape(-1, code_dim).float()
+
+
 class VectorQuantizer(nn.Module):
     """Nearest-neighbour quantizer with one codebook.
 
@@ -116,11 +123,7 @@ class VectorQuantizer(nn.Module):
         Raises:
             ValueError: the last axis is not `code_dim`.
         """
-        if vectors.shape[-1] != self.config.code_dim:
-            raise ValueError(
-                f"vectors have {vectors.shape[-1]} channels; this codebook has code_dim={self.config.code_dim}"
-            )
-        flat = self._normalised(vectors.reshape(-1, self.config.code_dim).float())  # [V, C]
+        flat = self._normalised(_flattened(vectors, self.config.code_dim))  # [V, C]
         self.start(flat.detach())
         codes = self.nearest(flat.detach())  # [V]
         chosen = self.lookup(codes)  # [V, C]
@@ -232,11 +235,7 @@ class ResidualQuantizer(nn.Module):
         Raises:
             ValueError: the last axis is not `code_dim`.
         """
-        if vectors.shape[-1] != self.config.code_dim:
-            raise ValueError(
-                f"vectors have {vectors.shape[-1]} channels; these codebooks have code_dim={self.config.code_dim}"
-            )
-        flat = vectors.reshape(-1, self.config.code_dim).float()  # [V, C]
+        flat = _flattened(vectors, self.config.code_dim)  # [V, C]
         left, total = flat.detach(), torch.zeros_like(flat)
         lefts: list[Tensor] = []
         picks: list[Tensor] = []

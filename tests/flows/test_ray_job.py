@@ -92,7 +92,7 @@ def test_a_submitted_stage_maps_on_the_jobs_cluster(
     assert code == 0, output
     assert "connected to the Ray cluster" in output
     assert "started a local Ray cluster" not in output
-    record = store.runs()[-1]
+    (record,) = store.runs()
     assert (record["stage"], record["recipe"], record["hit"]) == ("tokenize", "tiny", False)
     assert record["artifact"] == tiny_run.results["tokenize"].digest
 
