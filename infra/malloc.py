@@ -15,8 +15,9 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-JEMALLOC_CONF = "dirty_decay_ms:-1,muzzy_decay_ms:-1,thp:always,metadata_thp:always"
-"""Give nothing back, and ask for huge pages."""
+JEMALLOC_CONF = "dirty_decay_ms:10000,muzzy_decay_ms:-1,thp:always,metadata_thp:always"
+"""Give buffers back after ten seconds without use, and ask for huge pages. Never giving back was tried: free buffers
+stayed split into sizes that later ones did not fit, and training a tokenizer grew by 12 GB in 900 steps."""
 
 GLIBC_SETTINGS = {
     "MALLOC_MMAP_MAX_": "0",
