@@ -91,7 +91,10 @@ def compare_tokenizers(
     store: StoreOption = DEFAULT_STORE,
     executor: ExecutorOption = "ray",
     overrides: SetOption = None,
-    kinds: Annotated[str, typer.Option(help="Values of tokenizer.kind, with commas.")] = "vqgan,semantic,sde,tokenflow",
+    kinds: Annotated[
+        str,
+        typer.Option(help="Values of tokenizer.kind, or dualtoken-deep, dualtoken-reconstruction; with commas."),
+    ] = "vqgan,semantic,sde,tokenflow,dualtoken,vila_u",
     seeds: Annotated[str, typer.Option(help="Seeds, with commas; each kind is trained once a seed.")] = "0",
 ) -> None:
     """Train each kind of tokenizer and the same language model on its codes; print the papers' tables.

@@ -33,20 +33,45 @@ COLUMNS: tuple[tuple[str, str, str, float, str], ...] = (
 )
 """Benchmark, metric, heading, factor and format of each column."""
 
-ABLATION = (("vqgan", "image only"), ("semantic", "semantic only"), ("sde", "both (SDE)"))
-"""MUSE-VL's ablation table: kind and name of each row."""
-
-PUBLISHED = {
-    "same LLM and data": {"vqgan": "34.6", "sde": "60.8"},
-    "ablation": {"vqgan": "43.1", "semantic": "62.7", "sde": "63.6"},
+VARIANTS = {
+    "dualtoken-deep": ("tokenizer.kind=dualtoken", "tokenizer.pixel_layers=[]", "tokenizer.pixel_layer_weights=[]"),
+    "dualtoken-reconstruction": ("tokenizer.kind=dualtoken", "tokenizer.loss.semantic_weight=0"),
 }
-"""Mean of MMBench, SEED and MMStar in MUSE-VL's two tables (arXiv 2411.17762), printed beside ours: the order of kinds
-compares, the numbers do not."""
+"""What may stand among the kinds beside the values of `tokenizer.kind`, and what it sets: DualToken's ablation."""
+
+
+@dataclass(frozen=True)
+class Ablation:
+    """A paper's table that is printed where all its rows were compared."""
+
+    title: str
+    rows: tuple[tuple[str, str, str], ...]
+    """Kind, name of the row, published value."""
+
+
+ABLATIONS = (
+    Ablation(
+        "image branch, semantic branch (MUSE-VL; published: mean of MMBench, SEED and MMStar)",
+        (("vqgan", "image only", "43.1"), ("semantic", "semantic only", "62.7"), ("sde", "both (SDE)", "63.6")),
+    ),
+    Ablation(
+        "where the two losses stand (DualToken; published: zero-shot accuracy, rFID)",
+        (
+            ("dualtoken-deep", "both deep", "72.3, 3.86"),
+            ("dualtoken-reconstruction", "reconstruction only", "-, 0.29"),
+            ("dualtoken", "split layers", "82.0, 0.25"),
+        ),
+    ),
+)
+"""Sources: arXiv 2411.17762 and arXiv 2503.14324. The order of the rows compares with ours, the numbers do not."""
+
+PUBLISHED = {"vqgan": "34.6", "sde": "60.8"}
+"""Mean of MMBench, SEED and MMStar with one language model and data (arXiv 2411.17762), beside our main table."""
 
 
 def overrides_of(kind: str, seed: int, overrides: list[str]) -> list[str]:
     """The overrides of one run of a comparison."""
-    return [*overrides, f"tokenizer.kind={kind}", f"seed={seed}"]
+    return [*overrides, *VARIANTS.get(kind, (f"tokenizer.kind={kind}",)), f"seed={seed}"]
 
 
 @dataclass(frozen=True)
@@ -54,6 +79,7 @@ class Run:
     """One trained and evaluated tokenizer."""
 
     kind: str
+    """Value of `tokenizer.kind`, or a name of `VARIANTS`."""
     seed: int
     evaluation: Manifest
     rows: list[dict[str, Any]]
@@ -61,8 +87,9 @@ class Run:
 
     def value(self, benchmark: str, metric: str) -> float | None:
         """A metric of this tokenizer itself, not of a baseline."""
+        model = self.kind.split("-")[0]  # a variant's rows carry its tokenizer's kind
         for row in self.rows:
-            if (row["model"], row["benchmark"], row["metric"]) == (self.kind, benchmark, metric):
+            if (row["model"], row["benchmark"], row["metric"]) == (model, benchmark, metric):
                 return float(row["value"])
         return None
 
@@ -83,25 +110,25 @@ class Comparison:
 
     @property
     def header(self) -> list[str]:
-        """Headings of both tables."""
-        return ["tokenizer", *(column[2] for column in COLUMNS), f"over {BASELINE}", "published: mean of 3 benchmarks"]
+        """Headings of all tables."""
+        return ["tokenizer", *(column[2] for column in COLUMNS), f"over {BASELINE}", "published"]
 
-    def main_table(self) -> list[list[str]]:
-        """Every kind with the same language model, data and steps."""
-        return [self._line(kind, kind, "same LLM and data") for kind in self.kinds]
+    def tables(self) -> list[tuple[str, list[list[str]]]]:
+        """Title and lines of each table: all kinds, then each ablation whose rows were all compared."""
+        main = [self._line(kind, kind, PUBLISHED.get(kind, "")) for kind in self.kinds]
+        title = "same language model, data and steps (published: MUSE-VL's mean of MMBench, SEED and MMStar)"
+        found = [(title, main)]
+        for ablation in ABLATIONS:
+            if {kind for kind, _, _ in ablation.rows} <= set(self.kinds):
+                found.append((ablation.title, [self._line(*row) for row in ablation.rows]))
+        return found
 
-    def ablation_table(self) -> list[list[str]]:
-        """Image branch, semantic branch and both; empty unless all three were compared."""
-        if not {kind for kind, _ in ABLATION} <= set(self.kinds):
-            return []
-        return [self._line(kind, name, "ablation") for kind, name in ABLATION]
-
-    def _line(self, kind: str, name: str, table: str) -> list[str]:
+    def _line(self, kind: str, name: str, published: str) -> list[str]:
         cells = [
             spread([factor * value for value in self.values(kind, benchmark, metric)], form)
             for benchmark, metric, _, factor, form in COLUMNS
         ]
-        return [name, *cells, self._gap(kind), PUBLISHED[table].get(kind, "")]
+        return [name, *cells, self._gap(kind), published]
 
     def _gap(self, kind: str) -> str:
         """Same-category points over the baseline, seed by seed."""
@@ -115,13 +142,8 @@ class Comparison:
         """Both tables for a terminal."""
         seeds = ", ".join(map(str, self.seeds))
         about = "mean and standard deviation over the seeds" if len(self.seeds) > 1 else "one seed"
-        parts = [
-            f"recipe {self.recipe}, seeds {seeds}: {about}; accuracies and pictures are of the held-out pairs",
-            "same language model, data and steps\n" + text_table(self.header, self.main_table()),
-        ]
-        ablation = self.ablation_table()
-        if ablation:
-            parts.append("image branch, semantic branch\n" + text_table(self.header, ablation))
+        parts = [f"recipe {self.recipe}, seeds {seeds}: {about}; accuracies and pictures are of the held-out pairs"]
+        parts += [f"{title}\n{text_table(self.header, lines)}" for title, lines in self.tables()]
         return "\n\n".join(parts)
 
     def save(self, path: Path) -> None:

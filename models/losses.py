@@ -31,7 +31,11 @@ class LossConfig(Config):
     lpips_vgg_weights: str | None = None
     """Path of torchvision's VGG16 state dict for machines without a hub; `null` lets `lpips` download it."""
     semantic_weight: NonNegativeFloat = 1.0
-    """`1 - cos(Dec_s(z_q), T)`."""
+    """`1 - cos(Dec_s(z_q), T)`; DualToken: 5."""
+    semantic_mse_weight: NonNegativeFloat = 0.0
+    """Mean squared error to `T` beside it, in units of `semantic_weight`; DualToken: 1."""
+    contrastive_weight: NonNegativeFloat = 1.0
+    """Contrastive loss with the captions (`vila_u` only; VILA-U: 1)."""
     adversarial_weight: NonNegativeFloat = 0.5
     """PatchGAN term; MUSE-VL's lambda_G is not published, 0.5 is LlamaGen's."""
     adversarial_adaptive: bool = False
@@ -62,6 +66,22 @@ def adaptive_weight(
     """Ratio of the two losses' gradient norms at the decoder's last layer, clamped (VQGAN, eq. 7)."""
     ratio = gradient_norm(reconstruction_loss, last_layer) / (gradient_norm(adversarial_loss, last_layer) + 1e-4)
     return ratio.clamp(*clamp)
+
+
+def contrastive_loss(images: Tensor, texts: Tensor, logit_scale: Tensor) -> Tensor:
+    """Symmetric cross-entropy of matching images with texts (CLIP, arXiv 2103.00020, section 2.3).
+
+    Args:
+        images: unit vectors `[B, E]`.
+        texts: unit vectors `[B, E]`; row b belongs to image b.
+        logit_scale: logarithm of the inverse temperature, scalar.
+
+    Returns:
+        Scalar, nats.
+    """
+    logits = logit_scale.exp().clamp(max=100.0) * images.float() @ texts.float().T
+    own = torch.arange(len(images), device=images.device)
+    return (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
 
 
 def semantic_loss(prediction: Tensor, target: Tensor) -> Tensor:

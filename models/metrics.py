@@ -71,6 +71,29 @@ def codebook_statistics(codes: Tensor, codebook_size: int) -> CodebookStatistics
     return CodebookStatistics(float((counts > 0).double().mean()), float(entropy.exp()))
 
 
+def book_statistics(
+    codes: Tensor, names: tuple[str, ...], codebook_sizes: tuple[int, ...]
+) -> dict[str, CodebookStatistics]:
+    """Usage and perplexity of each book, and of each of its depths where it has several.
+
+    Args:
+        codes: `[B, N, D, h, w]` int64.
+        names: of the books.
+        codebook_sizes: of the books.
+
+    Returns:
+        By `""` for an only book, else by `_NAME`; the depths by `_NAME_depth1` and so on.
+    """
+    found = {}
+    for number, (name, size) in enumerate(zip(names, codebook_sizes, strict=True)):
+        label = f"_{name}" if len(names) > 1 else ""
+        found[label] = codebook_statistics(codes[:, number], size)
+        depths = codes.shape[2]
+        for depth in range(depths if depths > 1 else 0):
+            found[f"{label}_depth{depth + 1}"] = codebook_statistics(codes[:, number, depth], size)
+    return found
+
+
 def wilson_interval(successes: int, trials: int, z: float = 1.959964) -> Interval:
     """A proportion with Wilson's score interval (1927), which stays honest near 0 and 1 and for few trials.
 

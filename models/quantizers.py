@@ -40,6 +40,21 @@ class QuantizerConfig(Config):
     """Weight of the loss that pulls codes to their vectors (`gradient` only)."""
 
 
+class ResidualQuantizerConfig(QuantizerConfig):
+    """Residual codebooks: of `dualtoken` one for each book, of `vila_u` the only one."""
+
+    codebook_size: PositiveInt = 16_384
+    """Number of codes of a codebook."""
+    code_dim: PositiveInt = 32
+    """Channels of a code."""
+    l2_normalised: bool = False
+    """Must stay false: what is left over after a depth has no fixed length."""
+    depth: PositiveInt = 8
+    """Codes a vector: 8 for 27x27 codes, 4 for 16x16 (DualToken)."""
+    shared: bool = True
+    """One codebook for all depths in place of one a depth."""
+
+
 class Quantized(NamedTuple):
     """Result of quantization."""
 
@@ -199,21 +214,22 @@ class ResidualQuantizer(nn.Module):
     of all depths together, taken once a batch.
     """
 
-    def __init__(self, config: QuantizerConfig, depth: int, *, shared: bool = True) -> None:
+    def __init__(self, config: ResidualQuantizerConfig) -> None:
         """
-        Args:
-            config: of each codebook.
-            depth: codes a vector.
-            shared: one codebook for all depths in place of one a depth.
-
         Raises:
             ValueError: the codes are normalised: unit vectors cannot hold what is left over.
         """
         super().__init__()
         if config.l2_normalised:
             raise ValueError("a residual quantizer needs l2_normalised=false: what is left over has no fixed length")
-        self.config, self.depth, self.shared = config, depth, shared
-        self.books = nn.ModuleList(VectorQuantizer(config) for _ in range(1 if shared else depth))
+        self.config, self.depth, self.shared = config, config.depth, config.shared
+        self.books = nn.ModuleList(VectorQuantizer(config) for _ in range(1 if config.shared else config.depth))
+
+    @property
+    def codebooks(self) -> Tensor:
+        """`[1, K, C]` vectors of a codebook that all depths share, else `[D, K, C]`."""
+        every = torch.arange(self.config.codebook_size, device=self.book(0).codebook.device)
+        return torch.stack([self.book(depth).lookup(every) for depth in range(len(self.books))]).detach()
 
     def book(self, depth: int) -> VectorQuantizer:
         """The codebook of a depth, counted from 0."""

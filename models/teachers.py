@@ -7,6 +7,7 @@ hand all of them the same tensors. Shape legend: B batch, h w code grid, C chann
 
 from __future__ import annotations
 
+import copy
 import functools
 import re
 from collections.abc import Callable
@@ -77,10 +78,43 @@ class Teacher(nn.Module):
     """Interface of all teachers. Frozen: in eval mode, without gradients, whatever the parent module does."""
 
     feature_dim: int
+    """Channels of `features`."""
+    embed_dim: int
+    """Channels of `embed_images`."""
     has_text: bool
 
     def features(self, images: Tensor, grid: tuple[int, int]) -> Tensor:
         """Images `[B, 3, H, W]` in [-1, 1] -> features `[B, h, w, C]`, LayerNorm scale (zero mean, unit variance)."""
+        raise NotImplementedError
+
+    def levels(self, images: Tensor, grid: tuple[int, int], layers: tuple[int, ...]) -> tuple[list[Tensor], Tensor]:
+        """What the image tower knows after some of its layers, not normalised, and `features`, in one pass.
+
+        Args:
+            images: `[B, 3, H, W]` in [-1, 1].
+            grid: rows and columns of the result; a finer level is folded into channels, a ViT's is resized.
+            layers: counted from 1: blocks of a ViT, stages of a convolutional backbone.
+
+        Returns:
+            `[B, h, w, C_layer]` for each of `layers`, in their order; `features` of the same images.
+
+        Raises:
+            ValueError: there is no such layer.
+        """
+        raise NotImplementedError
+
+    def level_widths(self, grid: tuple[int, int], layers: tuple[int, ...]) -> list[int]:
+        """Channels of each of `levels`; arguments and errors as there."""
+        raise NotImplementedError
+
+    def image_tower(self) -> Teacher:
+        """A copy of the image side whose weights can be trained; it stays in eval mode, as every teacher."""
+        tower = copy.deepcopy(self)
+        tower.drop_text()
+        return tower.requires_grad_(True)
+
+    def drop_text(self) -> None:
+        """Remove the text side from this copy."""
         raise NotImplementedError
 
     def embed_images(self, images: Tensor) -> Tensor:
@@ -110,6 +144,20 @@ def _resized(features: Tensor, grid: tuple[int, int]) -> Tensor:
     if features.shape[-2:] == grid:
         return features
     return F.interpolate(features.float(), size=grid, mode="bilinear", align_corners=False, antialias=True)
+
+
+def _folded(features: Tensor, grid: tuple[int, int]) -> Tensor:
+    """`[B, C, h', w']` -> `[B, h, w, C']`: a multiple of the grid is folded into channels, which loses nothing."""
+    factor = features.shape[-1] // grid[1]
+    if factor > 1 and features.shape[-2:] == (factor * grid[0], factor * grid[1]):
+        return F.pixel_unshuffle(features, factor).permute(0, 2, 3, 1)
+    return _resized(features, grid).permute(0, 2, 3, 1)
+
+
+def _check_layers(layers: tuple[int, ...], count: int) -> None:
+    for layer in layers:
+        if not 1 <= layer <= count:
+            raise ValueError(f"layer {layer} is asked for, the teacher's image tower has layers 1..{count}")
 
 
 def _standardised(features: Tensor) -> Tensor:
@@ -209,20 +257,46 @@ class BackboneTeacher(Teacher):
             probe = self.raw_features(torch.zeros(1, 3, config.input_size, config.input_size), self.native_grid)
         self.head = AlignedHead(config.head, probe.shape[-1], words or []) if config.head else None
         self.feature_dim = config.head.dim if config.head else probe.shape[-1]
+        self.embed_dim = self.feature_dim
         self.has_text = self.head is not None
 
     def raw_features(self, images: Tensor, grid: tuple[int, int]) -> Tensor:
         """Standardised features of the chosen stages, `[B, h, w, C_1 + C_2 + ...]`."""
+        return self._raw(self._stages(images, max(self.config.feature_blocks)), grid)
+
+    def _raw(self, stages: list[Tensor], grid: tuple[int, int]) -> Tensor:
+        chosen = [_resized(stages[index], grid).permute(0, 2, 3, 1) for index in self.config.feature_blocks]
+        return torch.cat([_standardised(level.float()) for level in chosen], dim=-1)
+
+    def _stages(self, images: Tensor, last: int) -> list[Tensor]:
+        """`[B, C, h', w']` after each stage up to number `last`, counted from 0."""
         hidden = self.backbone.bn1(self.backbone.conv_stem(self.normalisation(images)))
         maps = []
-        for index, stage in enumerate(self.backbone.blocks):
+        for stage in self.backbone.blocks[: last + 1]:
             hidden = stage(hidden)
-            if index in self.config.feature_blocks:
-                maps.append(_standardised(_resized(hidden, grid).permute(0, 2, 3, 1).float()))
-        return torch.cat(maps, dim=-1)
+            maps.append(hidden)
+        return maps
+
+    def levels(self, images: Tensor, grid: tuple[int, int], layers: tuple[int, ...]) -> tuple[list[Tensor], Tensor]:
+        _check_layers(layers, len(self.backbone.blocks))
+        stages = self._stages(images, max([*self.config.feature_blocks, *(layer - 1 for layer in layers)]))
+        features = self._finished(self._raw(stages, grid))
+        return [_folded(stages[layer - 1], grid) for layer in layers], features
+
+    def level_widths(self, grid: tuple[int, int], layers: tuple[int, ...]) -> list[int]:
+        side = self.config.input_size
+        with torch.no_grad():
+            probe = torch.zeros(1, 3, side, side, device=next(self.backbone.parameters()).device)
+            return [level.shape[-1] for level in self.levels(probe, grid, layers)[0]]
+
+    def drop_text(self) -> None:
+        if self.head is not None:
+            del self.head.text
 
     def features(self, images: Tensor, grid: tuple[int, int]) -> Tensor:
-        raw = self.raw_features(images, grid)
+        return self._finished(self.raw_features(images, grid))
+
+    def _finished(self, raw: Tensor) -> Tensor:
         return _standardised(self.head.patches(raw)) if self.head else raw
 
     def embed_images(self, images: Tensor) -> Tensor:
@@ -245,7 +319,10 @@ class OpenClipTeacher(Teacher):
         make_torchvision_importable()
         import open_clip
 
-        self.model = open_clip.create_model(config.name, pretrained=config.pretrained)
+        # open_clip moves a model to the CPU unless told otherwise; on `meta` there is nothing to move
+        self.model = open_clip.create_model(
+            config.name, pretrained=config.pretrained, device=torch.get_default_device()
+        )
         self.config = config
         preprocess = open_clip.get_model_preprocess_cfg(self.model)
         size = preprocess["size"]
@@ -254,7 +331,9 @@ class OpenClipTeacher(Teacher):
         self.register_buffer("pixel_mean", torch.tensor(preprocess["mean"]))
         self.register_buffer("pixel_std", torch.tensor(preprocess["std"]))
         with torch.no_grad():
-            self.feature_dim = self._patches(torch.zeros(1, 3, self.side, self.side)).shape[1]
+            probe = torch.zeros(1, 3, self.side, self.side)
+            self.feature_dim = self._patches(probe).shape[1]
+            self.embed_dim = self.model.encode_image(probe).shape[1]
 
     @property
     def normalisation(self) -> PixelNormalisation:
@@ -278,6 +357,35 @@ class OpenClipTeacher(Teacher):
     def features(self, images: Tensor, grid: tuple[int, int]) -> Tensor:
         patches = _resized(self._patches(self.normalisation(images)), grid)
         return _standardised(patches.permute(0, 2, 3, 1).float())
+
+    def levels(self, images: Tensor, grid: tuple[int, int], layers: tuple[int, ...]) -> tuple[list[Tensor], Tensor]:
+        _check_layers(layers, self._depth)
+        visual = self.model.visual
+        trunk = visual.trunk if hasattr(visual, "trunk") else visual
+        asked = sorted({*layers, self._depth})
+        out = visual.forward_intermediates(
+            self.normalisation(images), indices=[layer - 1 for layer in asked], intermediates_only=True
+        )
+        found = dict(zip(asked, out["image_intermediates"], strict=True))
+        last = found[self._depth].permute(0, 2, 3, 1)
+        final = trunk.norm(last) if hasattr(trunk, "norm") else trunk.ln_post(last)
+        features = _standardised(_resized(final.permute(0, 3, 1, 2), grid).permute(0, 2, 3, 1).float())
+        return [_folded(found[layer], grid) for layer in layers], features
+
+    def level_widths(self, grid: tuple[int, int], layers: tuple[int, ...]) -> list[int]:
+        _check_layers(layers, self._depth)
+        return [self.feature_dim] * len(layers)
+
+    @property
+    def _depth(self) -> int:
+        """Blocks of the image tower: open_clip's own ViT, or timm's inside a wrapper."""
+        visual = self.model.visual
+        return len(visual.trunk.blocks if hasattr(visual, "trunk") else visual.transformer.resblocks)
+
+    def drop_text(self) -> None:
+        for name, child in list(self.model.named_children()):
+            if child is not self.model.visual:
+                delattr(self.model, name)
 
     def embed_images(self, images: Tensor) -> Tensor:
         return self.model.encode_image(self.normalisation(images), normalize=True)
@@ -306,13 +414,32 @@ class TransformersTeacher(Teacher):
         )
         self.native_grid = (vision.image_size // vision.patch_size,) * 2
         self.feature_dim = vision.hidden_size
+        self.embed_dim = getattr(self.model.config, "projection_dim", None) or vision.hidden_size  # SigLIP has none
 
     def features(self, images: Tensor, grid: tuple[int, int]) -> Tensor:
         tokens = self.model.vision_model(pixel_values=self.normalisation(images)).last_hidden_state
+        return self._final(tokens, grid)
+
+    def _final(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+        return _standardised(_resized(self._map(tokens), grid).permute(0, 2, 3, 1).float())
+
+    def _map(self, tokens: Tensor) -> Tensor:
+        """`[B, T, C]` -> `[B, C, h', w']`; CLIP puts a class token first, SigLIP has none."""
         height, width = self.native_grid
-        patches = tokens[:, -height * width :]  # CLIP puts a class token first, SigLIP has none
-        maps = patches.transpose(1, 2).unflatten(2, (height, width))
-        return _standardised(_resized(maps, grid).permute(0, 2, 3, 1).float())
+        return tokens[:, -height * width :].transpose(1, 2).unflatten(2, (height, width))
+
+    def levels(self, images: Tensor, grid: tuple[int, int], layers: tuple[int, ...]) -> tuple[list[Tensor], Tensor]:
+        _check_layers(layers, self.model.config.vision_config.num_hidden_layers)
+        out = self.model.vision_model(pixel_values=self.normalisation(images), output_hidden_states=True)
+        chosen = [out.hidden_states[layer] for layer in layers]  # the first are the embeddings, then one a block
+        return [_folded(self._map(state), grid) for state in chosen], self._final(out.last_hidden_state, grid)
+
+    def level_widths(self, grid: tuple[int, int], layers: tuple[int, ...]) -> list[int]:
+        _check_layers(layers, self.model.config.vision_config.num_hidden_layers)
+        return [self.feature_dim] * len(layers)
+
+    def drop_text(self) -> None:
+        del self.model.text_model
 
     def embed_images(self, images: Tensor) -> Tensor:
         output = self.model.get_image_features(pixel_values=self.normalisation(images))

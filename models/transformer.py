@@ -1,4 +1,4 @@
-"""A small pre-norm transformer encoder, and the ViT that turns codes back into semantic features.
+"""Small pre-norm transformer parts: blocks, the ViT from codes to semantic features, projections with attention.
 
 Shape legend: B batch, T tokens, C channels, h w code grid.
 """
@@ -27,9 +27,9 @@ class SemanticDecoderConfig(Config):
 class TransformerBlock(nn.Module):
     """Attention and MLP, each behind a LayerNorm: `[B, T, C]` -> the same shape."""
 
-    def __init__(self, width: int, heads: int, mlp_ratio: int = 4) -> None:
+    def __init__(self, width: int, heads: int, mlp_ratio: int = 4, *, causal: bool = False) -> None:
         super().__init__()
-        self.heads = heads
+        self.heads, self.causal = heads, causal
         self.norm1 = nn.LayerNorm(width)
         self.qkv = nn.Linear(width, 3 * width)
         self.out = nn.Linear(width, width)
@@ -40,7 +40,7 @@ class TransformerBlock(nn.Module):
         batch, tokens, width = x.shape
         qkv = self.qkv(self.norm1(x)).view(batch, tokens, 3, self.heads, width // self.heads)
         query, key, value = qkv.permute(2, 0, 3, 1, 4)  # each [B, heads, T, C / heads]
-        mixed = F.scaled_dot_product_attention(query, key, value)
+        mixed = F.scaled_dot_product_attention(query, key, value, is_causal=self.causal)
         x = x + self.out(mixed.transpose(1, 2).reshape(batch, tokens, width))
         return x + self.mlp(self.norm2(x))
 
@@ -60,3 +60,46 @@ class SemanticDecoder(nn.Module):
         batch, height, width, _ = vectors.shape
         tokens = self.project_in(vectors.flatten(1, 2)) + self.positions
         return self.project_out(self.norm(self.blocks(tokens))).view(batch, height, width, -1)
+
+
+class AttentionProjection(nn.Module):
+    """Attention that changes the number of channels: `[B, h, w, C_in]` -> `[B, h, w, C_out]`.
+
+    Heads have the smaller width, as many as the larger holds; shrinking averages the heads, growing puts them side by
+    side. A linear path runs beside the attention, a gated MLP of ratio 2 follows. Source: DualToken (arXiv 2503.14324)
+    section 3.2 and its released code, where positions see each other in both directions.
+    """
+
+    def __init__(self, in_dim: int, out_dim: int) -> None:
+        """
+        Raises:
+            ValueError: neither width is a multiple of the other.
+        """
+        super().__init__()
+        self.width, self.head_dim = max(in_dim, out_dim), min(in_dim, out_dim)
+        if self.width % self.head_dim:
+            raise ValueError(
+                f"an attention projection from {in_dim} to {out_dim} channels needs one to be a multiple of the other; "
+                f"change tokenizer.residual.code_dim or the layers that are read"
+            )
+        self.shrinks = in_dim > out_dim
+        self.norm1 = nn.LayerNorm(in_dim)
+        self.qkv = nn.Linear(in_dim, 3 * self.width)
+        self.out = nn.Linear(out_dim, out_dim)
+        self.norm_skip = nn.LayerNorm(in_dim)
+        self.skip = nn.Linear(in_dim, out_dim)
+        self.norm2 = nn.LayerNorm(out_dim)
+        self.gate, self.up = nn.Linear(out_dim, 2 * out_dim), nn.Linear(out_dim, 2 * out_dim)
+        self.down = nn.Linear(2 * out_dim, out_dim)
+
+    def forward(self, grid: Tensor) -> Tensor:
+        x = grid.flatten(1, 2)  # [B, T, C_in]
+        batch, tokens, _ = x.shape
+        qkv = self.qkv(self.norm1(x)).view(batch, tokens, 3, self.width // self.head_dim, self.head_dim)
+        query, key, value = qkv.permute(2, 0, 3, 1, 4)  # each [B, heads, T, C_head]
+        mixed = F.scaled_dot_product_attention(query, key, value)
+        heads = mixed.mean(1) if self.shrinks else mixed.transpose(1, 2).reshape(batch, tokens, self.width)
+        x = self.skip(self.norm_skip(x)) + self.out(heads)
+        hidden = self.norm2(x)
+        x = x + self.down(F.gelu(self.gate(hidden), approximate="tanh") * self.up(hidden))
+        return x.view(*grid.shape[:-1], -1)

@@ -1,19 +1,21 @@
-"""The unified vision-language model: an unmodified causal language model with a longer vocabulary.
+"""The unified vision-language model: a causal language model that reads and writes visual codes.
 
-Shape legend: B batch, T tokens, C channels.
+Shape legend: B batch, T tokens, H channels, V visual positions, N books, D depth, K codebook size.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from pydantic import PositiveInt
-from torch import Tensor
+from torch import Tensor, nn
 
 from models.config import Config, Fraction
+from models.sampling import SamplingConfig, guided, pick
 from models.torchvision_compat import make_torchvision_importable
+from models.visual_codes import VisualCodes
 from models.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
@@ -105,57 +107,157 @@ def start_from_codebook(model: PreTrainedModel, vocabulary: Vocabulary, codebook
     for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
         if layer is model.get_output_embeddings() and layer.weight is model.get_input_embeddings().weight:
             continue  # tied: one table
-        rows = layer.weight[vocabulary.first_code : vocabulary.first_code + vocabulary.codebook_size]
+        rows = layer.weight[vocabulary.first_code : vocabulary.first_code + vocabulary.num_code_tokens]
         rows.copy_(rows.std() * directions @ torch.randn(codebook.shape[1], rows.shape[1]))
 
 
+class ImageCodes(NamedTuple):
+    """Codes of the visual positions of a batch, in the order in which its rows hold them."""
+
+    shown: Tensor
+    """`[V, N, D]` int64: what the model reads."""
+    wanted: Tensor
+    """`[V, N, D]` int64: what a loss at these positions asks for."""
+
+
+class UnifiedVlm(nn.Module):
+    """A causal language model that reads and writes text and images.
+
+    With one code a position it is the language model itself, unchanged but for its longer vocabulary. With several, the
+    visual positions have their own input and output (`VisualCodes`).
+    """
+
+    def __init__(self, llm: PreTrainedModel, vocabulary: Vocabulary, visual: VisualCodes | None = None) -> None:
+        """
+        Args:
+            llm: any causal LM of transformers over the vocabulary.
+            vocabulary: ids.
+            visual: needed where the vocabulary has several codes a position.
+
+        Raises:
+            ValueError: `visual` is missing, or given where each code has its own token.
+        """
+        super().__init__()
+        if vocabulary.one_code != (visual is None):
+            raise ValueError(
+                f"codes of shape {vocabulary.code_shape} with visual={visual is not None}: `visual` is needed exactly "
+                f"where a position has several codes"
+            )
+        self.llm, self.vocabulary, self.visual = llm, vocabulary, visual
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.parameters()).device
+
+    def embed(self, token_ids: Tensor, codes: Tensor | None = None) -> Tensor:
+        """Token ids `[B, T]`, and `[V, N, D]` codes of their visual positions, to inputs `[B, T, H]`.
+
+        Codes are needed where a position has several of them, and ignored otherwise.
+        """
+        inputs: Tensor = self.llm.get_input_embeddings()(token_ids)
+        if self.visual is None or codes is None:
+            return inputs
+        visual = self.visual.embed(codes)
+        return inputs.to(visual.dtype).masked_scatter(self._is_visual(token_ids)[..., None], visual)
+
+    def embed_codes(self, codes: Tensor) -> Tensor:
+        """Codes `[V, N, D]` to inputs `[V, H]`."""
+        if self.visual is not None:
+            return self.visual.embed(codes)
+        inputs: Tensor = self.llm.get_input_embeddings()(self.vocabulary.code_ids(codes[:, 0, 0]))
+        return inputs
+
+    def draw(self, hidden: Tensor, config: SamplingConfig, generator: torch.Generator) -> Tensor:
+        """Draw the codes of the next visual position.
+
+        Args:
+            hidden: `[B, H]`; with guidance `[2B, H]`, the unconditional states after the conditional ones.
+            config: sampling settings.
+            generator: source of randomness, on the CPU.
+
+        Returns:
+            `[B, N, D]` int64.
+        """
+        if self.visual is not None:
+            return self.visual.draw(hidden, config, generator)
+        first, count = self.vocabulary.first_code, self.vocabulary.num_code_tokens
+        head = self.llm.get_output_embeddings().weight[first : first + count]
+        logits = (hidden.to(head.dtype) @ head.T).float()  # [B or 2B, K]
+        return pick(guided(logits, config), config, generator)[:, None, None]
+
+    def losses(
+        self, token_ids: Tensor, labels: Tensor, attention_mask: Tensor, codes: ImageCodes | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Cross-entropy of each labelled position, `[L]` nats, and the sequence that each belongs to, `[L]`.
+
+        Only those positions meet a head: the vocabulary is long, and most of an understanding sequence has no loss. A
+        visual position with several codes counts as one, with the sum of their losses.
+
+        Args:
+            token_ids: `[B, T]` int64.
+            labels: `[B, T]`, `IGNORED` where there is no loss; not shifted.
+            attention_mask: `[B, T]`, 0 at padding.
+            codes: of the visual positions, where they have several codes.
+        """
+        inputs = self.embed(token_ids, codes.shown if codes is not None else None)
+        hidden = self.llm.base_model(
+            inputs_embeds=inputs, attention_mask=attention_mask, use_cache=False
+        ).last_hidden_state
+        before, targets = hidden[:, :-1], labels[:, 1:]
+        chosen = targets != IGNORED
+        text = chosen if self.visual is None else chosen & ~self._is_visual(targets)
+        logits = self.llm.get_output_embeddings()(before[text])
+        losses = F.cross_entropy(logits.float(), targets[text], reduction="none")
+        rows = text.nonzero()[:, 0]
+        if self.visual is None or codes is None:
+            return losses, rows
+        visual = chosen & self._is_visual(targets)
+        wanted = codes.wanted[visual[self._is_visual(token_ids)[:, 1:]]]  # an image is never the first token
+        drawn = self.visual.losses(before[visual], wanted)
+        return torch.cat([losses, drawn]), torch.cat([rows, visual.nonzero()[:, 0]])
+
+    def _is_visual(self, token_ids: Tensor) -> Tensor:
+        return token_ids == self.vocabulary.first_code
+
+
 def next_token_loss(
-    model: PreTrainedModel,
+    vlm: UnifiedVlm,
     token_ids: Tensor,
     labels: Tensor,
     attention_mask: Tensor,
+    codes: ImageCodes | None = None,
     *,
     average: LossAverage = "token",
 ) -> Tensor:
     """Mean cross-entropy of the next token over the positions that have a label.
 
     Args:
-        model: any causal LM of transformers.
+        vlm: the model.
         token_ids: `[B, T]` int64.
         labels: `[B, T]`, `IGNORED` where there is no loss; not shifted. Each row has a label.
         attention_mask: `[B, T]`, 0 at padding.
+        codes: of the visual positions, where they have several codes.
         average: over the `token`s of the batch, or over its sequences, each the mean over its own tokens.
 
     Returns:
         Scalar, nats.
     """
-    losses, rows = _labelled_losses(model, token_ids, labels, attention_mask)
+    losses, rows = vlm.losses(token_ids, labels, attention_mask, codes)
     return losses.mean() if average == "token" else _row_means(losses, rows, len(token_ids)).mean()
 
 
 @torch.no_grad()
-def mean_log_likelihood(model: PreTrainedModel, token_ids: Tensor, labels: Tensor, attention_mask: Tensor) -> Tensor:
+def mean_log_likelihood(
+    vlm: UnifiedVlm, token_ids: Tensor, labels: Tensor, attention_mask: Tensor, codes: ImageCodes | None = None
+) -> Tensor:
     """Mean log-likelihood, in nats a token, of the labelled part of each sequence; arguments as `next_token_loss`.
 
     Returns:
         `[B]` float32.
     """
-    losses, rows = _labelled_losses(model, token_ids, labels, attention_mask)
+    losses, rows = vlm.losses(token_ids, labels, attention_mask, codes)
     return -_row_means(losses, rows, len(token_ids))
-
-
-def _labelled_losses(
-    model: PreTrainedModel, token_ids: Tensor, labels: Tensor, attention_mask: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Cross-entropy of each labelled position, `[L]`, and the sequence that each belongs to, `[L]`.
-
-    Only those positions meet the head: the vocabulary is long, and most of an understanding sequence has no loss.
-    """
-    hidden = model.base_model(input_ids=token_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
-    targets = labels[:, 1:]
-    chosen = targets != IGNORED
-    logits = model.get_output_embeddings()(hidden[:, :-1][chosen])
-    return F.cross_entropy(logits.float(), targets[chosen], reduction="none"), chosen.nonzero()[:, 0]
 
 
 def _row_means(values: Tensor, rows: Tensor, count: int) -> Tensor:

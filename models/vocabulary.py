@@ -1,10 +1,14 @@
-"""One vocabulary for text and images: text tokens, turn and image markers, then one token a visual code."""
+"""One vocabulary for text and images: text tokens, turn and image markers, then one token a visual code.
+
+Where an image has several codes a position, no vocabulary can hold their combinations: there one token stands for every
+visual position, and the codes travel beside the token ids.
+"""
 
 from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -14,11 +18,16 @@ if TYPE_CHECKING:
 PAD, EOS = "<|pad|>", "<|eos|>"
 USER, ASSISTANT = "<|user|>", "<|assistant|>"
 SOI, EOI = "<|soi|>", "<|eoi|>"
+CODES = "<|codes|>"
+"""Every visual position, where it has several codes."""
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """Ids of everything that is not text. Codes are contiguous: code k has id `first_code + k`."""
+    """Ids of everything that is not text. Codes are contiguous: code k has id `first_code + k`.
+
+    With several codes a position `first_code` is the id of every visual position.
+    """
 
     pad: int
     eos: int
@@ -27,31 +36,40 @@ class Vocabulary:
     soi: int
     eoi: int
     first_code: int
-    codebook_size: int
-    code_rows: int
-    """Rows of the code grid."""
-    code_columns: int
-    """Columns of the code grid."""
+    codebook_sizes: tuple[int, ...]
+    """Entries of each book."""
+    code_shape: tuple[int, int, int, int]
+    """Of an image: N books, D depth, h, w."""
 
     @property
-    def num_codes(self) -> int:
-        """Codes of one image."""
-        return self.code_rows * self.code_columns
+    def one_code(self) -> bool:
+        """Whether a position has one code, and so each code its own token."""
+        return self.code_shape[:2] == (1, 1)
+
+    @property
+    def num_code_tokens(self) -> int:
+        """Tokens that stand for visual positions."""
+        return self.codebook_sizes[0] if self.one_code else 1
+
+    @property
+    def num_positions(self) -> int:
+        """Visual positions of an image."""
+        return self.code_shape[2] * self.code_shape[3]
 
     @property
     def size(self) -> int:
         """Rows of the embedding table that this vocabulary needs."""
-        return self.first_code + self.codebook_size
+        return self.first_code + self.num_code_tokens
 
     def code_ids(self, codes: Tensor) -> Tensor:
-        """Codes to token ids, any shape.
+        """Codes to token ids, any shape, where a position has one code.
 
         Raises:
             ValueError: a code outside the codebook.
         """
-        if codes.numel() and (int(codes.min()) < 0 or int(codes.max()) >= self.codebook_size):
+        if codes.numel() and (int(codes.min()) < 0 or int(codes.max()) >= self.num_code_tokens):
             raise ValueError(
-                f"codes lie in {int(codes.min())}..{int(codes.max())}, the codebook has {self.codebook_size}"
+                f"codes lie in {int(codes.min())}..{int(codes.max())}, the codebook has {self.num_code_tokens}"
             )
         return codes + self.first_code
 
@@ -66,7 +84,9 @@ class Vocabulary:
     @classmethod
     def from_json(cls, text: str) -> Vocabulary:
         """Read what `to_json` wrote."""
-        return cls(**json.loads(text))
+        values: dict[str, Any] = json.loads(text)
+        lists = {name: tuple(values[name]) for name in ("codebook_sizes", "code_shape")}
+        return cls(**(values | lists))
 
 
 def train_bpe(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFast:
@@ -84,13 +104,15 @@ def train_bpe(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFast:
     return blank.train_new_from_iterator(sorted(set(texts)), vocab_size, show_progress=False)
 
 
-def extend_tokenizer(tokenizer: PreTrainedTokenizerFast, codebook_size: int, grid: tuple[int, int]) -> Vocabulary:
+def extend_tokenizer(
+    tokenizer: PreTrainedTokenizerFast, codebook_sizes: tuple[int, ...], code_shape: tuple[int, int, int, int]
+) -> Vocabulary:
     """Add the markers and one token a code to a text tokenizer (MUSE-VL, section 3.2: the vocabulary is extended).
 
     Args:
         tokenizer: changed in place.
-        codebook_size: number of codes.
-        grid: code rows and columns of an image.
+        codebook_sizes: number of codes of each book.
+        code_shape: of an image: N books, D depth, h, w. With several codes a position one token stands for all.
 
     Returns:
         The ids.
@@ -101,8 +123,9 @@ def extend_tokenizer(tokenizer: PreTrainedTokenizerFast, codebook_size: int, gri
         tokenizer.add_special_tokens({"pad_token": PAD})
     markers = [USER, ASSISTANT, SOI, EOI]
     tokenizer.add_tokens([AddedToken(marker, special=True, normalized=False) for marker in markers])
-    codes = [AddedToken(f"<|code_{code}|>", special=True, normalized=False) for code in range(codebook_size)]
-    tokenizer.add_tokens(codes)
+    one_code = code_shape[:2] == (1, 1)
+    codes = [f"<|code_{code}|>" for code in range(codebook_sizes[0])] if one_code else [CODES]
+    tokenizer.add_tokens([AddedToken(code, special=True, normalized=False) for code in codes])
     ids = tokenizer.convert_tokens_to_ids
     return Vocabulary(
         pad=tokenizer.pad_token_id,
@@ -111,8 +134,7 @@ def extend_tokenizer(tokenizer: PreTrainedTokenizerFast, codebook_size: int, gri
         assistant=ids(ASSISTANT),
         soi=ids(SOI),
         eoi=ids(EOI),
-        first_code=ids("<|code_0|>"),
-        codebook_size=codebook_size,
-        code_rows=grid[0],
-        code_columns=grid[1],
+        first_code=ids(codes[0]),
+        codebook_sizes=codebook_sizes,
+        code_shape=code_shape,
     )

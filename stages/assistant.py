@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from PIL import Image
 
-from models.sampling import SamplingConfig, answer_tokens, draw_codes
-from models.tokenizers import ImageTokenizer
+from models.decoding import answer_tokens, draw_codes
+from models.image_tokenizer import ImageTokenizer
+from models.sampling import SamplingConfig
 from models.transforms import normalise, shape_image, to_pil, to_pixels, to_tensor
 from stages.execution import require_artifact
 from stages.loading import load_tokenizer
@@ -29,8 +30,8 @@ class Assistant:
         sft = require_artifact("sft", recipe, store, needed_by="ask and generate")
         self.config = recipe.evaluate
         self.device = resolve_device(self.config.device)
-        self.model, self.builder = load_vlm(store, sft)
-        self.model.to(self.device)
+        self.vlm, self.builder = load_vlm(store, sft)
+        self.vlm.to(self.device)
         self.tokenizer: ImageTokenizer = load_tokenizer(store, sft.metadata["tokenizer"]).to(self.device)
         if self.tokenizer.teacher is not None:
             self.tokenizer.teacher.to(self.device)
@@ -40,9 +41,10 @@ class Assistant:
         """The model's answer to a question about an image of any size."""
         shaped = shape_image(image, self.tokenizer.config.transform)
         with autocast(self.device, self.config.precision):
-            codes = self.tokenizer.encode(normalise(to_tensor([shaped]).to(self.device)))[0, 0, 0].cpu()
+            codes = self.tokenizer.encode(normalise(to_tensor([shaped]).to(self.device)))[0].cpu()
             prompt = self.builder.question(codes, question)
-            tokens = answer_tokens(self.model, self.builder.vocabulary, prompt, max_tokens=_LONGEST_ANSWER)
+            shown = prompt.codes.shown if prompt.codes is not None else None
+            tokens = answer_tokens(self.vlm, prompt.token_ids, shown, max_tokens=_LONGEST_ANSWER)
         return self.builder.tokenizer.decode(tokens).strip()
 
     @torch.no_grad()
@@ -63,7 +65,5 @@ class Assistant:
         wanted, unconditional = self.builder.drawing_prompt(prompt), self.builder.drawing_prompt("")
         generator = torch.Generator().manual_seed(seed)
         with autocast(self.device, self.config.precision):
-            codes = draw_codes(
-                self.model, self.builder.vocabulary, [wanted] * num_images, unconditional, sampling, generator
-            )
-            return to_pil(to_pixels(self.tokenizer.decode(codes[:, None, None])).cpu())
+            codes = draw_codes(self.vlm, [wanted] * num_images, unconditional, sampling, generator)
+            return to_pil(to_pixels(self.tokenizer.decode(codes)).cpu())

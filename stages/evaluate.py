@@ -8,7 +8,7 @@ import pyarrow as pa
 from pydantic import PositiveInt
 
 from models.config import Config
-from models.metrics import codebook_statistics
+from models.metrics import book_statistics
 from models.sampling import SamplingConfig
 from stages.evaluation_results import FILES, gather, measured, measured_mean, measured_share
 from stages.evaluation_tasks import RANDOM, SAME_CATEGORY, TaskFactory
@@ -128,10 +128,17 @@ def _reconstruction_rows(kind: str, table: pa.Table, rows: CodedRows) -> list[di
     for metric, note in notes.items():
         if metric in table.column_names:
             found.append(measured_mean(common | {"settings": settings | note}, metric, table[metric].to_pylist()))
-    usage, perplexity = codebook_statistics(rows.codes.long(), rows.info.codebook_sizes[0])
-    total = settings | {"codebook_size": rows.info.codebook_sizes[0], "rule": "over the whole held-out split"}
-    found.append(measured(common | {"settings": total}, "codebook_usage", usage, len(rows)))
-    found.append(measured(common | {"settings": total}, "codebook_perplexity", perplexity, len(rows)))
+    info = rows.info
+    total = settings | {"codebook_size": info.codebook_sizes[0], "rule": "over the whole held-out split"}
+    books = book_statistics(rows.codes.long(), info.codebook_names, info.codebook_sizes)
+    if len(info.codebook_names) > 1:
+        least = min(books[f"_{name}"].usage for name in info.codebook_names)
+        found.append(
+            measured(common | {"settings": total | {"book": "the least used"}}, "codebook_usage", least, len(rows))
+        )
+    for name, (usage, perplexity) in books.items():
+        found.append(measured(common | {"settings": total}, f"codebook_usage{name}", usage, len(rows)))
+        found.append(measured(common | {"settings": total}, f"codebook_perplexity{name}", perplexity, len(rows)))
     return found
 
 

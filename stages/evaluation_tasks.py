@@ -10,20 +10,21 @@ from collections.abc import Callable
 from collections.abc import Sequence as Listing
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from models.decoding import draw_codes
+from models.image_tokenizer import ImageTokenizer
 from models.losses import BackbonePerceptualDistance
 from models.metrics import psnr, ssim
-from models.sampling import SamplingConfig, draw_codes
+from models.sampling import SamplingConfig
 from models.teachers import BackboneTeacher, Teacher
-from models.tokenizers import ImageTokenizer
 from models.transforms import normalise, to_pil, to_pixels
-from models.vlm import mean_log_likelihood
+from models.vlm import UnifiedVlm, mean_log_likelihood
 from stages.evaluation_results import store_rows
 from stages.image_data import ImageSource
 from stages.loading import load_teacher, load_tokenizer
@@ -32,9 +33,6 @@ from stages.training import autocast, mix_seed, resolve_device
 from stages.vlm_training import CodedRows, fill, load_rows, load_vlm
 from storage.manifest import Manifest
 from storage.store import Store
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 _BATCH = 32
 RANDOM, SAME_CATEGORY = "random", "same_category"
@@ -138,10 +136,10 @@ class EvaluationWorker:
         return tokenizer
 
     @cached_property
-    def vlm(self) -> tuple[PreTrainedModel, SequenceBuilder]:
+    def vlm(self) -> tuple[UnifiedVlm, SequenceBuilder]:
         """The fine-tuned model and what writes its sequences."""
-        model, builder = load_vlm(self.job.store, self.job.inputs["sft"])
-        return model.to(self.device), builder
+        vlm, builder = load_vlm(self.job.store, self.job.inputs["sft"])
+        return vlm.to(self.device), builder
 
     @cached_property
     def rows(self) -> CodedRows:
@@ -259,23 +257,20 @@ class EvaluationWorker:
     @torch.no_grad()
     def generate(self, rows: list[int]) -> list[dict[str, Any]]:
         """Draw an image for each held-out prompt and ask the frozen teacher which of some concepts it shows."""
-        model, builder = self.vlm
+        vlm, builder = self.vlm
         prompts = [
             fill(self.config.prompt, self.rows.row(row)) for row in rows for _ in range(self.config.images_per_prompt)
         ]
         generator = torch.Generator().manual_seed(mix_seed(self.job.seed, "drawing", rows[0]))
         with autocast(self.device, self.config.precision):
             codes = draw_codes(
-                model,
-                builder.vocabulary,
+                vlm,
                 [builder.drawing_prompt(prompt) for prompt in prompts],
                 builder.drawing_prompt(""),
                 self.config.sampling,
                 generator,
             )
-            drawn = torch.cat(
-                [to_pixels(self.tokenizer.decode(part[:, None, None])).cpu() for part in codes.split(_BATCH)]
-            )
+            drawn = torch.cat([to_pixels(self.tokenizer.decode(part)).cpu() for part in codes.split(_BATCH)])
         found = []
         owners = [row for row in rows for _ in range(self.config.images_per_prompt)]
         asked = [self.concepts.choices(row, self.config.recognition_choices, RANDOM) for row in owners]
@@ -333,21 +328,21 @@ class EvaluationWorker:
 
     def _answer_scores(self, rows: list[int], choices: list[list[str]]) -> Tensor:
         """Mean log-likelihood of each answer, `[len(rows), choices]`."""
-        model, builder = self.vlm
+        vlm, builder = self.vlm
         sequences = []
         for row, names in zip(rows, choices, strict=True):
             question = fill(self.config.question, self.rows.row(row))
             answers = [self.config.answer.format(choice=choice) for choice in names]
-            sequences += [builder.understanding(self.rows.codes[row, 0, 0], question, answer) for answer in answers]
+            sequences += [builder.understanding(self.rows.codes[row], question, answer) for answer in answers]
         batch = builder.batch(sequences).to(self.device)
         with autocast(self.device, self.config.precision):
-            scores = mean_log_likelihood(model, batch.token_ids, batch.labels, batch.attention_mask)
+            scores = mean_log_likelihood(vlm, *batch)
         return scores.cpu().view(len(rows), -1)
 
     def _semantic_cosines(self, pixels: Tensor, codes: Tensor) -> Tensor | None:
-        if self.tokenizer.teacher is None:
+        target = self.tokenizer.target_features(normalise(pixels).to(self.device))
+        if target is None:
             return None
-        target = self.tokenizer.teacher.features(normalise(pixels).to(self.device), self.tokenizer.grid)
         predicted = self.tokenizer.semantic_features(codes)
         return F.cosine_similarity(predicted.float(), target.float(), dim=-1).mean((1, 2))
 

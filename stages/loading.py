@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from models.image_tokenizer import ImageTokenizer, TokenizerConfig
 from models.teachers import (
     BackboneTeacher,
     BackboneTeacherConfig,
@@ -19,7 +20,7 @@ from models.teachers import (
     TransformersTeacher,
     TransformersTeacherConfig,
 )
-from models.tokenizers import KINDS, ImageTokenizer, TokenizerConfig, build_tokenizer
+from models.tokenizers import KINDS, build_tokenizer
 from stages.stage import StageContext
 from storage.digests import canonical_json
 from storage.manifest import FileEntry, Manifest

@@ -8,17 +8,19 @@ import torch
 from pydantic import PositiveInt
 
 from models.config import Fraction
-from models.vlm import LlmConfig, build_small_llm, extend_llm, load_base_llm, start_from_codebook
-from models.vocabulary import Vocabulary, extend_tokenizer, train_bpe
+from models.visual_codes import VisualCodesConfig
+from models.vlm import LlmConfig, UnifiedVlm, build_small_llm, extend_llm, load_base_llm, start_from_codebook
+from models.vocabulary import extend_tokenizer, train_bpe
 from stages.loading import load_tokenizer
 from stages.sequences import Sequence, SequenceBuilder
 from stages.stage import Outcome, Stage, StageContext
 from stages.standalone import run_standalone
 from stages.training import LoopConfig, mix_seed, train
-from stages.vlm_training import CodedRows, SequenceMaker, VlmTraining, load_rows, put_vlm
+from stages.vlm_training import CodedRows, SequenceMaker, VlmTraining, build_visual, load_rows, put_vlm
+from storage.store import Store
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast
 
 
 class PretrainConfig(LoopConfig):
@@ -26,6 +28,8 @@ class PretrainConfig(LoopConfig):
 
     llm: LlmConfig = LlmConfig()
     """The base language model."""
+    visual: VisualCodesConfig = VisualCodesConfig()
+    """Depth transformers for tokenizers with several codes a position."""
     image_first_fraction: Fraction = 0.5
     """Part of the pairs that are written image first; the others text first."""
     caption_dropout: Fraction = 0.1
@@ -41,42 +45,33 @@ def run(context: StageContext[PretrainConfig]) -> Outcome:
     config = context.config
     rows = load_rows(context.store, context.inputs["tokenize"], split="train", views=True)
     torch.manual_seed(mix_seed(context.seed, "llm"))
-    model, tokenizer, vocabulary = build_unified(config, rows)
-    if config.llm.visual_init == "codebook":
-        image_tokenizer = load_tokenizer(context.store, rows.info.tokenizer_digest)
-        start_from_codebook(model, vocabulary, image_tokenizer.codebook)
-    training = VlmTraining(
-        config, context.seed, model, SequenceBuilder(tokenizer, vocabulary), rows, _sequence_maker(config)
-    )
+    vlm, tokenizer = build_unified(config, context.store, rows)
+    builder = SequenceBuilder(tokenizer, vlm.vocabulary)
+    training = VlmTraining(config, context.seed, vlm, builder, rows, _sequence_maker(config))
     history = train(context, training, config)
-    files = [*put_vlm(context, training.model, tokenizer, vocabulary), history.save(context)]
-    metadata = {"tokenizer": rows.info.tokenizer_digest, "vocabulary_size": vocabulary.size}
+    files = [*put_vlm(context, training.vlm, tokenizer), history.save(context)]
+    metadata = {"tokenizer": rows.info.tokenizer_digest, "vocabulary_size": vlm.vocabulary.size}
     return Outcome("vlm", files, metrics={"loss": history.points[-1][2]}, metadata=metadata)
 
 
-def build_unified(
-    config: PretrainConfig, rows: CodedRows
-) -> tuple[PreTrainedModel, PreTrainedTokenizerFast, Vocabulary]:
-    """The language model with its vocabulary grown by the codes of a table.
-
-    Raises:
-        ValueError: the table has several codes a position, which one vocabulary cannot hold.
-    """
-    books, depth, height, width = rows.info.code_shape
-    if books * depth != 1:
-        raise ValueError(
-            f"the code table has {books} books of depth {depth}; an LLM with one longer vocabulary takes one code a "
-            f"position: use a tokenizer with one codebook"
-        )
+def build_unified(config: PretrainConfig, store: Store, rows: CodedRows) -> tuple[UnifiedVlm, PreTrainedTokenizerFast]:
+    """The language model with its vocabulary grown by the codes of a table, or with depth transformers for them."""
+    info = rows.info
     if config.llm.base == "small":
         texts = [text for values in rows.columns.values() for text in values]
         tokenizer = train_bpe([*texts, *config.extra_texts], config.llm.bpe_vocab_size)
-        vocabulary = extend_tokenizer(tokenizer, rows.info.codebook_sizes[0], (height, width))
-        return build_small_llm(config.llm, vocabulary), tokenizer, vocabulary
-    model, tokenizer = load_base_llm(config.llm)
-    vocabulary = extend_tokenizer(tokenizer, rows.info.codebook_sizes[0], (height, width))
-    extend_llm(model, vocabulary)
-    return model, tokenizer, vocabulary
+        vocabulary = extend_tokenizer(tokenizer, info.codebook_sizes, info.code_shape)
+        llm = build_small_llm(config.llm, vocabulary)
+    else:
+        llm, tokenizer = load_base_llm(config.llm)
+        vocabulary = extend_tokenizer(tokenizer, info.codebook_sizes, info.code_shape)
+        extend_llm(llm, vocabulary)
+    if not vocabulary.one_code:
+        codebooks = load_tokenizer(store, info.tokenizer_digest).codebooks
+        return UnifiedVlm(llm, vocabulary, build_visual(config.visual, llm, codebooks, vocabulary)), tokenizer
+    if config.llm.visual_init == "codebook":
+        start_from_codebook(llm, vocabulary, load_tokenizer(store, info.tokenizer_digest).codebooks[0][0])
+    return UnifiedVlm(llm, vocabulary), tokenizer
 
 
 def _sequence_maker(config: PretrainConfig) -> SequenceMaker:
@@ -85,7 +80,7 @@ def _sequence_maker(config: PretrainConfig) -> SequenceMaker:
         first = image_first < config.image_first_fraction
         text = "" if not first and dropped < config.caption_dropout else rows.columns["text"][index]
         seen = index if first else rows.originals[index]  # a turned or moved picture is read, but not what to draw
-        return builder.pretraining(text, rows.codes[seen, 0, 0], image_first=first)
+        return builder.pretraining(text, rows.codes[seen], image_first=first)
 
     return make
 

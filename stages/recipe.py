@@ -1,4 +1,4 @@
-"""A recipe: the configuration of every stage and the seed, in one YAML file."""
+"""A recipe: the configuration of every stage and the seed, in one YAML file, or in what it changes of another."""
 
 from __future__ import annotations
 
@@ -64,20 +64,38 @@ def load_recipe(name_or_path: str, overrides: list[str] | None = None) -> Recipe
     """Read a recipe and apply overrides.
 
     Args:
-        name_or_path: a name of `available_recipes()`, or the path of a YAML file.
+        name_or_path: a name of `available_recipes()`, or the path of a YAML file. A file with `extends: NAME` holds
+            only what it changes of that recipe.
         overrides: `section.field=value` strings; values are read as YAML.
 
     Raises:
         RecipeError: unknown recipe, unreadable YAML, a field that does not exist or a value that does not fit.
     """
+    path = _recipe_path(name_or_path)
+    values = _read(path, ())
+    values.setdefault("name", path.stem)
+    for override in overrides or []:
+        _apply(values, override)
+    return validate_recipe(values, str(path))
+
+
+def _recipe_path(name_or_path: str) -> Path:
     path = Path(name_or_path)
-    if path.suffix not in (".yaml", ".yml"):
-        path = RECIPE_FOLDER / f"{name_or_path}.yaml"
-        if not path.exists():
-            raise RecipeError(
-                f"unknown recipe {name_or_path!r}; the recipes are {', '.join(available_recipes())}; "
-                f"or give the path of a YAML file"
-            )
+    if path.suffix in (".yaml", ".yml"):
+        return path
+    path = RECIPE_FOLDER / f"{name_or_path}.yaml"
+    if not path.exists():
+        raise RecipeError(
+            f"unknown recipe {name_or_path!r}; the recipes are {', '.join(available_recipes())}; "
+            f"or give the path of a YAML file"
+        )
+    return path
+
+
+def _read(path: Path, readers: tuple[Path, ...]) -> dict[str, Any]:
+    """The values of a recipe file over those of the recipe that it extends."""
+    if path in readers:
+        raise RecipeError(f"recipe {path} extends itself; give `extends` the name of another recipe")
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError) as error:
@@ -86,10 +104,23 @@ def load_recipe(name_or_path: str, overrides: list[str] | None = None) -> Recipe
         ) from error
     if not isinstance(values, dict):
         raise RecipeError(f"recipe {path} is not a mapping of sections; see stages/recipes/mini.yaml")
-    values.setdefault("name", path.stem)
-    for override in overrides or []:
-        _apply(values, override)
-    return validate_recipe(values, str(path))
+    base = values.pop("extends", None)
+    if base is None:
+        return values
+    if not isinstance(base, str):
+        raise RecipeError(f"recipe {path}: `extends` is {base!r}; give the name of one recipe, or a path")
+    inherited = _read(_recipe_path(base), (*readers, path))
+    inherited.pop("name", None)
+    return _merged(inherited, values)
+
+
+def _merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """`changes` over `base`, section by section; lists and other values are replaced whole."""
+    merged = dict(base)
+    for name, value in changes.items():
+        nested = isinstance(value, dict) and isinstance(merged.get(name), dict)
+        merged[name] = _merged(merged[name], value) if nested else value
+    return merged
 
 
 def validate_recipe(values: dict[str, Any], where: str) -> Recipe:

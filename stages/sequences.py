@@ -4,6 +4,7 @@ Layouts (MUSE-VL, section 3.2); parts with loss are in brackets:
 pretraining, image first  [soi codes eoi text eos]; text first  [text soi codes eoi eos];
 understanding  user soi codes eoi question assistant [answer eos];
 generation  user prompt assistant [soi codes eoi] eos.
+Shape legend: B batch, T tokens, V visual positions, N books, D depth, h w code grid.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from models.vlm import IGNORED
+from models.vlm import IGNORED, ImageCodes
 from models.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
@@ -26,18 +27,26 @@ class Sequence(NamedTuple):
     token_ids: list[int]
     labels: list[int]
     """Same length; `IGNORED` where there is no loss."""
+    codes: ImageCodes | None = None
+    """Of the visual positions, where they have several codes and so no token of their own."""
 
 
 class Batch(NamedTuple):
-    """Sequences padded on the right, each `[B, T]` int64."""
+    """Sequences padded on the right; the arguments of `UnifiedVlm.losses`."""
 
     token_ids: Tensor
+    """`[B, T]` int64."""
     labels: Tensor
+    """`[B, T]` int64."""
     attention_mask: Tensor
+    """`[B, T]` int64."""
+    codes: ImageCodes | None
+    """Of all visual positions, row by row."""
 
     def to(self, device: torch.device) -> Batch:
         """The batch on a device."""
-        return Batch(*(part.to(device) for part in self))
+        codes = ImageCodes(*(part.to(device) for part in self.codes)) if self.codes is not None else None
+        return Batch(self.token_ids.to(device), self.labels.to(device), self.attention_mask.to(device), codes)
 
 
 class SequenceBuilder:
@@ -54,24 +63,35 @@ class SequenceBuilder:
         return self._texts[text]
 
     def image(self, codes: Tensor) -> list[int]:
-        """`soi codes eoi` of an image's codes `[h, w]`, row by row."""
-        return [self.vocabulary.soi, *self.vocabulary.code_ids(codes.long().flatten()).tolist(), self.vocabulary.eoi]
+        """`soi codes eoi` of an image's codes `[N, D, h, w]`, row by row."""
+        vocabulary = self.vocabulary
+        visual = [vocabulary.first_code] * vocabulary.num_positions
+        if vocabulary.one_code:
+            visual = vocabulary.code_ids(codes.long().flatten()).tolist()
+        return [vocabulary.soi, *visual, vocabulary.eoi]
+
+    def image_codes(self, shown: Tensor, wanted: Tensor) -> ImageCodes | None:
+        """Codes `[N, D, h, w]` that are read and that are asked for, where no token holds them."""
+        if self.vocabulary.one_code:
+            return None
+        return ImageCodes(*(codes.long().flatten(2).permute(2, 0, 1) for codes in (shown, wanted)))
 
     def pretraining(self, text: str, codes: Tensor, *, image_first: bool) -> Sequence:
         """An image-text pair in one of the two orders, loss on everything. An empty text is a dropped one."""
         image, words = self.image(codes), self.text(text)
         token_ids = [*image, *words] if image_first else [*words, *image]
         token_ids.append(self.vocabulary.eos)
-        return Sequence(token_ids, list(token_ids))
+        return Sequence(token_ids, list(token_ids), self.image_codes(codes, codes))
 
-    def question(self, codes: Tensor, question: str) -> list[int]:
-        """The prompt of understanding, up to and with `assistant`."""
-        return [self.vocabulary.user, *self.image(codes), *self.text(question), self.vocabulary.assistant]
+    def question(self, codes: Tensor, question: str) -> Sequence:
+        """The prompt of understanding, up to and with `assistant`, without loss; codes are `[N, D, h, w]`."""
+        prompt = [self.vocabulary.user, *self.image(codes), *self.text(question), self.vocabulary.assistant]
+        return Sequence(prompt, [IGNORED] * len(prompt), self.image_codes(codes, codes))
 
     def understanding(self, codes: Tensor, question: str, answer: str) -> Sequence:
         """A question about an image, loss on the answer and the end."""
         prompt, reply = self.question(codes, question), [*self.text(answer), self.vocabulary.eos]
-        return Sequence(prompt + reply, [IGNORED] * len(prompt) + reply)
+        return Sequence(prompt.token_ids + reply, prompt.labels + reply, prompt.codes)
 
     def drawing_prompt(self, prompt: str) -> list[int]:
         """The prompt of generation, up to and with `soi`; an empty prompt is the unconditional one."""
@@ -82,12 +102,12 @@ class SequenceBuilder:
 
         Args:
             prompt: text; empty is the unconditional one.
-            codes: `[h, w]`, what is to be drawn.
-            seen: `[h, w]`, what stands in the sequence instead; None is `codes`.
+            codes: `[N, D, h, w]`, what is to be drawn.
+            seen: `[N, D, h, w]`, what stands in the sequence instead; None is `codes`.
         """
-        asked = self.drawing_prompt(prompt)[:-1]
+        asked, shown = self.drawing_prompt(prompt)[:-1], codes if seen is None else seen
         labels = [IGNORED] * len(asked) + self.image(codes) + [IGNORED]
-        return Sequence([*asked, *self.image(codes if seen is None else seen), self.vocabulary.eos], labels)
+        return Sequence([*asked, *self.image(shown), self.vocabulary.eos], labels, self.image_codes(shown, codes))
 
     def batch(self, sequences: list[Sequence]) -> Batch:
         """Pad sequences to the longest."""
@@ -100,4 +120,6 @@ class SequenceBuilder:
             token_ids[row, :length] = torch.tensor(sequence.token_ids)
             labels[row, :length] = torch.tensor(sequence.labels)
             mask[row, :length] = 1
-        return Batch(token_ids, labels, mask)
+        held = [sequence.codes for sequence in sequences if sequence.codes is not None]
+        codes = ImageCodes(*(torch.cat(parts) for parts in zip(*held, strict=True))) if held else None
+        return Batch(token_ids, labels, mask, codes)

@@ -60,10 +60,10 @@ def run(context: StageContext[SftConfig]) -> Outcome:
     config = context.config
     pretrained = context.inputs["pretrain"]
     rows = load_rows(context.store, context.inputs["tokenize"], split="train", views=True)
-    model, builder = load_vlm(context.store, pretrained)
-    training = VlmTraining(config, context.seed, model, builder, rows, _sequence_maker(config), config.loss_average)
+    vlm, builder = load_vlm(context.store, pretrained)
+    training = VlmTraining(config, context.seed, vlm, builder, rows, _sequence_maker(config), config.loss_average)
     history = train(context, training, config)
-    files = [*put_vlm(context, training.model, builder.tokenizer, builder.vocabulary), history.save(context)]
+    files = [*put_vlm(context, training.vlm, builder.tokenizer), history.save(context)]
     metadata = {"tokenizer": rows.info.tokenizer_digest, "vocabulary_size": builder.vocabulary.size}
     return Outcome("vlm", files, metrics={"loss": history.points[-1][2]}, metadata=metadata)
 
@@ -78,12 +78,12 @@ def _sequence_maker(config: SftConfig) -> SequenceMaker:
     question_weights = torch.tensor([template.weight for template in config.questions])
 
     def make(builder: SequenceBuilder, rows: CodedRows, index: int) -> Sequence:
-        codes, row = rows.codes[index, 0, 0], rows.row(index)
+        codes, row = rows.codes[index], rows.row(index)
         if torch.rand(()) < understanding:
             template = config.questions[int(torch.multinomial(question_weights, 1))]
             seen = _partly_random(codes, config.understanding_code_dropout, builder)
             return builder.understanding(seen, fill(template.question, row), fill(template.answer, row))
-        codes = rows.codes[rows.originals[index], 0, 0]  # a turned or moved picture is read, but not what to draw
+        codes = rows.codes[rows.originals[index]]  # a turned or moved picture is read, but not what to draw
         prompt = fill(config.prompts[int(torch.randint(len(config.prompts), ()))], row)
         dropped = bool(torch.rand(()) < config.caption_dropout)
         seen = _partly_random(codes, config.generation_code_dropout, builder)
@@ -93,8 +93,12 @@ def _sequence_maker(config: SftConfig) -> SequenceMaker:
 
 
 def _partly_random(codes: Tensor, part: float, builder: SequenceBuilder) -> Tensor:
-    noise = torch.randint(builder.vocabulary.codebook_size, codes.shape, dtype=codes.dtype)
-    return torch.where(torch.rand(codes.shape) < part, noise, codes)
+    """Codes `[N, D, h, w]` with all codes of some positions replaced."""
+    sizes = builder.vocabulary.codebook_sizes
+    noise = torch.stack(
+        [torch.randint(size, book.shape, dtype=book.dtype) for size, book in zip(sizes, codes, strict=True)]
+    )
+    return torch.where(torch.rand(codes.shape[-2:]) < part, noise, codes)
 
 
 STAGE = Stage(name="sft", section="sft", config_class=SftConfig, inputs=("tokenize", "pretrain"), run=run)

@@ -10,7 +10,7 @@ from pydantic import PositiveInt
 from torch import Tensor
 
 from models.config import Config
-from models.tokenizers import ImageTokenizer
+from models.image_tokenizer import ImageTokenizer
 from models.transforms import ViewsConfig, load_image, normalise, random_view, to_tensor
 from stages.image_data import ORIGINAL
 from stages.loading import load_tokenizer
@@ -114,7 +114,7 @@ class TokenizeWorker:
         columns = {name: [row[name] for row in rows] for name in rows[0]}
         info = CodeTableInfo(
             code_shape=self.tokenizer.code_shape,
-            codebook_names=self.tokenizer.codebook_names,
+            codebook_names=self.tokenizer.book_names,
             codebook_sizes=self.tokenizer.codebook_sizes,
             tokenizer_digest=self.job.tokenizer_digest,
             transform=self.transform.model_dump(mode="json"),

@@ -10,18 +10,20 @@ from torch import Tensor, nn
 
 from models.config import Fraction
 from models.convolutional import PatchDiscriminator
+from models.image_tokenizer import ImageTokenizer, TokenizerConfig, TokenizerOutput, semantic_cosine
 from models.losses import (
     BackbonePerceptualDistance,
     LossConfig,
     LpipsDistance,
     adaptive_weight,
+    contrastive_loss,
     generator_loss,
     hinge_discriminator_loss,
     semantic_loss,
 )
-from models.metrics import codebook_statistics, psnr
+from models.metrics import book_statistics, psnr
 from models.teachers import BackboneTeacher, Teacher
-from models.tokenizers import ImageTokenizer, TokenizerConfig, TokenizerOutput, build_tokenizer, semantic_cosine
+from models.tokenizers import build_tokenizer
 from models.transforms import normalise, to_pixels
 from stages.image_data import ImageSource
 from stages.loading import load_teacher, put_json, put_weights, read_state, subset
@@ -111,7 +113,7 @@ class TokenizerTraining:
         self.tokenizer.train()
         with autocast(self.device, self.config.precision):
             output = self.tokenizer(images, target)
-            loss, terms = self._generator_loss(output, images, step)
+            loss, terms = self._generator_loss(output, images, rows, step)
         terms["loss"] = loss
         terms["gradient_norm"] = optimise(
             loss, self.tokenizer, self.optimiser, self.config.optimiser, step, self.config.steps
@@ -127,7 +129,7 @@ class TokenizerTraining:
 
         The teacher is frozen and flipping is the only augmentation, so small data need not meet it more than twice.
         """
-        if self.tokenizer.teacher is None:
+        if not self.tokenizer.has_semantic_branch:
             return None
         rows, columns = self.tokenizer.grid
         if 2 * len(self.source) * rows * columns * self.teacher.feature_dim * 4 > _FEATURE_CACHE_BYTES:
@@ -138,13 +140,17 @@ class TokenizerTraining:
             images = normalise(self.source.pixels(chosen).to(self.device))
             for view, shown in zip(views, (images, images.flip(3)), strict=True):
                 with autocast(self.device, self.config.precision):
-                    view.append(self.teacher.features(shown, self.tokenizer.grid).cpu())
+                    target = self.tokenizer.target_features(shown)
+                assert target is not None, "a semantic branch has a target"
+                view.append(target.cpu())
         return torch.stack([torch.cat(view) for view in views])
 
     def _adversarial(self, step: int) -> bool:
         return self.config.loss.adversarial_weight > 0 and step >= self.config.loss.adversarial_start
 
-    def _generator_loss(self, output: TokenizerOutput, images: Tensor, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+    def _generator_loss(
+        self, output: TokenizerOutput, images: Tensor, rows: list[int], step: int
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         weights = self.config.loss
         drawn = output.reconstruction.float()
         terms = {"l2": F.mse_loss(drawn, images), "quantizer": output.quantizer_loss}
@@ -159,7 +165,15 @@ class TokenizerTraining:
         loss = reconstruction + output.quantizer_loss
         if output.semantic_prediction is not None and output.semantic_target is not None:
             terms["semantic"] = semantic_loss(output.semantic_prediction, output.semantic_target)
-            loss = loss + weights.semantic_weight * terms["semantic"]
+            semantic = terms["semantic"]
+            if weights.semantic_mse_weight:
+                terms["semantic_mse"] = F.mse_loss(output.semantic_prediction.float(), output.semantic_target.float())
+                semantic = semantic + weights.semantic_mse_weight * terms["semantic_mse"]
+            loss = loss + weights.semantic_weight * semantic
+        if output.image_embedding is not None:
+            texts = self.teacher.embed_texts([self.source.captions[row] for row in rows])
+            terms["contrastive"] = contrastive_loss(output.image_embedding, texts, self.tokenizer.logit_scale)
+            loss = loss + weights.contrastive_weight * terms["contrastive"]
         if self._adversarial(step):
             terms["adversarial"] = generator_loss(self.discriminator(drawn))
             scale: Tensor | float = weights.adversarial_weight
@@ -190,7 +204,7 @@ class TokenizerTraining:
         current = self.tokenizer.state_dict()
         for name, value in self.average.state_dict().items():
             # the codebook is a moving average already; lagging it behind would break the pair of encoder and codes
-            if value.is_floating_point() and not name.startswith("quantizer."):
+            if value.is_floating_point() and not name.startswith("quantizer"):
                 value.lerp_(current[name], 1 - self.config.ema_decay)
             else:
                 value.copy_(current[name])
@@ -250,8 +264,9 @@ def held_out_metrics(
         codes.append(output.codes)
         if output.semantic_prediction is not None and output.semantic_target is not None:
             cosines.append(semantic_cosine(output.semantic_prediction, output.semantic_target) * len(rows))
-    usage, perplexity = codebook_statistics(torch.cat(codes)[:, 0, 0], tokenizer.codebook_sizes[0])
-    metrics = {"psnr": float(torch.cat(values).mean()), "codebook_usage": usage, "codebook_perplexity": perplexity}
+    metrics = {"psnr": float(torch.cat(values).mean())}
+    for name, found in book_statistics(torch.cat(codes), tokenizer.book_names, tokenizer.codebook_sizes).items():
+        metrics[f"codebook_usage{name}"], metrics[f"codebook_perplexity{name}"] = found
     if cosines:
         metrics["semantic_cosine"] = float(torch.stack(cosines).sum()) / len(source)
     return metrics

@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 
 from models.torchvision_compat import make_torchvision_importable
-from models.vlm import LossAverage, next_token_loss
+from models.visual_codes import VisualCodes, VisualCodesConfig
+from models.vlm import LossAverage, UnifiedVlm, next_token_loss
 from models.vocabulary import Vocabulary
 from stages.image_data import ORIGINAL
+from stages.loading import put_json, put_weights, read_json, read_weights
 from stages.sequences import Sequence, SequenceBuilder
 from stages.stage import StageContext
 from stages.training import EpochSampler, LoopConfig, autocast, build_optimiser, optimise, resolve_device
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
 
 VOCABULARY = "vocabulary.json"
 _FOLDER = "model"
+_VISUAL, _VISUAL_WEIGHTS = "visual.json", "visual.safetensors"
 
 
 @dataclass(frozen=True)
@@ -107,7 +110,7 @@ class VlmTraining:
         self,
         config: LoopConfig,
         seed: int,
-        model: PreTrainedModel,
+        vlm: UnifiedVlm,
         builder: SequenceBuilder,
         rows: CodedRows,
         make: SequenceMaker,
@@ -115,44 +118,48 @@ class VlmTraining:
     ) -> None:
         self.config, self.builder, self.rows, self.make, self.average = config, builder, rows, make, average
         self.device = resolve_device(config.device)
-        self.model = model.to(self.device).train()
-        self.optimiser = build_optimiser(model, config.optimiser)
+        self.vlm = vlm.to(self.device).train()
+        self.optimiser = build_optimiser(vlm, config.optimiser)
         self.sampler = EpochSampler(len(rows), config.batch_size, seed)
 
     def step(self, step: int) -> dict[str, Tensor]:
         sequences = [self.make(self.builder, self.rows, index) for index in self.sampler.batch(step)]
         batch = self.builder.batch(sequences).to(self.device)
         with autocast(self.device, self.config.precision):
-            loss = next_token_loss(
-                self.model, batch.token_ids, batch.labels, batch.attention_mask, average=self.average
-            )
-        norm = optimise(loss, self.model, self.optimiser, self.config.optimiser, step, self.config.steps)
+            loss = next_token_loss(self.vlm, *batch, average=self.average)
+        norm = optimise(loss, self.vlm, self.optimiser, self.config.optimiser, step, self.config.steps)
         return {"loss": loss, "gradient_norm": norm}
 
     def batch_keys(self, step: int) -> list[str]:
         return [self.rows.keys[index] for index in self.sampler.batch(step)]
 
     def state_dict(self) -> dict[str, Any]:
-        return {"model": self.model.state_dict(), "optimiser": self.optimiser.state_dict()}
+        return {"vlm": self.vlm.state_dict(), "optimiser": self.optimiser.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.model.load_state_dict(state["model"])
+        self.vlm.load_state_dict(state["vlm"])
         self.optimiser.load_state_dict(state["optimiser"])
 
 
-def put_vlm(
-    context: StageContext[Any], model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, vocabulary: Vocabulary
-) -> list[FileEntry]:
-    """Save a plain Hugging Face folder under `model/`, readable by transformers alone, and `vocabulary.json`."""
+def put_vlm(context: StageContext[Any], vlm: UnifiedVlm, tokenizer: PreTrainedTokenizerFast) -> list[FileEntry]:
+    """Save a plain Hugging Face folder under `model/`, readable by transformers alone, and `vocabulary.json`.
+
+    With several codes a position also `visual.json` and `visual.safetensors`, which need musevl.
+    """
     folder = context.scratch / _FOLDER
-    model.save_pretrained(folder)
+    vlm.llm.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
     files = [context.store.put_file(path, f"{_FOLDER}/{path.relative_to(folder).as_posix()}") for path in paths]
-    return [*files, context.store.put_bytes(vocabulary.to_json().encode(), VOCABULARY)]
+    files.append(context.store.put_bytes(vlm.vocabulary.to_json().encode(), VOCABULARY))
+    if vlm.visual is not None:
+        shapes = [list(vlm.visual.head(book).codebook.shape) for book in range(len(vlm.visual.heads))]
+        description = {"config": vlm.visual.config.model_dump(mode="json"), "codebook_shapes": shapes}
+        files += [put_json(context.store, description, _VISUAL), put_weights(context, vlm.visual, _VISUAL_WEIGHTS)]
+    return files
 
 
-def load_vlm(store: Store, manifest: Manifest) -> tuple[PreTrainedModel, SequenceBuilder]:
+def load_vlm(store: Store, manifest: Manifest) -> tuple[UnifiedVlm, SequenceBuilder]:
     """The model of a `vlm` artifact, in eval mode on the CPU, and what writes its sequences."""
     make_torchvision_importable()
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -160,6 +167,19 @@ def load_vlm(store: Store, manifest: Manifest) -> tuple[PreTrainedModel, Sequenc
     vocabulary = Vocabulary.from_json(store.read_bytes(manifest.file(VOCABULARY)).decode())
     with store.attempt_dir() as scratch:
         store.materialise(manifest, scratch, _FOLDER)
-        model = AutoModelForCausalLM.from_pretrained(scratch / _FOLDER, dtype=torch.float32)
+        llm = AutoModelForCausalLM.from_pretrained(scratch / _FOLDER, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(scratch / _FOLDER)
-    return model.eval(), SequenceBuilder(tokenizer, vocabulary)
+    visual = None
+    if not vocabulary.one_code:
+        description = read_json(store, manifest, _VISUAL)
+        codebooks = [torch.zeros(shape) for shape in description["codebook_shapes"]]
+        visual = build_visual(VisualCodesConfig(**description["config"]), llm, codebooks, vocabulary)
+        visual.load_state_dict(read_weights(store, manifest, _VISUAL_WEIGHTS))
+    return UnifiedVlm(llm, vocabulary, visual).eval(), SequenceBuilder(tokenizer, vocabulary)
+
+
+def build_visual(
+    config: VisualCodesConfig, llm: PreTrainedModel, codebooks: list[Tensor], vocabulary: Vocabulary
+) -> VisualCodes:
+    """Both ends of the visual positions of a language model, for a tokenizer's codebooks."""
+    return VisualCodes(config, llm.config.hidden_size, codebooks, vocabulary.code_shape[1])

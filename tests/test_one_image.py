@@ -58,13 +58,13 @@ def test_one_image_from_url_to_drawing(tiny_run: TinyRun) -> None:
     assert drawn.shape == pixels.shape
 
     # In the language model's vocabulary a code is a token, between two markers.
-    model, builder = load_vlm(store, artifacts["sft"])
+    vlm, builder = load_vlm(store, artifacts["sft"])
     vocabulary = builder.vocabulary
-    image_tokens = builder.image(stored[0, 0])
+    image_tokens = builder.image(stored)
     assert image_tokens[0] == vocabulary.soi and image_tokens[-1] == vocabulary.eoi
     back = vocabulary.codes(torch.tensor(image_tokens[1:-1])).view(tokenizer.grid)
     assert torch.equal(back, stored[0, 0].long())
-    assert model.get_output_embeddings().weight.shape[0] == vocabulary.size
+    assert vlm.llm.get_output_embeddings().weight.shape[0] == vocabulary.size
 
     # It answers a question about the image, and draws one from words.
     assistant = Assistant(recipe, store)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from vector_quantize_pytorch import ResidualVQ, VectorQuantize
 
-from models.quantizers import QuantizerConfig, ResidualQuantizer, VectorQuantizer
+from models.quantizers import QuantizerConfig, ResidualQuantizer, ResidualQuantizerConfig, VectorQuantizer
 from tests.benchmarks.measuring import measure, report
 
 NUM_VECTORS = 32 * 27 * 27
@@ -48,8 +48,8 @@ def _single(device: torch.device, count: int, repeats: int) -> None:
 
 
 def _residual(device: torch.device, count: int, repeats: int) -> None:
-    config = QuantizerConfig(codebook_size=16_384, code_dim=32, l2_normalised=False, ema_decay=DECAY, dead_threshold=0)
-    ours = ResidualQuantizer(config, depth=8).to(device).train()
+    config = ResidualQuantizerConfig(codebook_size=16_384, code_dim=32, depth=8, ema_decay=DECAY, dead_threshold=0)
+    ours = ResidualQuantizer(config).to(device).train()
     ours.book(0).initialised.fill_(True)
     peer = ResidualVQ(
         dim=32, num_quantizers=8, codebook_size=16_384, shared_codebook=True, decay=DECAY, commitment_weight=0.25

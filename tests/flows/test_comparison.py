@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 
 from flows.comparison_data import COLUMNS, Comparison, Run, spread
-from models.tokenizers import KINDS
 from storage.manifest import Manifest
 from storage.store import Store
 from storage.tables import read_table
@@ -37,13 +36,13 @@ def test_the_gap_is_taken_seed_by_seed() -> None:
     scores = {("vqgan", 0): 0.5, ("sde", 0): 0.6, ("vqgan", 1): 0.7, ("sde", 1): 0.9}
     runs = [run_of(kind, seed, score) for (kind, seed), score in scores.items()]
     comparison = Comparison("mini", ["vqgan", "sde"], [0, 1], runs)
-    header, (vqgan, sde) = comparison.header, comparison.main_table()
+    header, (vqgan, sde) = comparison.header, comparison.tables()[0][1]
     assert dict(zip(header, vqgan, strict=True)) | {"same category %": "60.0 ± 14.1", "over vqgan": ""} == dict(
         zip(header, vqgan, strict=True)
     )
     cells = dict(zip(header, sde, strict=True))
     assert (cells["same category %"], cells["over vqgan"], cells["PSNR dB"]) == ("75.0 ± 21.2", "+15.0 ± 7.1", "-")
-    assert comparison.ablation_table() == [], "without the semantic branch alone there is no ablation"
+    assert len(comparison.tables()) == 1, "without the semantic branch alone there is no ablation"
 
 
 @pytest.mark.parametrize(("values", "text"), [([], "-"), ([1.0], "+1.0"), ([1.0, -3.0], "-1.0 ± 2.8")])
@@ -71,16 +70,18 @@ def test_all_kinds_run_end_to_end_and_a_second_comparison_trains_nothing(
     musevl: Command, tiny_run: TinyRun, tmp_path: Path
 ) -> None:
     shutil.copytree(tiny_run.store.uri.removeprefix("file://"), tmp_path / "store")
-    kinds = ["vqgan", "semantic", "sde", "tokenflow"]
-    assert sorted(kinds) == sorted(KINDS)
+    kinds = ["vqgan", "semantic", "sde", "dualtoken-deep", "dualtoken-reconstruction", "dualtoken"]
     command = ["compare-tokenizers", "--recipe", "tiny", "--store", "store", "--executor", "local"]
+    command += ["--kinds", ",".join(kinds)]
     first = musevl(*command)
     assert first.returncode == 0, first.stderr
     lines = first.stdout.splitlines()
-    main, ablation = first.stdout.split("image branch, semantic branch")
-    assert [line.split()[0] for line in main.splitlines() if line.startswith(tuple(kinds))] == kinds
-    names = ("image only", "semantic only", "both (SDE)")
-    assert [name for line in ablation.splitlines() for name in names if line.startswith(name)] == list(names)
+    titles = ("same language model", "image branch, semantic branch", "where the two losses stand")
+    places = [next(at for at, line in enumerate(lines) if line.startswith(title)) for title in titles]
+    named = [[line.split("  ")[0] for line in lines[place + 3 : place + 9]] for place in places]
+    assert named[0] == kinds
+    assert named[1][:3] == ["image only", "semantic only", "both (SDE)"]
+    assert named[2][:3] == ["both deep", "reconstruction only", "split layers"]
 
     rows = read_table(tmp_path / ".musevl/report/tiny-tokenizers/comparison.parquet").to_pylist()
     for benchmark, metric, *_ in COLUMNS:

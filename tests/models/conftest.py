@@ -23,18 +23,31 @@ ROOT = Path(__file__).parents[2]
 
 
 class StubTeacher(Teacher):
-    """A frozen strided convolution: differentiable and fast, so leaks of gradients into a teacher would show."""
+    """Two frozen strided convolutions: differentiable and fast, so leaks of gradients into a teacher would show."""
 
-    has_text = False
+    has_text = True
     feature_dim = 12
+    embed_dim = 6
 
     def __init__(self) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(3, self.feature_dim, 8, stride=8)
+        self.shallow = nn.Conv2d(3, self.feature_dim, 4, stride=4)
+        self.deep = nn.Conv2d(self.feature_dim, self.feature_dim, 2, stride=2)
+
+    def levels(self, images: Tensor, grid: tuple[int, int], layers: tuple[int, ...]) -> tuple[list[Tensor], Tensor]:
+        maps = [self.shallow(images)]
+        maps.append(self.deep(maps[0].relu()))
+        levels = [nn.functional.interpolate(level, grid).permute(0, 2, 3, 1) for level in maps]
+        return [levels[layer - 1] for layer in layers], nn.functional.layer_norm(levels[1], levels[1].shape[-1:])
+
+    def level_widths(self, grid: tuple[int, int], layers: tuple[int, ...]) -> list[int]:
+        return [self.feature_dim] * len(layers)
+
+    def drop_text(self) -> None:
+        """There is none."""
 
     def features(self, images: Tensor, grid: tuple[int, int]) -> Tensor:
-        maps = nn.functional.adaptive_avg_pool2d(self.conv(images), grid).permute(0, 2, 3, 1)
-        return nn.functional.layer_norm(maps, maps.shape[-1:])
+        return self.levels(images, grid, ())[1]
 
 
 @pytest.fixture(scope="package", autouse=True)

@@ -10,7 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models import quantizers
-from models.quantizers import QuantizerConfig, ResidualQuantizer, VectorQuantizer, nearest_codes
+from models.quantizers import (
+    QuantizerConfig,
+    ResidualQuantizer,
+    ResidualQuantizerConfig,
+    VectorQuantizer,
+    nearest_codes,
+)
 
 ROOT = Path(__file__).parents[2]
 
@@ -196,8 +202,9 @@ def test_wrong_channels_are_refused_by_name() -> None:
 
 def residual(depth: int, *, shared: bool = True, **fields: Any) -> ResidualQuantizer:
     torch.manual_seed(0)
-    config = QuantizerConfig(**({"codebook_size": 16, "code_dim": 4, "l2_normalised": False} | fields))
-    quantizer = ResidualQuantizer(config, depth, shared=shared)
+    sizes: dict[str, Any] = {"codebook_size": 16, "code_dim": 4, "depth": depth, "shared": shared}
+    config = ResidualQuantizerConfig(**(sizes | fields))
+    quantizer = ResidualQuantizer(config)
     if config.update == "ema":
         for depth_index in range(depth):
             initialised(quantizer.book(depth_index))
@@ -272,7 +279,7 @@ def test_residual_codes_stay_in_use_on_data_of_one_cluster() -> None:
 
 def test_a_normalised_residual_quantizer_is_refused() -> None:
     with pytest.raises(ValueError, match="l2_normalised=false"):
-        ResidualQuantizer(QuantizerConfig(codebook_size=16, code_dim=4), 2)
+        residual(2, l2_normalised=True)
     with pytest.raises(ValueError, match="5 channels.*code_dim=4"):
         residual(2)(torch.zeros(3, 5))
 
@@ -281,15 +288,18 @@ _RANK = """
 import sys
 import torch
 import torch.distributed as dist
-from models.quantizers import QuantizerConfig, ResidualQuantizer, VectorQuantizer
+from models.quantizers import QuantizerConfig, ResidualQuantizer, ResidualQuantizerConfig, VectorQuantizer
 
 rank, folder = int(sys.argv[1]), sys.argv[2]
 dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
 for mode in ("plain", "restarts", "residual"):
     torch.manual_seed(0)
     fields = dict(dead_threshold=0.3 if mode == "restarts" else 0.0, l2_normalised=mode != "residual")
-    config = QuantizerConfig(codebook_size=16, code_dim=4, ema_decay=0.8, **fields)
-    quantizer = ResidualQuantizer(config, 3) if mode == "residual" else VectorQuantizer(config)
+    sizes = dict(codebook_size=16, code_dim=4, ema_decay=0.8)
+    if mode == "residual":
+        quantizer = ResidualQuantizer(ResidualQuantizerConfig(**sizes, **fields, depth=3))
+    else:
+        quantizer = VectorQuantizer(QuantizerConfig(**sizes, **fields))
     quantizer.train()
     for module in quantizer.modules():
         if isinstance(module, VectorQuantizer):

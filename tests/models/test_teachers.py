@@ -44,6 +44,30 @@ def check_contract(teacher: Teacher, images: Tensor, grid: tuple[int, int]) -> N
     embedded = teacher.embed_images(images)
     torch.testing.assert_close(embedded.norm(dim=1), torch.ones(len(images)))
     torch.testing.assert_close(embedded[:1], teacher.embed_images(images[:1]), atol=1e-5, rtol=1e-4)
+    assert embedded.shape[1] == teacher.embed_dim
+    check_levels(teacher, images, grid)
+
+
+def check_levels(teacher: Teacher, images: Tensor, grid: tuple[int, int]) -> None:
+    """Levels of the image tower, and a copy of it that can be trained."""
+    levels, features = teacher.levels(images, grid, (2, 1))
+    torch.testing.assert_close(features, teacher.features(images, grid))
+    assert [level.shape for level in levels] == [
+        (len(images), *grid, width) for width in teacher.level_widths(grid, (2, 1))
+    ]
+    torch.testing.assert_close(teacher.levels(images, grid, (1,))[0][0], levels[1])
+    for layer in (0, 99):
+        with pytest.raises(ValueError, match=f"layer {layer} is asked for"):
+            teacher.levels(images, grid, (layer,))
+    tower = teacher.image_tower()
+    torch.testing.assert_close(tower.features(images, grid), features)
+    with torch.enable_grad():
+        tower.levels(images, grid, (1,))[1].square().mean().backward()
+    assert any(parameter.grad is not None for parameter in tower.parameters())
+    assert all(parameter.grad is None for parameter in teacher.parameters())
+    assert not any(module.training for module in tower.train(True).modules())
+    text = sum(parameter.numel() for parameter in teacher.parameters()) - sum(p.numel() for p in tower.parameters())
+    assert text > 0 if teacher.has_text else text == 0, "the text side stays with the teacher"
 
 
 def check_standardised(features: Tensor) -> None:

@@ -6,9 +6,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models.convolutional import ConvConfig
-from models.quantizers import QuantizerConfig
+from models.image_tokenizer import ImageTokenizer, TokenizerConfig, semantic_cosine
+from models.losses import contrastive_loss
+from models.quantizers import QuantizerConfig, ResidualQuantizerConfig
 from models.teachers import Teacher
-from models.tokenizers import KINDS, ImageTokenizer, TokenizerConfig, build_tokenizer, semantic_cosine
+from models.tokenizers import KINDS, build_tokenizer
 from models.transformer import SemanticDecoderConfig
 from models.transforms import TransformConfig
 
@@ -20,9 +22,16 @@ def small_config(**fields: Any) -> TokenizerConfig:
             channels=16, channel_multipliers=(1, 1, 2), encoder_blocks=1, decoder_blocks=1, latent_channels=8
         ),
         "quantizer": QuantizerConfig(codebook_size=64, code_dim=4),
+        "residual": ResidualQuantizerConfig(codebook_size=64, code_dim=4, depth=3),
+        "pixel_layers": (1, 2),
+        "semantic_layer": None,
         "semantic_decoder": SemanticDecoderConfig(width=16, depth=1, heads=2),
     }
     return TokenizerConfig(**defaults | fields)
+
+
+SEMANTIC = ["dualtoken", "sde", "semantic", "tokenflow"]
+"""Kinds that predict the teacher's features."""
 
 
 def make(teacher: Teacher | None, **fields: Any) -> ImageTokenizer:
@@ -42,10 +51,22 @@ def images() -> Tensor:
 
 def test_codes_have_the_declared_shape(tokenizer: ImageTokenizer, images: Tensor) -> None:
     codes = tokenizer.encode(images)
-    assert codes.shape == (3, *tokenizer.code_shape) == (3, 1, 1, 8, 8)
+    books, depth = {"dualtoken": (2, 3), "vila_u": (1, 3)}.get(tokenizer.config.kind, (1, 1))
+    assert codes.shape == (3, *tokenizer.code_shape) == (3, books, depth, 8, 8)
     assert codes.dtype == torch.int64
     assert int(codes.min()) >= 0 and int(codes.max()) < tokenizer.codebook_sizes[0] == 64
-    assert len(tokenizer.codebook_names) == len(tokenizer.codebook_sizes) == tokenizer.code_shape[0]
+    assert len(tokenizer.book_names) == len(tokenizer.codebook_sizes) == len(tokenizer.codebooks) == books
+    for book in tokenizer.codebooks:
+        assert book.shape[:2] == (1, 64)
+
+
+def test_code_embeddings_are_sums_of_the_codebooks_vectors(tokenizer: ImageTokenizer, images: Tensor) -> None:
+    codes = tokenizer.encode(images)
+    sums = [
+        sum(book[0][codes[:, number, depth]] for depth in range(codes.shape[2]))
+        for number, book in enumerate(tokenizer.codebooks)
+    ]
+    torch.testing.assert_close(tokenizer.code_embeddings(codes), torch.cat(sums, dim=-1))
 
 
 def test_decoding_what_was_encoded_is_deterministic(tokenizer: ImageTokenizer, images: Tensor) -> None:
@@ -66,8 +87,9 @@ def test_forward_agrees_with_encode_and_decode(tokenizer: ImageTokenizer, images
     torch.testing.assert_close(output.reconstruction.clamp(-1, 1), tokenizer.decode(output.codes), atol=1e-5, rtol=1e-4)
 
 
-def test_semantic_features_are_those_of_the_forward_pass(stub_teacher: Teacher, images: Tensor) -> None:
-    tokenizer = make(stub_teacher).eval()
+@pytest.mark.parametrize("kind", SEMANTIC)
+def test_semantic_features_are_those_of_the_forward_pass(kind: str, stub_teacher: Teacher, images: Tensor) -> None:
+    tokenizer = make(stub_teacher, kind=kind).eval()
     output = tokenizer(images)
     torch.testing.assert_close(output.semantic_target, stub_teacher.features(images, (8, 8)))
     predicted = tokenizer.semantic_features(output.codes)
@@ -108,9 +130,14 @@ def test_gradients_reach_all_parts_but_the_teacher(kind: str, stub_teacher: Teac
     tokenizer = make(stub_teacher, kind=kind).train()
     output = tokenizer(images)
     loss = (output.reconstruction - images).square().mean() + output.quantizer_loss
-    if tokenizer.teacher is not None:
+    assert tokenizer.has_semantic_branch == (kind in SEMANTIC) == (output.semantic_target is not None)
+    if output.semantic_target is not None:
         loss = loss + 1 - semantic_cosine(output.semantic_prediction, output.semantic_target)
         assert not output.semantic_target.requires_grad
+    if output.image_embedding is not None:
+        texts = F.normalize(torch.randn(3, stub_teacher.embed_dim), dim=-1)
+        torch.testing.assert_close(output.image_embedding.norm(dim=-1), torch.ones(3))
+        loss = loss + contrastive_loss(output.image_embedding, texts, tokenizer.logit_scale)
     loss.backward()
     for name, parameter in tokenizer.named_parameters():
         assert parameter.grad is not None and float(parameter.grad.abs().sum()) > 0, name
@@ -128,7 +155,7 @@ def test_tokenflow_index_has_the_least_sum_of_both_distances(stub_teacher: Teach
     tokenizer = make(stub_teacher, kind="tokenflow", semantic_code_dim=6).eval()
     before = tokenizer._before_quantization(images, stub_teacher.features(images, tokenizer.grid))
     semantic, pixel = (F.normalize(part, dim=-1).double() for part in before.split((6, 4), dim=-1))
-    tables = tokenizer.codebook.double().split((6, 4), dim=-1)
+    tables = tokenizer.codebooks[0][0].double().split((6, 4), dim=-1)
     for table in tables:
         torch.testing.assert_close(table.norm(dim=-1), torch.ones(64, dtype=torch.double), atol=1e-6, rtol=0)
     distances = torch.stack(
@@ -189,15 +216,48 @@ def test_semantic_branch_decides_codes_where_the_image_weight_is_zero(stub_teach
     assert torch.equal(tokenizer.encode(images), codes)
 
 
-@pytest.mark.parametrize("kind", sorted(KINDS))
-def test_default_size_has_sixteen_by_sixteen_codes_at_256(kind: str, stub_teacher: Teacher) -> None:
-    with torch.device("meta"):
-        tokenizer = build_tokenizer(TokenizerConfig(kind=kind), stub_teacher)
-    assert tokenizer.code_shape == (1, 1, 16, 16)
-    assert tokenizer.quantizer.codebook.shape == (32_768, 32 + 8 if kind == "tokenflow" else 8)
-    if kind != "semantic":
-        with torch.device("meta"):
-            assert tokenizer.encoder(torch.empty(1, 3, 256, 256)).shape == (1, 256, 16, 16)
+def test_a_tower_encodes_in_place_of_convolutions(stub_teacher: Teacher, images: Tensor) -> None:
+    tokenizer = make(stub_teacher, encoder="tower", code_grid=4).train()
+    output = tokenizer(images)
+    assert output.codes.shape == (3, 1, 1, 4, 4)
+    assert output.reconstruction.shape == images.shape, "the decoder's input is resized to what it needs"
+    (output.reconstruction - images).square().mean().backward()
+    assert all(float(parameter.grad.abs().sum()) > 0 for parameter in tokenizer.encoder.parameters())
+    assert all(parameter.grad is None for parameter in stub_teacher.parameters())
+
+
+def test_dualtoken_books_read_their_own_layers(stub_teacher: Teacher, images: Tensor) -> None:
+    tokenizer = make(stub_teacher, kind="dualtoken", pixel_layers=(1,), pixel_layer_weights=(1.0,)).eval()
+    before = tokenizer.encode(images)
+    for parameter in tokenizer.tower.deep.parameters():
+        torch.nn.init.normal_(parameter)
+    after = tokenizer.encode(images)
+    assert torch.equal(before[:, 1], after[:, 1]), "pixel codes come from the shallow layer"
+    assert not torch.equal(before[:, 0], after[:, 0]), "semantic codes come from the deep one"
+
+
+def test_dualtoken_decoders_read_their_own_book(stub_teacher: Teacher, images: Tensor) -> None:
+    tokenizer = make(stub_teacher, kind="dualtoken").eval()
+    codes = tokenizer.encode(images)
+    other = codes.clone()
+    other[:, 0] = (other[:, 0] + 1) % 64
+    assert torch.equal(tokenizer.decode(codes), tokenizer.decode(other))
+    assert not torch.equal(tokenizer.semantic_features(codes), tokenizer.semantic_features(other))
+
+
+def test_dualtoken_can_take_its_semantics_from_a_named_layer(stub_teacher: Teacher, images: Tensor) -> None:
+    tokenizer = make(stub_teacher, kind="dualtoken", semantic_layer=1).eval()
+    (level,), _ = stub_teacher.levels(images, (8, 8), (1,))
+    torch.testing.assert_close(tokenizer.target_features(images), F.layer_norm(level, level.shape[-1:]))
+    with pytest.raises(ValueError, match="give one weight a layer"):
+        make(stub_teacher, kind="dualtoken", pixel_layers=(1,))
+    with pytest.raises(ValueError, match="12 to 5 channels needs one to be a multiple"):
+        make(stub_teacher, kind="dualtoken", residual=ResidualQuantizerConfig(codebook_size=8, code_dim=5))
+
+
+def test_vila_u_needs_a_teacher_with_text(backbone_teacher: Teacher) -> None:
+    with pytest.raises(ValueError, match="needs a teacher with a text tower"):
+        make(backbone_teacher, kind="vila_u")
 
 
 def test_semantic_cosine_is_the_mean_over_positions() -> None:

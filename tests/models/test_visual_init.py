@@ -13,7 +13,7 @@ from models.vocabulary import extend_tokenizer, train_bpe
 def test_codes_that_look_alike_begin_alike_and_text_rows_stay() -> None:
     torch.manual_seed(0)
     tokenizer = train_bpe(["a fox"], 300)
-    vocabulary = extend_tokenizer(tokenizer, 16, (2, 2))
+    vocabulary = extend_tokenizer(tokenizer, (16,), (1, 1, 2, 2))
     config = LlmConfig(hidden_size=64, num_layers=1, num_heads=2, intermediate_size=64)
     model = build_small_llm(config, vocabulary)
     before = model.get_input_embeddings().weight.detach().clone()

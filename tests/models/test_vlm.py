@@ -8,6 +8,7 @@ from torch import Tensor
 from models.vlm import (
     IGNORED,
     LlmConfig,
+    UnifiedVlm,
     build_small_llm,
     extend_llm,
     load_base_llm,
@@ -24,7 +25,7 @@ TEXTS = ["a red cat", "a blue dog", "What is shown here?", "it 's 1234 , and 漢
 def parts() -> tuple[Any, Any, Vocabulary]:
     """A small model, its tokenizer and their vocabulary."""
     tokenizer = train_bpe(TEXTS, 300)
-    vocabulary = extend_tokenizer(tokenizer, 10, (2, 2))
+    vocabulary = extend_tokenizer(tokenizer, (10,), (1, 1, 2, 2))
     torch.manual_seed(0)
     return build_small_llm(CONFIG, vocabulary).eval(), tokenizer, vocabulary
 
@@ -44,7 +45,7 @@ def batch(parts: tuple[Any, Any, Vocabulary]) -> tuple[Tensor, Tensor, Tensor]:
 def test_loss_equals_transformers_own(parts: tuple[Any, Any, Vocabulary], batch: tuple[Tensor, ...]) -> None:
     model, (token_ids, labels, mask) = parts[0], batch
     expected = model(input_ids=token_ids, attention_mask=mask, labels=labels).loss
-    loss = next_token_loss(model, token_ids, labels, mask)
+    loss = next_token_loss(UnifiedVlm(model, parts[2]), token_ids, labels, mask)
     torch.testing.assert_close(loss, expected)
     ours, theirs = (torch.autograd.grad(value, list(model.parameters())) for value in (loss, expected))
     for one, other in zip(ours, theirs, strict=True):
@@ -58,9 +59,11 @@ def test_loss_by_sequence_weighs_each_sequence_alike(
     rows = [
         model(input_ids=i[None], attention_mask=m[None], labels=t[None]).loss for i, t, m in zip(*batch, strict=True)
     ]
-    loss = next_token_loss(model, token_ids, labels, mask, average="sequence")
+    loss = next_token_loss(UnifiedVlm(model, parts[2]), token_ids, labels, mask, average="sequence")
     torch.testing.assert_close(loss, torch.stack(rows).mean())
-    assert not torch.isclose(loss, next_token_loss(model, token_ids, labels, mask)), "the rows differ in length"
+    assert not torch.isclose(loss, next_token_loss(UnifiedVlm(model, parts[2]), token_ids, labels, mask)), (
+        "the rows differ in length"
+    )
 
 
 def test_mean_log_likelihood_equals_brute_force(parts: tuple[Any, Any, Vocabulary], batch: tuple[Tensor, ...]) -> None:
@@ -72,23 +75,23 @@ def test_mean_log_likelihood_equals_brute_force(parts: tuple[Any, Any, Vocabular
             logits = model(input_ids=token_ids[row : row + 1, :length]).logits[0].double().log_softmax(-1)
         positions = [at for at in range(1, length) if labels[row, at] != IGNORED]
         expected.append(sum(float(logits[at - 1, token_ids[row, at]]) for at in positions) / len(positions))
-    measured = mean_log_likelihood(model, token_ids, labels, mask)
+    measured = mean_log_likelihood(UnifiedVlm(model, parts[2]), token_ids, labels, mask)
     torch.testing.assert_close(measured, torch.tensor(expected), atol=1e-5, rtol=1e-4)
 
 
 def test_padding_does_not_change_the_likelihood(parts: tuple[Any, Any, Vocabulary], batch: tuple[Tensor, ...]) -> None:
     model, (token_ids, labels, mask) = parts[0], batch
-    alone = mean_log_likelihood(model, token_ids[2:, :3], labels[2:, :3], mask[2:, :3])
-    torch.testing.assert_close(mean_log_likelihood(model, token_ids, labels, mask)[2:], alone)
+    alone = mean_log_likelihood(UnifiedVlm(model, parts[2]), token_ids[2:, :3], labels[2:, :3], mask[2:, :3])
+    torch.testing.assert_close(mean_log_likelihood(UnifiedVlm(model, parts[2]), token_ids, labels, mask)[2:], alone)
 
 
 def test_extending_keeps_old_rows_and_starts_new_ones_at_their_mean(parts: tuple[Any, Any, Vocabulary]) -> None:
     tokenizer = train_bpe(TEXTS, 290)
-    before = extend_tokenizer(train_bpe(TEXTS, 290), 4, (2, 2))
+    before = extend_tokenizer(train_bpe(TEXTS, 290), (4,), (1, 1, 2, 2))
     model = build_small_llm(CONFIG, before).eval()
     tables = [model.get_input_embeddings().weight, model.get_output_embeddings().weight]
     old = [table.detach().clone() for table in tables]
-    vocabulary = extend_tokenizer(tokenizer, 500, (2, 2))
+    vocabulary = extend_tokenizer(tokenizer, (500,), (1, 1, 2, 2))
     extend_llm(model, vocabulary)
     for table, was in zip(
         [model.get_input_embeddings().weight, model.get_output_embeddings().weight], old, strict=True
@@ -129,7 +132,7 @@ def test_published_model_is_extended_and_still_reads_text_alike(
     token_ids = torch.tensor([words.encode("a red cat")])
     with torch.no_grad():
         before = base.eval()(token_ids).logits
-        larger = extend_tokenizer(words, 30, (2, 2))
+        larger = extend_tokenizer(words, (30,), (1, 1, 2, 2))
         extend_llm(base, larger)
         after = base(token_ids).logits
     assert base.dtype == torch.float32

@@ -18,7 +18,7 @@ UNKNOWN = [
 @pytest.fixture
 def extended() -> tuple:
     tokenizer = train_bpe(TEXTS, 300)
-    return tokenizer, extend_tokenizer(tokenizer, 20, (3, 4))
+    return tokenizer, extend_tokenizer(tokenizer, (20,), (1, 1, 3, 4))
 
 
 @pytest.mark.parametrize("text", UNKNOWN)
@@ -47,7 +47,7 @@ def test_ids_are_distinct_and_codes_contiguous(extended: tuple) -> None:
     assert len(set(markers)) == 6
     assert max(markers) < vocabulary.first_code
     assert vocabulary.size == len(tokenizer)
-    assert vocabulary.num_codes == 12
+    assert vocabulary.num_positions == 12
 
 
 def test_codes_round_trip_and_others_are_refused(extended: tuple) -> None:
@@ -84,5 +84,5 @@ def test_saved_tokenizer_reads_a_code_as_one_id(extended: tuple, tmp_path: Path)
 def test_a_tokenizer_without_padding_gets_it() -> None:
     tokenizer = train_bpe(TEXTS, 300)
     tokenizer.pad_token = None
-    vocabulary = extend_tokenizer(tokenizer, 4, (2, 2))
+    vocabulary = extend_tokenizer(tokenizer, (4,), (1, 1, 2, 2))
     assert tokenizer.pad_token_id == vocabulary.pad is not None

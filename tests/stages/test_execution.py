@@ -103,12 +103,12 @@ def test_exported_model_gives_the_same_logits_without_our_code(tiny_run: TinyRun
     from stages.vlm_training import load_vlm
 
     manifest = tiny_run.results["sft"].manifest
-    model, builder = load_vlm(tiny_run.store, manifest)
+    vlm, builder = load_vlm(tiny_run.store, manifest)
     text = "What is in the picture?<|soi|><|code_0|><|code_63|><|eoi|>"
     token_ids = builder.tokenizer.encode(text, add_special_tokens=False)
     assert token_ids[-3:-1] == [builder.vocabulary.first_code, builder.vocabulary.first_code + 63]
     with torch.no_grad():
-        expected = model(torch.tensor([token_ids])).logits
+        expected = vlm.llm(torch.tensor([token_ids])).logits
     torch.save(expected, tmp_path / "expected.pt")
     tiny_run.store.materialise(manifest, tmp_path, "model")
     # torchvision's CUDA build does not import beside a CPU torch; a user of transformers has one that does, or none

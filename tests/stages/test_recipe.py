@@ -108,3 +108,28 @@ def test_a_number_out_of_range_is_named_with_what_was_expected(override: str) ->
     field = override.partition("=")[0]
     with pytest.raises(RecipeError, match=rf"field '{field}.*' has value .*: input should be (greater|less) than"):
         load_recipe("tiny", [override])
+
+
+def test_a_recipe_holds_what_it_changes_of_another(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text("extends: tiny\nsft: {steps: 7, prompts: [Paint.]}\n")
+    (tmp_path / "again.yaml").write_text(f"extends: {tmp_path}/mine.yaml\nseed: 4\n")
+    plain, mine, again = (load_recipe(str(name)) for name in ("tiny", tmp_path / "mine.yaml", tmp_path / "again.yaml"))
+    assert mine.sft == plain.sft.model_copy(update={"steps": 7, "prompts": ("Paint.",)})
+    assert mine.name == "mine" and mine.tokenizer == plain.tokenizer
+    assert again.sft == mine.sft and again.seed == 4
+    assert load_recipe(str(tmp_path / "again.yaml"), ["sft.steps=9"]).sft.steps == 9
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("extends: nothing", "unknown recipe 'nothing'"),
+        ("extends: [mini, tiny]", "give the name of one recipe"),
+        ("extends: SELF", "extends itself"),
+    ],
+)
+def test_a_recipe_that_extends_nothing_sound_is_refused(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(text.replace("SELF", str(path)))
+    with pytest.raises(RecipeError, match=message):
+        load_recipe(str(path))

@@ -9,13 +9,13 @@ from models.vlm import IGNORED
 from models.vocabulary import extend_tokenizer, train_bpe
 from stages.sequences import SequenceBuilder
 
-CODES = torch.tensor([[0, 1], [2, 3]])
+CODES = torch.tensor([[[[0, 1], [2, 3]]]])
 
 
 @pytest.fixture(scope="module")
 def builder() -> SequenceBuilder:
     tokenizer = train_bpe(["a fox in noto style", "What is it?"], 300)
-    return SequenceBuilder(tokenizer, extend_tokenizer(tokenizer, 4, (2, 2)))
+    return SequenceBuilder(tokenizer, extend_tokenizer(tokenizer, (4,), (1, 1, 2, 2)))
 
 
 def with_loss(builder: SequenceBuilder, sequence: tuple[list[int], list[int]]) -> str:
@@ -60,4 +60,4 @@ def test_batch_pads_on_the_right_without_loss(builder: SequenceBuilder) -> None:
 
 def test_codes_outside_the_codebook_are_refused(builder: SequenceBuilder) -> None:
     with pytest.raises(ValueError, match="codebook has 4"):
-        builder.image(torch.tensor([[0, 4]]))
+        builder.image(torch.tensor([[[[0, 4]]]]))

@@ -19,7 +19,7 @@ QUESTION = QuestionTemplate(question="What is it?", answer="{caption}")
 @pytest.fixture(scope="module")
 def builder() -> SequenceBuilder:
     tokenizer = train_bpe(["a fox", "What is it?", "Draw a fox."], 300)
-    return SequenceBuilder(tokenizer, extend_tokenizer(tokenizer, 1000, (8, 8)))
+    return SequenceBuilder(tokenizer, extend_tokenizer(tokenizer, (1000,), (1, 1, 8, 8)))
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +31,7 @@ def rows() -> CodedRows:
 
 
 def shown_codes(builder: SequenceBuilder, token_ids: list[int]) -> torch.Tensor:
-    first, size = builder.vocabulary.first_code, builder.vocabulary.codebook_size
+    first, size = builder.vocabulary.first_code, builder.vocabulary.num_code_tokens
     return torch.tensor([token - first for token in token_ids if 0 <= token - first < size])
 
 

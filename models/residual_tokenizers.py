@@ -1,0 +1,160 @@
+"""The kinds of image tokenizers with several codes a position: DualToken and VILA-U.
+
+Both encode with a trained copy of the teacher's image tower. Shape legend: B batch, H W pixels, h w code grid, C
+channels, E channels of the image-text space, N books, D depth.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.convolutional import ConvDecoder, ResidualBlock
+from models.image_tokenizer import Codes, ImageTokenizer
+from models.quantizers import ResidualQuantizer
+from models.transformer import AttentionProjection
+
+
+class ResidualTokenizer(ImageTokenizer):
+    """Residual books, one quantizer each; vectors hold the books side by side, in the order of `book_names`."""
+
+    book_names: ClassVar[tuple[str, ...]]
+    quantizers: nn.ModuleList
+
+    @property
+    def code_shape(self) -> tuple[int, int, int, int]:
+        return (len(self.book_names), self.config.residual.depth, *self.grid)
+
+    @property
+    def codebook_sizes(self) -> tuple[int, ...]:
+        return (self.config.residual.codebook_size,) * len(self.book_names)
+
+    @property
+    def codebooks(self) -> list[Tensor]:
+        return [self.book(number).codebooks for number in range(len(self.book_names))]
+
+    def book(self, number: int) -> ResidualQuantizer:
+        """The quantizer of a book."""
+        quantizer = self.quantizers[number]
+        assert isinstance(quantizer, ResidualQuantizer)
+        return quantizer
+
+    def code_embeddings(self, codes: Tensor) -> Tensor:
+        by_position = codes.permute(1, 0, 3, 4, 2)  # [N, B, h, w, D]
+        return torch.cat([self.book(number).lookup(book) for number, book in enumerate(by_position)], dim=-1)
+
+    def _quantized(self, features: list[Tensor]) -> Codes:
+        """`[B, h, w, C]` of each book to codes."""
+        found = [self.book(number)(feature) for number, feature in enumerate(features)]
+        return Codes(
+            torch.cat([one.vectors for one in found], dim=-1),
+            torch.stack([one.codes.permute(0, 3, 1, 2) for one in found], dim=1),
+            torch.stack([one.loss for one in found]).sum(),
+        )
+
+
+class DualTokenTokenizer(ResidualTokenizer):
+    """DualToken (arXiv 2503.14324, section 3.2): pixel codes of shallow features, semantic codes of deep features.
+
+    The semantic codes are decoded to the frozen teacher's features at the same layer; what the teacher does with them
+    above that layer (its last block, its pooling) is the teacher's own and not part of the tokenizer here.
+    """
+
+    book_names = ("semantic", "pixel")
+
+    def _build(self) -> None:
+        assert self.teacher is not None
+        config, layers = self.config, self.config.pixel_layers
+        if len(layers) != len(config.pixel_layer_weights):
+            raise ValueError(
+                f"tokenizer.pixel_layers={list(layers)} and pixel_layer_weights={list(config.pixel_layer_weights)} "
+                f"differ in length; give one weight a layer"
+            )
+        self.tower = self.teacher.image_tower()
+        semantic = self.teacher.feature_dim
+        if config.semantic_layer is not None:
+            (semantic,) = self.teacher.level_widths(self.grid, (config.semantic_layer,))
+        pixel_widths = self.teacher.level_widths(self.grid, layers) if layers else [semantic]
+        code_dim = config.residual.code_dim
+        self.pre_quant_pixel = nn.ModuleList(AttentionProjection(width, code_dim) for width in pixel_widths)
+        self.pre_quant_semantic = AttentionProjection(semantic, code_dim)
+        self.quantizers = nn.ModuleList(ResidualQuantizer(config.residual) for _ in self.book_names)
+        self.post_quant_semantic = AttentionProjection(code_dim, semantic)
+        self.post_quant_pixel = AttentionProjection(code_dim, pixel_widths[0])
+        self.to_decoder = ResidualBlock(pixel_widths[0], config.conv.latent_channels)
+        self.decoder = ConvDecoder(config.conv)
+
+    def target_features(self, images: Tensor) -> Tensor | None:
+        assert self.teacher is not None
+        if self.config.semantic_layer is None:
+            return super().target_features(images)
+        (level,), _ = self.teacher.levels(images, self.grid, (self.config.semantic_layer,))
+        return F.layer_norm(level.float(), level.shape[-1:]).detach()
+
+    def _quantize(self, images: Tensor, target: Tensor | None) -> Codes:
+        shallow, layer = self.config.pixel_layers, self.config.semantic_layer
+        levels, final = self.tower.levels(images, self.grid, shallow if layer is None else (*shallow, layer))
+        deep = final if layer is None else levels.pop()
+        projected = [project(level) for project, level in zip(self.pre_quant_pixel, levels or [deep], strict=True)]
+        weights = self.config.pixel_layer_weights or (1.0,)
+        pixel = torch.stack([weight * one for weight, one in zip(weights, projected, strict=True)]).sum(0)
+        return self._quantized([self.pre_quant_semantic(deep), pixel])
+
+    def _parts(self, vectors: Tensor) -> tuple[Tensor, Tensor]:
+        semantic, pixel = vectors.chunk(2, dim=-1)
+        return semantic, pixel
+
+    def _to_latents(self, vectors: Tensor) -> Tensor:
+        grown = self.post_quant_pixel(self._parts(vectors)[1]).permute(0, 3, 1, 2)
+        return self.to_decoder(grown).permute(0, 2, 3, 1)
+
+    def _predict(self, vectors: Tensor) -> Tensor:
+        return self.post_quant_semantic(self._parts(vectors)[0])
+
+
+class VilaUTokenizer(ResidualTokenizer):
+    """VILA-U (arXiv 2409.04429, section 3.1): residual codes of deep features that draw the image and match its text.
+
+    The contrastive loss teaches the codes what they mean; there is no loss on the teacher's features. VILA-U pools with
+    the rest of SigLIP; here one attention query pools the decoded features into the teacher's image-text space.
+    """
+
+    book_names = ("unified",)
+
+    def _build(self) -> None:
+        assert self.teacher is not None
+        if not self.teacher.has_text:
+            raise ValueError(
+                "tokenizer.kind=vila_u learns from captions and needs a teacher with a text tower; choose one, or give "
+                "the backbone a head"
+            )
+        config, dim = self.config, self.teacher.feature_dim
+        code_dim = config.residual.code_dim
+        self.tower = self.teacher.image_tower()
+        self.pre_quant = nn.Linear(dim, code_dim)
+        self.quantizers = nn.ModuleList([ResidualQuantizer(config.residual)])
+        self.post_quant = nn.Linear(code_dim, config.conv.latent_channels)
+        self.decoder = ConvDecoder(config.conv)
+        self.to_features = nn.Sequential(nn.Linear(code_dim, dim), nn.GELU(), nn.Linear(dim, dim))
+        self.pool = nn.Linear(dim, 1)
+        self.to_embedding = nn.Linear(dim, self.teacher.embed_dim)
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(10.0)))
+
+    @property
+    def has_semantic_branch(self) -> bool:
+        return False
+
+    def _quantize(self, images: Tensor, target: Tensor | None) -> Codes:
+        return self._quantized([self.pre_quant(self.tower.features(images, self.grid))])
+
+    def _to_latents(self, vectors: Tensor) -> Tensor:
+        return self.post_quant(vectors)
+
+    def _embed(self, vectors: Tensor) -> Tensor:
+        features = self.to_features(vectors).flatten(1, 2)  # [B, h * w, C]
+        weights = self.pool(features).softmax(dim=1)
+        return F.normalize(self.to_embedding((weights * features).sum(1)), dim=-1)
