@@ -103,7 +103,7 @@ def compare_tokenizers(
     """
     from flows.local_run import run_comparison
 
-    comparison = run_comparison(recipe, store, overrides or [], executor, _listed(kinds), _seeds(seeds))
+    comparison = run_comparison(recipe, store, overrides or [], executor, _listed(kinds), _integers(seeds, "--seeds"))
     print(comparison.text())
     from flows.report import write_comparison
 
@@ -179,12 +179,15 @@ def inspect(
     store: StoreOption = DEFAULT_STORE,
     out: Annotated[Path, typer.Option("--out", help="Folder for the pictures.")] = Path(".musevl/inspect"),
     num_images: Annotated[int, typer.Option("--images", min=0, help="How many rows to decode.")] = 36,
+    codes: Annotated[str, typer.Option(help="Codes, with commas: draw the image patches that carry them.")] = "",
 ) -> None:
     """Show a code table: schema, rows, how its codes are used, and pictures of decoded rows."""
-    from flows.inspection import inspect_code_table
+    from flows.inspection import inspect_code_table, inspect_codes
 
     prepare_process()
     print(inspect_code_table(_open(store), artifact, out, num_images=num_images))
+    if codes:
+        print("\n" + inspect_codes(_open(store), artifact, out, _integers(codes, "--codes")))
 
 
 @app.command()
@@ -224,14 +227,14 @@ def _listed(text: str) -> list[str]:
     return list(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
 
 
-def _seeds(text: str) -> list[int]:
+def _integers(text: str, option: str) -> list[int]:
     try:
-        seeds = [int(part) for part in _listed(text)]
+        numbers = [int(part) for part in _listed(text)]
     except ValueError:
-        seeds = []
-    if not seeds:
-        raise ValueError(f"--seeds {text!r} is not a list of integers; write for example --seeds 0,1,2")
-    return seeds
+        numbers = []
+    if not numbers:
+        raise ValueError(f"{option} {text!r} is not a list of integers; write for example {option} 0,1,2")
+    return numbers
 
 
 def _open(uri: str) -> Store:

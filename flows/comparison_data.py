@@ -10,7 +10,8 @@ from typing import Any
 
 import pyarrow as pa
 
-from flows.report_data import Picture, picture
+from flows.code_pictures import CodeStrip
+from flows.report_data import Picture, picture, strips_of
 from flows.text import text_table
 from stages.execution import require_artifact
 from stages.recipe import load_recipe
@@ -191,6 +192,15 @@ class SideBySide:
     original: Picture
     drawn: list[tuple[str, Picture, float]]
     """Kind, reconstruction and its PSNR in dB."""
+
+
+def code_pages(comparison: Comparison, store: Store) -> list[tuple[str, list[tuple[CodeStrip, Picture]]]]:
+    """For each kind, the first seed's codes and the patches that carry them."""
+    first = [run for run in comparison.runs if run.seed == comparison.seeds[0]]
+    return [
+        (run.kind, strips_of(store, *(store.load(run.evaluation.inputs[name]) for name in ("tokenize", "download"))))
+        for run in first
+    ]
 
 
 def side_by_side(comparison: Comparison, store: Store) -> list[SideBySide]:

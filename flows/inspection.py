@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from flows.code_pictures import code_strips
 from flows.text import text_table
 from models.transforms import to_pil, to_pixels
 from stages.loading import load_tokenizer
@@ -60,6 +61,29 @@ def inspect_code_table(store: Store, artifact: str, folder: Path, *, num_images:
     if num_images and table.keys:
         parts.append(f"pictures of the first rows: {_contact_sheet(store, table, manifest, folder, num_images)}")
     return "\n\n".join(parts)
+
+
+def inspect_codes(store: Store, artifact: str, folder: Path, codes: list[int]) -> str:
+    """Say what some codes of a code table stand for, and write a picture of the patches that carry them.
+
+    Raises:
+        ValueError: a code is in none of the images that were looked at.
+    """
+    manifest = store.load(artifact)
+    strips = code_strips(store, manifest, store.load(manifest.inputs["download"]), codes)
+    gap = 6
+    width, height = strips[0].strip.size
+    sheet = Image.new("RGB", (width, len(strips) * (height + gap)), "white")
+    for row, strip in enumerate(strips):
+        sheet.paste(strip.strip, (0, row * (height + gap)))
+    path = folder / f"{manifest.digest[:12]}-codes.png"
+    sheet.save(path)
+    rows = [
+        [strip.book, str(strip.code), str(strip.num_images), strip.word, f"{strip.share:.0%}", f"{strip.base:.1%}"]
+        for strip in strips
+    ]
+    header = ["book", "code", "images", "word it says most about", "in its images", "in all images"]
+    return f"{text_table(header, rows)}\npatches that carry these codes, in this order: {path}"
 
 
 def _facts(table: CodeTable, manifest: Manifest) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from pathlib import Path
 
-from flows.comparison_data import Comparison, side_by_side
+from flows.comparison_data import Comparison, code_pages, side_by_side
 from flows.report_data import collect
 from flows.report_page import render_comparison, render_page, write_page
 from stages.execution import find_artifacts
@@ -42,7 +42,8 @@ def write_report(recipe: Recipe, store: Store, folder: Path) -> Path:
 def write_comparison(comparison: Comparison, store: Store, folder: Path) -> Path:
     """Write `index.html` and `comparison.parquet` of a comparison of tokenizers; returns the path of the page."""
     comparison.save(folder / "comparison.parquet")
-    return write_page(render_comparison(comparison, side_by_side(comparison, store), _now()), folder)
+    pictures, codes = side_by_side(comparison, store), code_pages(comparison, store)
+    return write_page(render_comparison(comparison, pictures, codes, _now()), folder)
 
 
 def _now() -> str:

@@ -14,6 +14,7 @@ from typing import Any
 import pyarrow as pa
 from PIL import Image
 
+from flows.code_pictures import CodeStrip, code_strips
 from storage.manifest import Manifest
 from storage.store import Store
 from storage.tables import read_table
@@ -180,6 +181,8 @@ class ReportData:
     reconstructions: Samples | None
     drawings: Samples | None
     answers: Samples | None
+    codes: list[tuple[CodeStrip, Picture]] | None
+    """Some codes and the patches that carry them."""
     curves: dict[str, list[Curve] | None]
     """By stage; none where nothing was trained, as with a teacher that is used as it comes."""
     download: dict[str, Any] | None
@@ -219,7 +222,7 @@ def collect(
     """
     runs = store.runs()
     evaluation = artifacts.get("evaluate")
-    download = artifacts.get("download")
+    download, table = artifacts.get("download"), artifacts.get("tokenize")
     return ReportData(
         recipe=recipe,
         description=description,
@@ -230,6 +233,7 @@ def collect(
         reconstructions=None if evaluation is None else _reconstructions(store, evaluation),
         drawings=None if evaluation is None else _drawings(store, evaluation),
         answers=None if evaluation is None else _answers(store, evaluation),
+        codes=None if table is None or download is None else strips_of(store, table, download),
         curves={
             name: None if artifact is None else _curves(store, artifact)
             for name in TRAINED_STAGES
@@ -337,6 +341,11 @@ def picture(data: bytes) -> Picture:
     with Image.open(io.BytesIO(data)) as image:
         mime = Image.MIME[image.format or "PNG"]
         return Picture(f"data:{mime};base64,{base64.b64encode(data).decode()}", *image.size)
+
+
+def strips_of(store: Store, table: Manifest, download: Manifest) -> list[tuple[CodeStrip, Picture]]:
+    """Some codes of a table and the patches that carry them."""
+    return [(strip, picture(strip.png)) for strip in code_strips(store, table, download)]
 
 
 def _rows(store: Store, manifest: Manifest, path: str) -> list[dict[str, Any]]:

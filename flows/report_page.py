@@ -9,12 +9,14 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
+from flows.code_pictures import CodeStrip
 from flows.comparison_data import Comparison, SideBySide
 from flows.report_charts import curve_svg, lineage_svg
 from flows.report_data import (
     Benchmark,
     Curve,
     MetricLine,
+    Picture,
     ReportData,
     StageLine,
     duration,
@@ -46,9 +48,14 @@ def render_page(data: ReportData) -> str:
     )
 
 
-def render_comparison(data: Comparison, pictures: list[SideBySide], written: str) -> str:
+def render_comparison(
+    data: Comparison,
+    pictures: list[SideBySide],
+    codes: list[tuple[str, list[tuple[CodeStrip, Picture]]]],
+    written: str,
+) -> str:
     """A comparison of tokenizers as text, in the manner of `render_page`."""
-    return _render("comparison.html.j2", data=data, pictures=pictures, written=written)
+    return _render("comparison.html.j2", data=data, pictures=pictures, codes=codes, written=written)
 
 
 def _render(template: str, **values: Any) -> str:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pytest
 from PIL import Image, ImageFilter
@@ -21,7 +22,9 @@ from PIL import Image, ImageFilter
 from flows.report_data import MAX_SHOWN, benchmarks_of, collect, format_value
 from flows.report_page import render_page, write_page
 from infra.sample_data import archive_path
+from storage.code_table import CodeTableInfo, write_code_shard
 from storage.digests import sha256_bytes
+from storage.image_shards import ImageSample, write_image_shard
 from storage.manifest import FileEntry, Manifest
 from storage.store import Store
 from storage.tables import image_metadata_table, metrics_table, write_table
@@ -103,6 +106,27 @@ class Bench:
         row = {"key": "000000000", "url": "sample://noto/1f600", "status": "ok"}
         return self.put("metadata/00000.parquet", image_metadata_table([row]))
 
+    def images(self, emoji: list[tuple[str, bytes]]) -> FileEntry:
+        samples = [
+            ImageSample(f"{row:05d}", data, "png", f"emoji {row % 4} of many", {})
+            for row, (_, data) in enumerate(emoji)
+        ]
+        write_image_shard(self.folder / "00000.tar", samples)
+        return self.store.put_file(self.folder / "00000.tar", "images/00000.tar")
+
+    def codes(self, count: int) -> FileEntry:
+        """Two books; in the first, code k stands in the images whose number ends in k, modulo 4."""
+        info = CodeTableInfo((2, 1, 4, 4), ("semantic", "pixel"), (8, 8), "0" * 64, {"image_size": 64})
+        table = np.zeros((count, 2, 1, 4, 4), np.int64)
+        table[:, 0] = (np.arange(count) % 4)[:, None, None, None]
+        columns: dict[str, list[str | None]] = {
+            "text": [f"emoji {row % 4} of many" for row in range(count)],
+            "view": ["original"] * count,
+        }
+        path = self.folder / "codes.parquet"
+        write_code_shard(path, info, [f"{row:05d}" for row in range(count)], columns, table)
+        return self.store.put_file(path, "codes/00000.parquet")
+
     def commit(
         self, stage: str, kind: str, files: list[FileEntry], metrics: dict[str, Any], *, key: str | None = None
     ) -> None:
@@ -152,7 +176,7 @@ def full_bench(bench: Bench) -> Bench:
     errors = {"HTTP 404": 21, "connection timed out": 9, "cannot decode image": 4}
     status = {"ok": 966, "failed_to_download": 30, "failed_to_decode": 4}
     metadata = {"num_rows": 1000, "num_ok": 966, "status": status, "errors": errors}
-    files = [bench.store.put_bytes(b"tar", "images/00000.tar"), bench.sample_urls()]
+    files = [bench.images(emoji), bench.sample_urls()]
     bench.commit("download", "image_shards", files, metadata)
     bench.commit("prepare_teacher", "teacher", [bench.store.put_bytes(b"w", "teacher.safetensors")], {"accuracy": 0.71})
     for stage, names in {
@@ -162,7 +186,7 @@ def full_bench(bench: Bench) -> Bench:
         "sft": ["loss", "image_loss", "text_loss", "held_out_accuracy"],
     }.items():
         rows = [row for name in names for row in _history(name)]
-        files = [bench.put_rows("history.parquet", rows)] if rows else [bench.store.put_bytes(b"c", "codes/0.parquet")]
+        files = [bench.put_rows("history.parquet", rows)] if rows else [bench.codes(len(emoji))]
         bench.commit(stage, {"train_tokenizer": "tokenizer", "tokenize": "code_table"}.get(stage, "vlm"), files, {})
     metrics = metrics_table(_metric_rows())
     files = [
@@ -193,6 +217,16 @@ def test_page_shows_every_metric_with_its_baselines_beside_it(full_bench: Bench)
     ]
     shown = sum(1 + len(line.baselines) for lines in benchmarks.values() for line in lines)
     assert shown == len(_metric_rows())
+
+
+def test_codes_are_shown_with_the_word_that_they_say_most_about(full_bench: Bench) -> None:
+    strips = [strip for strip, _ in full_bench.data().codes if strip.book == "semantic"]
+    assert sorted((strip.code, strip.word, strip.share, strip.base) for strip in strips) == [
+        (code, str(code), 1.0, 0.25) for code in range(4)
+    ]
+    (pixel,) = [strip for strip, _ in full_bench.data().codes if strip.book == "pixel"]
+    assert (pixel.num_images, pixel.word) == (40, ""), "a code that is everywhere says nothing"
+    assert "What a code stands for" in full_bench.page()
 
 
 def test_counts_cover_all_rows_and_pictures_only_some(full_bench: Bench) -> None:
