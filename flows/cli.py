@@ -111,6 +111,24 @@ def compare_tokenizers(
     print(f"\npage: {write_comparison(comparison, _open(store), folder)}\nrows: {folder / 'comparison.parquet'}")
 
 
+@app.command("import-tokenizer")
+def import_tokenizer(
+    checkpoint: Annotated[Path, typer.Argument(help="A published checkpoint, for example vq_ds16_c2i.pt.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Weights file to write.")] = Path("tokenizer.safetensors"),
+    recipe: RecipeOption = "paper-vqgan-256",
+    overrides: SetOption = None,
+) -> None:
+    """Turn published tokenizer weights (LlamaGen's layout) into a file for `tokenizer.weights`."""
+    from stages.import_tokenizer import import_llamagen
+
+    prepare_process()
+    import_llamagen(checkpoint, _load(recipe, overrides), out)
+    print(
+        f"{out}\nuse it as it is: musevl stage train_tokenizer --recipe {recipe} "
+        f"--set tokenizer.weights={out} --set tokenizer.steps=0"
+    )
+
+
 @app.command()
 def recipes() -> None:
     """List the recipes that ship with the project."""

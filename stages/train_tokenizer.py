@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from pydantic import NonNegativeInt
 from torch import Tensor, nn
 
 from models.config import Fraction
@@ -27,7 +29,7 @@ from models.tokenizers import build_tokenizer
 from models.transforms import normalise, to_pixels
 from stages.image_data import ImageSource
 from stages.loading import load_teacher, put_json, put_weights, read_state, subset
-from stages.stage import Outcome, Stage, StageContext
+from stages.stage import Outcome, RuntimeStr, Stage, StageContext
 from stages.standalone import run_standalone
 from stages.training import (
     EpochSampler,
@@ -40,6 +42,7 @@ from stages.training import (
     resolve_device,
     train,
 )
+from storage.digests import sha256_file
 
 _EVALUATION_BATCH = 32
 _FEATURE_CACHE_BYTES = 2 << 30
@@ -55,6 +58,11 @@ class TrainTokenizerConfig(LoopConfig, TokenizerConfig):
     """Optimiser of PatchGAN."""
     horizontal_flip: bool = True
     """Mirror half of the training images."""
+    weights: RuntimeStr = ""
+    """Start from these weights, a `.safetensors` file that `musevl import-tokenizer` wrote; its content counts, not its
+    path. With `steps: 0` they are taken as they are."""
+    steps: NonNegativeInt = 1000
+    """Optimiser steps."""
     ema_decay: Fraction = 0.0
     """Decay of the averaged weights that the artifact holds in place of the last ones; 0 keeps the last ones."""
 
@@ -89,6 +97,8 @@ class TokenizerTraining:
         self.device = resolve_device(config.device)
         self.teacher = teacher.to(self.device)
         self.tokenizer = build_tokenizer(subset(config, TokenizerConfig), self.teacher).to(self.device)
+        if config.weights:
+            self.tokenizer.load_state_dict(read_state(config.weights))
         loss = config.loss
         self.discriminator = PatchDiscriminator(loss.discriminator_channels, loss.discriminator_layers).to(self.device)
         self.optimiser = build_optimiser(self.tokenizer, config.optimiser)
@@ -272,12 +282,23 @@ def held_out_metrics(
     return metrics
 
 
+def _external_inputs(config: TrainTokenizerConfig) -> dict[str, str]:
+    if not config.weights:
+        if not config.steps:
+            raise ValueError("tokenizer.steps=0 trains nothing; give tokenizer.weights, or steps")
+        return {}
+    if not Path(config.weights).is_file():
+        raise ValueError(f"tokenizer.weights={config.weights!r} does not exist; `musevl import-tokenizer` writes it")
+    return {"weights": sha256_file(config.weights)}
+
+
 STAGE = Stage(
     name="train_tokenizer",
     section="tokenizer",
     config_class=TrainTokenizerConfig,
     inputs=("download", "prepare_teacher"),
     run=run,
+    external_inputs=_external_inputs,
 )
 
 if __name__ == "__main__":
