@@ -19,7 +19,7 @@ _SHOWN = 4
 """Most keys that an error names."""
 
 
-def convert_llamagen(checkpoint: Mapping[str, Any], config: TokenizerConfig) -> dict[str, Tensor]:
+def convert_llamagen(checkpoint: Any, config: TokenizerConfig) -> dict[str, Tensor]:
     """A state dict of `VqganTokenizer` from a LlamaGen checkpoint.
 
     Args:
@@ -31,7 +31,9 @@ def convert_llamagen(checkpoint: Mapping[str, Any], config: TokenizerConfig) -> 
     """
     if config.kind != "vqgan":
         raise ValueError(f"LlamaGen's checkpoints are of tokenizer.kind=vqgan, the recipe has {config.kind}")
-    state: Mapping[str, Any] = checkpoint.get("model", checkpoint)
+    state = checkpoint.get("model", checkpoint) if isinstance(checkpoint, Mapping) else None
+    if not isinstance(state, Mapping):
+        raise ValueError("the checkpoint is no dict of tensors, nor one under the key 'model'; give a LlamaGen file")
     with torch.device("meta"):
         tokenizer = VqganTokenizer(config)
     wanted = {name: tuple(value.shape) for name, value in tokenizer.state_dict().items()}

@@ -50,6 +50,9 @@ def test_keys_that_do_not_fit_are_named(reference: Reference) -> None:
         convert_llamagen(damaged, config())
     with pytest.raises(ValueError, match=r"has keys that this recipe's tokenizer does not text\.a"):
         convert_llamagen({**reference.state, "text.a": torch.zeros(1)}, config())
+    for other in ([1, 2], {"model": 3}):
+        with pytest.raises(ValueError, match="no dict of tensors"):
+            convert_llamagen(other, config())
     with pytest.raises(ValueError, match="lacks the keys .* and [0-9]+ more"):
         convert_llamagen({"state": {}}, config())
 
