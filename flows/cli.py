@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -164,9 +165,16 @@ def results(
 @artifacts_app.command("ls")
 def artifacts_ls(store: StoreOption = DEFAULT_STORE) -> None:
     """List the artifacts."""
-    found = _open(store).artifacts()
-    rows = [[a.digest[:12], a.stage, a.kind, str(a.num_files), megabytes(a.size), a.action_key[:12]] for a in found]
-    print(text_table(["artifact", "stage", "kind", "files", "size", "action"], rows))
+    opened = _open(store)
+    pins = opened.pins()
+    rows = [
+        [
+            a.digest[:12], a.stage, a.kind, str(a.num_files), megabytes(a.size), a.action_key[:12],
+            "pinned" if a.digest in pins else "",
+        ]
+        for a in opened.artifacts()
+    ]  # fmt: skip
+    print(text_table(["artifact", "stage", "kind", "files", "size", "action", ""], rows))
 
 
 @artifacts_app.command("show")
@@ -189,6 +197,67 @@ def artifacts_verify(
         print(f"{len(problems)} problems; the next run of these stages rebuilds what is missing", file=sys.stderr)
         raise typer.Exit(1)
     print("all files are intact")
+
+
+@artifacts_app.command("lineage")
+def artifacts_lineage(artifact: DigestArgument, store: StoreOption = DEFAULT_STORE) -> None:
+    """Print what an artifact was made from, and what that was made from, as a tree."""
+    from flows.artifacts import lineage_text
+
+    print(lineage_text(_open(store), artifact))
+
+
+@artifacts_app.command("diff")
+def artifacts_diff(
+    first: DigestArgument,
+    second: Annotated[str, typer.Argument(metavar="OTHER", help="Digest, or its first 6 or more digits.")],
+    store: StoreOption = DEFAULT_STORE,
+) -> None:
+    """Say how two artifacts differ: settings, inputs, files, metrics. Exit code 1 where they do."""
+    from flows.artifacts import diff_text
+
+    opened = _open(store)
+    found = diff_text(opened.load(first), opened.load(second))
+    print(found or "no difference")
+    if found:
+        raise typer.Exit(1)
+
+
+@artifacts_app.command("pin")
+def artifacts_pin(
+    artifact: DigestArgument,
+    note: Annotated[str, typer.Option(help="Why it is kept.")] = "",
+    store: StoreOption = DEFAULT_STORE,
+) -> None:
+    """Keep an artifact and all that it was made from: gc leaves them alone, forget refuses."""
+    print(f"pinned {_open(store).pin(artifact, note)}")
+
+
+@artifacts_app.command("unpin")
+def artifacts_unpin(artifact: DigestArgument, store: StoreOption = DEFAULT_STORE) -> None:
+    """Take a pin away."""
+    print(f"unpinned {_open(store).unpin(artifact)}")
+
+
+@artifacts_app.command("forget")
+def artifacts_forget(artifact: DigestArgument, store: StoreOption = DEFAULT_STORE) -> None:
+    """Take an artifact out of the list; gc may then remove its bytes, and its stage runs again."""
+    print(f"forgot {_open(store).forget(artifact)}; `musevl artifacts gc` shows what this frees")
+
+
+@artifacts_app.command("gc")
+def artifacts_gc(
+    store: StoreOption = DEFAULT_STORE,
+    grace_days: Annotated[
+        float, typer.Option(min=0, help="Keep what is younger; longer than any run that is at work.")
+    ] = 7.0,
+    delete: Annotated[bool, typer.Option("--delete", help="Delete it. Without, only say what would go.")] = False,
+) -> None:
+    """Find what no artifact, pin or work in progress needs: orphans, abandoned work, damaged and unfinished files."""
+    from flows.artifacts import garbage_text
+
+    found = _open(store).collect_garbage(timedelta(days=grace_days), delete=delete)
+    print(garbage_text(found, deleted=delete))
 
 
 @app.command()

@@ -138,5 +138,5 @@ class Blobs:
     def _damaged(self, entry: FileEntry) -> DamagedObject:
         return DamagedObject(
             f"the bytes of {entry.path!r} ({blob_key(entry.sha256)}) in the store {self._objects.uri} are not those "
-            "that were written; run `musevl verify` to set them aside, then run the stage again"
+            "that were written; run `musevl artifacts verify` to set them aside, then run the stage again"
         )

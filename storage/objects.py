@@ -9,8 +9,11 @@ from typing import Any, BinaryIO, TypeVar
 
 from storage.errors import ObjectMissing, StoreError
 from storage.manifest import check_relative_path
+from storage.object_info import ObjectInfo
 from storage.objects_local import TEMPORARY_FOLDER, LocalBackend
 from storage.objects_s3 import S3Backend, is_transport_error, one_line
+
+__all__ = ["ObjectInfo", "ObjectStore"]
 
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
@@ -109,6 +112,8 @@ class ObjectStore:
         with self._explained("store", key):
             if self._backend.size(key) != size:
                 self._backend.put_file(key, source, sha256)
+            else:
+                self._backend.touch(key)  # a file that is wanted again is young again for the garbage collection
 
     def get_file(self, key: str, local_path: str | Path) -> None:
         """Copy an object to a local file (not atomically); ObjectMissing when it is not there."""
@@ -135,6 +140,22 @@ class ObjectStore:
         """Return the keys that begin with `prefix`, sorted; unfinished files never appear."""
         with self._explained("list", prefix or "."):
             return sorted(self._backend.list(prefix))
+
+    def details(self, prefix: str) -> builtins.list[ObjectInfo]:
+        """Return the objects whose keys begin with `prefix`, sorted, with size and age."""
+        with self._explained("list", prefix or "."):
+            return sorted(self._backend.details(prefix), key=lambda item: item.key)
+
+    def unfinished(self) -> builtins.list[ObjectInfo]:
+        """Return the files that a writer left behind half-way, or is still at; a bucket has none."""
+        with self._explained("list", TEMPORARY_FOLDER):
+            return sorted(self._backend.unfinished(), key=lambda item: item.key)
+
+    def delete_any(self, key: str) -> None:
+        """Remove an object, or an unfinished file, if it is there."""
+        check_relative_path(key)
+        with self._explained("delete", key):
+            self._backend.delete(key)
 
     def delete(self, key: str) -> None:
         """Remove an object if it is there."""

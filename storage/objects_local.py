@@ -8,6 +8,7 @@ from typing import BinaryIO
 
 from storage.errors import DamagedObject, StoreError
 from storage.files import TEMPORARY_PREFIX, copy_and_hash, fsync_path, remove_quietly, temporary_name
+from storage.object_info import ObjectInfo
 
 TEMPORARY_FOLDER = "tmp"
 _FILE_MODE = 0o444
@@ -84,10 +85,32 @@ class LocalBackend:
         except FileNotFoundError:
             return None
 
+    def touch(self, key: str) -> None:
+        """Make the object as young as if it were written now."""
+        os.utime(self.root / key)
+
     def list(self, prefix: str) -> list[str]:
         """Return the keys that begin with `prefix`, in no order."""
         start = self.root / prefix.rpartition("/")[0]
         return [key for key in self._walk(start) if key.startswith(prefix)]
+
+    def details(self, prefix: str) -> Iterator[ObjectInfo]:
+        """Yield the objects whose keys begin with `prefix`, in no order; one that vanishes meanwhile is left out."""
+        for key in self.list(prefix):
+            try:
+                stat = (self.root / key).stat()
+            except FileNotFoundError:
+                continue
+            yield ObjectInfo(key, stat.st_size, stat.st_mtime)
+
+    def unfinished(self) -> Iterator[ObjectInfo]:
+        """Yield the files in the folder of unfinished ones, in no order."""
+        for path in self._temporary.glob("*") if self._temporary.is_dir() else ():
+            try:
+                stat = path.stat()
+            except FileNotFoundError:
+                continue
+            yield ObjectInfo(f"{TEMPORARY_FOLDER}/{path.name}", stat.st_size, stat.st_mtime)
 
     def delete(self, key: str) -> None:
         """Remove the object if it is there."""

@@ -4,12 +4,14 @@ import os
 import random
 import time
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 import fsspec
 
 from storage.errors import StoreError
+from storage.object_info import ObjectInfo
 
 _CONFLICT_ATTEMPTS = 8
 _FIRST_BACKOFF_S = 0.05
@@ -112,10 +114,23 @@ class S3Backend:
             return None
         return int(info["size"]) if info["type"] == "file" else None
 
+    def touch(self, key: str) -> None:
+        """Do nothing: an object of a bucket is as old as its last write."""
+
     def list(self, prefix: str) -> list[str]:
         """Return the keys that begin with `prefix`, in no order."""
+        return [item.key for item in self.details(prefix)]
+
+    def details(self, prefix: str) -> Iterator[ObjectInfo]:
+        """Yield the objects whose keys begin with `prefix`, in no order."""
         found = self._fs.find(self._base, prefix=prefix, detail=True)
-        return [path[len(self._base) + 1 :] for path, info in found.items() if info["type"] == "file"]
+        for path, info in found.items():
+            if info["type"] == "file":
+                yield ObjectInfo(path[len(self._base) + 1 :], int(info["size"]), info["LastModified"].timestamp())
+
+    def unfinished(self) -> Iterator[ObjectInfo]:
+        """Yield nothing: a bucket shows no object before it is complete."""
+        return iter(())
 
     def delete(self, key: str) -> None:
         """Remove the object if it is there."""

@@ -1,8 +1,8 @@
 """The artifact store: files by digest, artifacts by action key, and the records of work in progress.
 
-Layout under one URI: `cas/sha256/ab/...` blobs and manifests, `actions/KEY.json` the one
-point where a result becomes visible, `plans/`, `receipts/KEY/SHARD.json`, `checkpoints/KEY/STEP/`, `runs/` provenance,
-`quarantine/` damaged bytes.
+Layout under one URI: `cas/sha256/ab/...` blobs and manifests, `actions/KEY.json` the one point where a result becomes
+visible, `pins/`, `plans/`, `receipts/KEY/SHARD.json`, `checkpoints/KEY/STEP/`, `runs/` provenance, `quarantine/`
+damaged bytes.
 """
 
 import json
@@ -14,7 +14,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from storage import checkpoints
 from storage.blobs import Blobs, blob_key, default_cache_dir
 from storage.digests import canonical_json, digest_of, is_sha256, sha256_bytes
 from storage.errors import AmbiguousDigest, DamagedObject, ObjectMissing, StoreError, UnknownArtifact
+from storage.garbage import Garbage, find_garbage, key_of_pin, remove
 from storage.manifest import FileEntry, Manifest
 from storage.objects import ObjectStore
 from storage.verify import Problem, quarantine, verify_artifact
@@ -224,6 +225,64 @@ class Store:
             problems += verify_artifact(self._objects, self._blobs, found, known)
         return problems
 
+    def pin(self, digest_or_prefix: str, note: str = "") -> str:
+        """Keep an artifact and all that it was made from, whatever happens to its action; return its digest."""
+        digest = self._resolve(digest_or_prefix)
+        self._objects.put(key_of_pin(digest), canonical_json({"note": note}))
+        return digest
+
+    def unpin(self, digest_or_prefix: str) -> str:
+        """Take a pin away; return the digest. UnknownArtifact when nothing is pinned under that name."""
+        matches = [digest for digest in self.pins() if digest.startswith(digest_or_prefix)]
+        if len(matches) != 1:
+            raise UnknownArtifact(f"{len(matches)} pinned artifacts begin with {digest_or_prefix!r}; give one digest")
+        self._objects.delete(key_of_pin(matches[0]))
+        return matches[0]
+
+    def pins(self) -> dict[str, str]:
+        """Return the note of every pinned artifact, by digest."""
+        keys = self._objects.list("pins/")
+        notes = self._objects.map(lambda key: str(self._read_json(key).get("note", "")), keys)
+        return {key.removeprefix("pins/").removesuffix(".json"): note for key, note in zip(keys, notes, strict=True)}
+
+    def forget(self, digest_or_prefix: str) -> str:
+        """Take an artifact out of the list: no run finds it any more, and `collect_garbage` may remove its bytes.
+
+        Returns:
+            Its digest.
+
+        Raises:
+            StoreError: it is pinned.
+        """
+        digest = self._resolve(digest_or_prefix)
+        if digest in self.pins():
+            raise StoreError(f"artifact {digest[:12]} is pinned; `musevl artifacts unpin {digest[:12]}` first")
+        for key in self._objects.list("actions/"):
+            if self._action_digest(key) == digest:
+                self._objects.delete(key)
+        return digest
+
+    def collect_garbage(self, grace: timedelta, *, delete: bool) -> list[Garbage]:
+        """Find what neither an action, a pin nor work in progress needs.
+
+        Args:
+            grace: what is younger stays; longer than any run that may be at work.
+            delete: also remove it.
+        """
+        keys = self._objects.list("actions/")
+        digests = self._objects.map(self._action_digest, keys)
+        roots = [digest for digest in digests if digest is not None]
+        committed = {
+            key.removeprefix("actions/").removesuffix(".json")
+            for key, digest in zip(keys, digests, strict=True)
+            if digest is not None
+        }
+        cutoff = (datetime.now(UTC) - grace).timestamp()
+        found = find_garbage(self._objects, [*roots, *self.pins()], committed, self._read_manifest, cutoff)
+        if delete:
+            remove(self._objects, found)
+        return found
+
     # Work in progress
 
     def create_plan(self, action_key: str, plan: dict[str, Any]) -> dict[str, Any]:
@@ -324,7 +383,9 @@ class Store:
     def _read_manifest(self, digest: str) -> Manifest:
         data = self._objects.read(blob_key(digest))
         if sha256_bytes(data) != digest:
-            raise DamagedObject(f"the manifest {digest} in the store {self.uri} is damaged; run `musevl verify`")
+            raise DamagedObject(
+                f"the manifest {digest} in the store {self.uri} is damaged; run `musevl artifacts verify`"
+            )
         return Manifest.from_bytes(data)
 
     def _intact(self, digest: str) -> Manifest | None:

@@ -1,0 +1,59 @@
+"""`musevl artifacts lineage | diff | pin | forget | gc`."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from flows.artifacts import diff_text, lineage_text
+from storage.manifest import FileEntry, Manifest
+from tests.flows.conftest import Command
+from tests.tiny import TinyRun
+
+
+def test_lineage_names_everything_once_in_full(tiny_run: TinyRun) -> None:
+    results = tiny_run.results
+    lines = lineage_text(tiny_run.store, results["evaluate"].digest).splitlines()
+    assert lines[0].startswith(f"evaluate  {results['evaluate'].digest[:12]}  evaluation, ")
+    for name, result in results.items():
+        full = [line for line in lines if result.digest[:12] in line and "(above)" not in line]
+        assert len(full) == 1 and full[0].split()[0] == name
+    assert any(line.strip().startswith("download") and line.endswith("(above)") for line in lines)
+
+
+def test_diff_shows_settings_inputs_files_and_metrics() -> None:
+    def made(steps: int, digest: str, value: float) -> Manifest:
+        config = {"steps": steps, "optimiser": {"learning_rate": 0.1}}
+        return Manifest("vlm", 1, "sft", config, {"pretrain": "a" * 64}, (FileEntry("w", 3, digest),), {"x": value}, {})
+
+    assert diff_text(made(1, "0" * 64, 0.5), made(1, "0" * 64, 0.5)) == ""
+    text = diff_text(made(1, "0" * 64, 0.5), made(2, "1" * 64, 0.75))
+    assert [line.split() for line in text.splitlines() if line.startswith(("steps", "x", "w "))] == [
+        ["steps", "1", "2"],
+        ["x", "0.5", "0.75"],
+        ["w", "000000000000", "(0.0", "MB)", "111111111111", "(0.0", "MB)"],
+    ]
+    assert "learning_rate" not in text and "inputs" not in text
+
+
+def test_commands_on_a_store(musevl: Command, tiny_run: TinyRun, tmp_path: Path) -> None:
+    shutil.copytree(tiny_run.store.uri, tmp_path / "store")
+    sft, evaluate = (tiny_run.results[name].digest for name in ("sft", "evaluate"))
+
+    def artifacts(*arguments: str) -> tuple[int, str]:
+        done = musevl("artifacts", *arguments, "--store", "store")
+        return done.returncode, done.stdout + done.stderr
+
+    assert artifacts("pin", sft[:8], "--note", "kept") == (0, f"pinned {sft}\n")
+    assert sum(line.endswith("pinned") for line in artifacts("ls")[1].splitlines()) == 1
+    code, text = artifacts("forget", sft[:8])
+    assert code == 2 and "is pinned" in text and len(text.splitlines()) == 1
+    assert artifacts("forget", evaluate[:8])[0] == 0
+    code, text = artifacts("gc", "--grace-days", "0")
+    assert code == 0 and "no artifact, pin or work needs it" in text and "nothing was deleted" in text
+    assert artifacts("gc")[1] == "nothing to remove\n", "all of it is younger than a week"
+    assert "deleted" in artifacts("gc", "--grace-days", "0", "--delete")[1]
+    assert artifacts("gc", "--grace-days", "0")[1] == "nothing to remove\n"
+    assert artifacts("verify")[0] == 0
+    code, text = artifacts("diff", sft[:8], tiny_run.results["pretrain"].digest[:8])
+    assert code == 1 and "settings" in text and "pretrain" in text
