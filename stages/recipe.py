@@ -115,10 +115,10 @@ def _read(path: Path, readers: tuple[Path, ...]) -> dict[str, Any]:
 
 
 def _merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    """`changes` over `base`, section by section; lists and other values are replaced whole."""
+    """`changes` over `base`, section by section; lists and other values are replaced whole, `{}` empties a mapping."""
     merged = dict(base)
     for name, value in changes.items():
-        nested = isinstance(value, dict) and isinstance(merged.get(name), dict)
+        nested = isinstance(value, dict) and value and isinstance(merged.get(name), dict)
         merged[name] = _merged(merged[name], value) if nested else value
     return merged
 

@@ -118,6 +118,8 @@ def test_a_recipe_holds_what_it_changes_of_another(tmp_path: Path) -> None:
     assert mine.name == "mine" and mine.tokenizer == plain.tokenizer
     assert again.sft == mine.sft and again.seed == 4
     assert load_recipe(str(tmp_path / "again.yaml"), ["sft.steps=9"]).sft.steps == 9
+    (tmp_path / "all.yaml").write_text("extends: tiny\ndownload: {keep: {}}\n")
+    assert plain.download.keep and load_recipe(str(tmp_path / "all.yaml")).download.keep == {}
 
 
 @pytest.mark.parametrize(
