@@ -151,6 +151,9 @@ class _Alignment:
         matched = (logits.argmax(1) == torch.arange(len(rows))).float().mean()
         return {"loss": loss, "batch_accuracy": matched, "gradient_norm": norm}
 
+    def pictures(self) -> dict[str, Tensor]:
+        return {}
+
     def batch_keys(self, step: int) -> list[str]:
         return [self.keys[row] for row in self.sampler.batch(step)]
 

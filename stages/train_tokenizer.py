@@ -45,6 +45,7 @@ from stages.training import (
 from storage.digests import sha256_file
 
 _EVALUATION_BATCH = 32
+_PICTURES = 8
 _FEATURE_CACHE_BYTES = 2 << 30
 """Teacher features of the training images are computed once while they fit into this, else at every step."""
 
@@ -225,6 +226,17 @@ class TokenizerTraining:
 
     def batch_keys(self, step: int) -> list[str]:
         return [self.source.keys[index] for index in self.sampler.batch(step)]
+
+    @torch.no_grad()
+    def pictures(self) -> dict[str, Tensor]:
+        """The first training images above what the tokenizer's codes draw of them."""
+        shown = list(range(min(_PICTURES, len(self.source))))
+        images = normalise(self.source.pixels(shown).to(self.device))
+        tokenizer = self.final_tokenizer()
+        with autocast(self.device, self.config.precision):
+            drawn = to_pixels(tokenizer(images).reconstruction).cpu()
+        rows = [torch.cat(list(row), dim=2) for row in (self.source.pixels(shown), drawn)]
+        return {"originals and reconstructions": torch.cat(rows, dim=1)}
 
     def _parts(self) -> dict[str, Any]:
         parts: dict[str, Any] = {

@@ -70,7 +70,9 @@ class LoopConfig(Config):
     device: RuntimeStr = "auto"
     """`auto` (a GPU if there is one), `cpu`, `cuda`."""
     tensorboard: RuntimeStr = ""
-    """Folder for TensorBoard events of this stage; empty writes none."""
+    """Folder for TensorBoard events of this stage, loss curves and pictures; empty writes none."""
+    pictures_every: RuntimeInt = 500
+    """Steps between pictures in TensorBoard; only a tokenizer has any."""
 
 
 class Trainable(Protocol):
@@ -82,6 +84,10 @@ class Trainable(Protocol):
 
     def batch_keys(self, step: int) -> list[str]:
         """Keys of the samples of a step, for error messages."""
+        ...
+
+    def pictures(self) -> dict[str, Tensor]:
+        """What can be looked at, uint8 `[3, H, W]` by name; must change nothing, random numbers included."""
         ...
 
     def state_dict(self) -> dict[str, Any]:
@@ -141,6 +147,9 @@ def train(context: StageContext[Any], trainable: Trainable, config: LoopConfig) 
                         writer.add_scalar(name, history.points[-1][2], step + 1)
                 bar.set_postfix({name: f"{values[-1]:.3f}" for name, values in list(pending.items())[:3]})
                 pending.clear()
+            if writer and ((step + 1) % config.pictures_every == 0 or last):
+                for name, picture in trainable.pictures().items():
+                    writer.add_image(name, picture, step + 1)
             if (step + 1) % config.checkpoint_every == 0 and not last:
                 _save(context, trainable, history, pending, step + 1)
     if writer:

@@ -133,6 +133,9 @@ class VlmTraining:
     def batch_keys(self, step: int) -> list[str]:
         return [self.rows.keys[index] for index in self.sampler.batch(step)]
 
+    def pictures(self) -> dict[str, Tensor]:
+        return {}
+
     def state_dict(self) -> dict[str, Any]:
         return {"vlm": self.vlm.state_dict(), "optimiser": self.optimiser.state_dict()}
 

@@ -46,6 +46,9 @@ class Noisy:
     def batch_keys(self, step: int) -> list[str]:
         return [f"sample-{step}"]
 
+    def pictures(self) -> dict[str, Tensor]:
+        return {"weights": torch.full((3, 4, 5), 128, dtype=torch.uint8)}
+
     def state_dict(self) -> dict[str, Any]:
         return {"module": self.module.state_dict(), "optimiser": self.optimiser.state_dict()}
 
@@ -112,3 +115,15 @@ def test_only_matrices_decay() -> None:
 def test_seeds_differ_by_every_part_and_repeat_exactly() -> None:
     assert mix_seed(0, "step", 1) == mix_seed(0, "step", 1)
     assert len({mix_seed(0, "step", 1), mix_seed(0, "step", 2), mix_seed(1, "step", 1), mix_seed(0, "epoch", 1)}) == 4
+
+
+def test_tensorboard_shows_losses_and_pictures(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    config = LoopConfig(steps=6, log_every=2, pictures_every=4, tensorboard=str(tmp_path / "events"))
+    train(context(tmp_path, "shown"), Noisy(config), config)
+    events = EventAccumulator(config.tensorboard)
+    events.Reload()
+    assert [event.step for event in events.Scalars("loss")] == [2, 4, 6]
+    assert [event.step for event in events.Images("weights")] == [4, 6]
+    assert (events.Images("weights")[0].width, events.Images("weights")[0].height) == (5, 4)
