@@ -38,7 +38,7 @@ def musevl(prefect_environment: dict[str, str], tmp_path: Path) -> Command:
             env=prefect_environment | environment,
             capture_output=True,
             text=True,
-            timeout=300,
+            timeout=1500,
         )
 
     return run

@@ -65,7 +65,7 @@ def test_wrong_arguments_are_named_before_anything_starts(musevl: Command, argum
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1800)
 def test_all_kinds_run_end_to_end_and_a_second_comparison_trains_nothing(
     musevl: Command, tiny_run: TinyRun, tmp_path: Path
 ) -> None:
