@@ -94,7 +94,7 @@ def compare_tokenizers(
     overrides: SetOption = None,
     kinds: Annotated[
         str,
-        typer.Option(help="Values of tokenizer.kind, or dualtoken-deep, dualtoken-reconstruction; with commas."),
+        typer.Option(help="Values of tokenizer.kind, variants (dualtoken-deep, ...) or external=FOLDER; with commas."),
     ] = "vqgan,semantic,sde,tokenflow,dualtoken,vila_u",
     seeds: Annotated[str, typer.Option(help="Seeds, with commas; each kind is trained once a seed.")] = "0",
 ) -> None:
@@ -128,6 +128,21 @@ def import_tokenizer(
         f"{out}\nuse it as it is: musevl stage train_tokenizer --recipe {recipe} "
         f"--set tokenizer.weights={out} --set tokenizer.steps=0"
     )
+
+
+@app.command("import-codes")
+def import_codes(
+    codes: Annotated[Path, typer.Argument(help="Folder of Parquet files in the code table's layout.")],
+    recipe: RecipeOption = "mini",
+    store: StoreOption = DEFAULT_STORE,
+    executor: ExecutorOption = "ray",
+    overrides: SetOption = None,
+) -> None:
+    """Take the codes that another project's tokenizer made of a recipe's images; the recipe must be downloaded."""
+    given = [*(overrides or []), "tokenizer.kind=external", f"tokenizer.codes={codes.absolute()}"]
+    for name in ("train_tokenizer", "tokenize"):
+        print(result_line(run_one_stage(name, recipe, store, executor, given)))
+    print(f"compare them: musevl compare-tokenizers --recipe {recipe} --kinds vqgan,sde,external={codes.absolute()}")
 
 
 @app.command()

@@ -41,6 +41,10 @@ VARIANTS = {
 """What may stand among the kinds beside the values of `tokenizer.kind`, and what it sets: DualToken's ablation."""
 
 
+EXTERNAL = "external="
+"""`external=FOLDER` stands for the codes of another project's tokenizer."""
+
+
 @dataclass(frozen=True)
 class Ablation:
     """A paper's table that is printed where all its rows were compared."""
@@ -72,7 +76,15 @@ PUBLISHED = {"vqgan": "34.6", "sde": "60.8"}
 
 def overrides_of(kind: str, seed: int, overrides: list[str]) -> list[str]:
     """The overrides of one run of a comparison."""
-    return [*overrides, *VARIANTS.get(kind, (f"tokenizer.kind={kind}",)), f"seed={seed}"]
+    settings = VARIANTS.get(kind, (f"tokenizer.kind={kind}",))
+    if kind.startswith(EXTERNAL):
+        settings = ("tokenizer.kind=external", f"tokenizer.codes={kind.removeprefix(EXTERNAL)}")
+    return [*overrides, *settings, f"seed={seed}"]
+
+
+def model_of(kind: str) -> str:
+    """What the metric rows of a kind call it: the value of `tokenizer.kind`."""
+    return "external" if kind.startswith(EXTERNAL) else kind.split("-")[0]
 
 
 @dataclass(frozen=True)
@@ -88,9 +100,8 @@ class Run:
 
     def value(self, benchmark: str, metric: str) -> float | None:
         """A metric of this tokenizer itself, not of a baseline."""
-        model = self.kind.split("-")[0]  # a variant's rows carry its tokenizer's kind
         for row in self.rows:
-            if (row["model"], row["benchmark"], row["metric"]) == (model, benchmark, metric):
+            if (row["model"], row["benchmark"], row["metric"]) == (model_of(self.kind), benchmark, metric):
                 return float(row["value"])
         return None
 
@@ -205,7 +216,13 @@ def code_pages(comparison: Comparison, store: Store) -> list[tuple[str, list[tup
 
 def side_by_side(comparison: Comparison, store: Store) -> list[SideBySide]:
     """Evenly spaced held-out images with the reconstructions of the first seed's tokenizers."""
-    first = [run for run in comparison.runs if run.seed == comparison.seeds[0]]
+    first = [
+        run
+        for run in comparison.runs
+        if run.seed == comparison.seeds[0] and model_of(run.kind) != "external"  # nothing decodes given codes
+    ]
+    if not first:
+        return []
     tables = [read_table(store.fetch(run.evaluation.file("reconstructions.parquet"))) for run in first]
     count = len(tables[0])
     chosen = sorted({index * count // MAX_PICTURES for index in range(MAX_PICTURES)})

@@ -19,7 +19,7 @@ from models.teachers import Teacher
 from models.transformer import SemanticDecoderConfig
 from models.transforms import TransformConfig
 
-Kind = Literal["sde", "vqgan", "semantic", "tokenflow", "dualtoken", "vila_u"]
+Kind = Literal["sde", "vqgan", "semantic", "tokenflow", "dualtoken", "vila_u", "external"]
 
 
 class TokenizerConfig(Config):
@@ -29,7 +29,7 @@ class TokenizerConfig(Config):
     """`sde`: the teacher's features are added before quantization (MUSE-VL, eq. 1-2); `vqgan`: image branch only;
     `semantic`: semantic branch only (MUSE-VL's ablation); `tokenflow`: a semantic and a pixel table under one index;
     `dualtoken`: residual codes of shallow and of deep features, each in its own book; `vila_u`: residual codes of deep
-    features, aligned with the captions."""
+    features, aligned with the captions; `external`: no tokenizer of ours, its codes are given (`codes`)."""
     transform: TransformConfig = TransformConfig()
     """How images are shaped before encoding."""
     conv: ConvConfig = ConvConfig()

@@ -181,9 +181,11 @@ KINDS: dict[str, type[ImageTokenizer]] = {
     "dualtoken": DualTokenTokenizer,
     "vila_u": VilaUTokenizer,
 }
-"""The class of each `TokenizerConfig.kind`."""
+"""The class of each `TokenizerConfig.kind` but `external`."""
 
 
 def build_tokenizer(config: TokenizerConfig, teacher: Teacher | None = None) -> ImageTokenizer:
-    """The tokenizer of a config; arguments and errors as `ImageTokenizer`."""
+    """The tokenizer of a config; arguments and errors as `ImageTokenizer`, and ValueError for `external`."""
+    if config.kind not in KINDS:
+        raise ValueError("tokenizer.kind=external has codes but no tokenizer; it can neither encode nor decode images")
     return KINDS[config.kind](config, teacher)

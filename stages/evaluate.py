@@ -10,6 +10,7 @@ from pydantic import PositiveInt
 from models.config import Config
 from models.metrics import book_statistics
 from models.sampling import SamplingConfig
+from stages import external_codes
 from stages.evaluation_results import FILES, gather, measured, measured_mean, measured_share
 from stages.evaluation_tasks import RANDOM, SAME_CATEGORY, TaskFactory
 from stages.stage import Outcome, RuntimeInt, RuntimeStr, Stage, StageContext
@@ -69,7 +70,8 @@ def run(context: StageContext[EvaluateConfig]) -> Outcome:
     trained_on = context.inputs["sft"].metadata["tokenizer"]
     check_tokenizer(rows.info, trained_on)
     count = len(rows) if config.max_rows is None else min(len(rows), config.max_rows)
-    plan = store.create_plan(key, {"items": _items(count, config.rows_per_shard)})
+    tasks = ["understanding"] if tokenizer.kind == external_codes.KIND else list(FILES)
+    plan = store.create_plan(key, {"items": _items(tasks, count, config.rows_per_shard)})
     done = store.receipts(key)
     items = [item for item in plan["items"] if item["shard"] not in done]
     factory = TaskFactory(store, key, config, context.seed, context.inputs)
@@ -95,10 +97,10 @@ def run(context: StageContext[EvaluateConfig]) -> Outcome:
     return Outcome("evaluation", files, metrics=headline)
 
 
-def _items(count: int, rows_per_shard: int) -> list[dict[str, Any]]:
+def _items(tasks: list[str], count: int, rows_per_shard: int) -> list[dict[str, Any]]:
     return [
         {"shard": f"{task}-{start:07d}", "task": task, "start": start, "count": min(rows_per_shard, count - start)}
-        for task in FILES
+        for task in tasks
         for start in range(0, count, rows_per_shard)
     ]
 
@@ -107,16 +109,14 @@ def _metric_rows(
     context: StageContext[EvaluateConfig], tables: dict[str, pa.Table], rows: CodedRows
 ) -> list[dict[str, Any]]:
     kind = context.inputs["train_tokenizer"].config["kind"]
-    return [
-        *_reconstruction_rows(kind, tables["reconstruction"], rows),
-        *_understanding_rows(kind, tables["understanding"], context.config),
-        *_generation_rows(kind, tables["generation"], context),
-    ]
-
-
-def _reconstruction_rows(kind: str, table: pa.Table, rows: CodedRows) -> list[dict[str, Any]]:
     settings = {"crop": rows.info.transform["resize"], "image_size": rows.info.transform["image_size"], "format": "PNG"}
     common = {"model": kind, "benchmark": "reconstruction", "split": "test", "settings": settings}
+    found = _reconstruction_rows(common, tables["reconstruction"]) if "reconstruction" in tables else []
+    found += [*_codebook_rows(common, rows), *_understanding_rows(kind, tables["understanding"], context.config)]
+    return found + (_generation_rows(kind, tables["generation"], context) if "generation" in tables else [])
+
+
+def _reconstruction_rows(common: dict[str, Any], table: pa.Table) -> list[dict[str, Any]]:
     found = []
     notes: dict[str, dict[str, Any]] = {
         "psnr": {"rule": "mean of per-image dB"},
@@ -127,9 +127,15 @@ def _reconstruction_rows(kind: str, table: pa.Table, rows: CodedRows) -> list[di
     }
     for metric, note in notes.items():
         if metric in table.column_names:
-            found.append(measured_mean(common | {"settings": settings | note}, metric, table[metric].to_pylist()))
+            noted = common | {"settings": common["settings"] | note}
+            found.append(measured_mean(noted, metric, table[metric].to_pylist()))
+    return found
+
+
+def _codebook_rows(common: dict[str, Any], rows: CodedRows) -> list[dict[str, Any]]:
+    found = []
     info = rows.info
-    total = settings | {"codebook_size": info.codebook_sizes[0], "rule": "over the whole held-out split"}
+    total = common["settings"] | {"codebook_size": info.codebook_sizes[0], "rule": "over the whole held-out split"}
     books = book_statistics(rows.codes.long(), info.codebook_names, info.codebook_sizes)
     if len(info.codebook_names) > 1:
         least = min(books[f"_{name}"].usage for name in info.codebook_names)

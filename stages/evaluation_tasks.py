@@ -23,7 +23,7 @@ from models.losses import BackbonePerceptualDistance
 from models.metrics import psnr, ssim
 from models.sampling import SamplingConfig
 from models.teachers import BackboneTeacher, Teacher
-from models.transforms import normalise, to_pil, to_pixels
+from models.transforms import TransformConfig, normalise, to_pil, to_pixels
 from models.vlm import UnifiedVlm, mean_log_likelihood
 from stages.evaluation_results import store_rows
 from stages.image_data import ImageSource
@@ -147,10 +147,14 @@ class EvaluationWorker:
         return load_rows(self.job.store, self.job.inputs["tokenize"], split="test", views=False)
 
     @cached_property
+    def transform(self) -> TransformConfig:
+        """How the images of the code table were shaped."""
+        return TransformConfig(**self.rows.info.transform)
+
+    @cached_property
     def images(self) -> ImageSource:
         """The held-out images; row for row those of `rows`."""
-        transform = self.tokenizer.config.transform
-        source = ImageSource(self.job.store, self.job.inputs["download"], transform, split="test")
+        source = ImageSource(self.job.store, self.job.inputs["download"], self.transform, split="test")
         if source.keys != self.rows.keys:
             raise ValueError(
                 "the code table and the download differ in their held-out rows; tokenize this download again"
@@ -167,8 +171,7 @@ class EvaluationWorker:
     @cached_property
     def training_images(self) -> ImageSource:
         """The training images, from which prototypes are made."""
-        transform = self.tokenizer.config.transform
-        return ImageSource(self.job.store, self.job.inputs["download"], transform, split="train")
+        return ImageSource(self.job.store, self.job.inputs["download"], self.transform, split="train")
 
     @cached_property
     def pixel_prototypes(self) -> dict[str, Tensor]:

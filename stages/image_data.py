@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from models.transforms import TransformConfig, load_image, to_tensor
+from storage.image_shards import ImageSample
 from storage.manifest import Manifest
 from storage.store import Store
 from storage.tables import read_table
@@ -101,6 +102,14 @@ class ImageSource:
         self._places.append(place)
         for name in extra:
             self.columns.setdefault(name, []).append(row[name] or "")
+
+
+def table_columns(sample: ImageSample, view: str) -> dict[str, str | None]:
+    """The text columns that a row of a code table has of its image."""
+    extra = {
+        name: str(value) for name, value in sample.json.items() if name not in ("url", "view", "text", "key", "codes")
+    }
+    return {"text": sample.text, "view": view, **extra}
 
 
 def _image_offsets(shard: Path) -> dict[str, tuple[int, int]]:

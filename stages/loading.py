@@ -103,7 +103,10 @@ def load_tokenizer(store: Store, digest: str) -> ImageTokenizer:
     """
     manifest = store.load(digest)
     if manifest.kind != "tokenizer":
-        raise ValueError(f"artifact {digest[:12]} is of kind {manifest.kind!r}; give the digest of a tokenizer")
+        raise ValueError(
+            f"artifact {digest[:12]} is of kind {manifest.kind!r}, not a tokenizer; codes of another project "
+            f"(tokenizer.kind=external) can be read, but neither encoded nor drawn"
+        )
     config = TokenizerConfig(**read_json(store, manifest, "tokenizer.json"))
     has_teacher = KINDS[config.kind].needs_teacher
     teacher = load_teacher(store, store.load(manifest.inputs[TEACHER_STAGE])) if has_teacher else None

@@ -11,6 +11,7 @@ from models.config import Fraction
 from models.visual_codes import VisualCodesConfig
 from models.vlm import LlmConfig, UnifiedVlm, build_small_llm, extend_llm, load_base_llm, start_from_codebook
 from models.vocabulary import extend_tokenizer, train_bpe
+from stages import external_codes
 from stages.loading import load_tokenizer
 from stages.sequences import Sequence, SequenceBuilder
 from stages.stage import Outcome, Stage, StageContext
@@ -69,7 +70,7 @@ def build_unified(config: PretrainConfig, store: Store, rows: CodedRows) -> tupl
     if not vocabulary.one_code:
         codebooks = load_tokenizer(store, info.tokenizer_digest).codebooks
         return UnifiedVlm(llm, vocabulary, build_visual(config.visual, llm, codebooks, vocabulary)), tokenizer
-    if config.llm.visual_init == "codebook":
+    if config.llm.visual_init == "codebook" and store.load(info.tokenizer_digest).kind != external_codes.KIND:
         start_from_codebook(llm, vocabulary, load_tokenizer(store, info.tokenizer_digest).codebooks[0][0])
     return UnifiedVlm(llm, vocabulary), tokenizer
 

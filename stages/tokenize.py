@@ -12,7 +12,8 @@ from torch import Tensor
 from models.config import Config
 from models.image_tokenizer import ImageTokenizer
 from models.transforms import ViewsConfig, load_image, normalise, random_view, to_tensor
-from stages.image_data import ORIGINAL
+from stages import external_codes
+from stages.image_data import ORIGINAL, table_columns
 from stages.loading import load_tokenizer
 from stages.stage import Outcome, RuntimeFloat, RuntimeInt, Stage, StageContext
 from stages.standalone import run_standalone
@@ -46,6 +47,8 @@ def run(context: StageContext[TokenizeConfig]) -> Outcome:
     """Make the `code_table` artifact: `codes/NNNNN.parquet`."""
     config, store, key = context.config, context.store, context.action_key
     download, tokenizer = context.inputs["download"], context.inputs["train_tokenizer"]
+    if tokenizer.kind == external_codes.KIND:
+        return external_codes.join(context)
     shards = [entry.path.removeprefix("images/").removesuffix(".tar") for entry in download.files_under("images")]
     plan = store.create_plan(key, {"shards": shards})
     done = store.receipts(key)
@@ -103,7 +106,7 @@ class TokenizeWorker:
             for view, kept in self._views(batch):
                 shown = [batch[position] for position in kept]
                 keys += [sample.key if view == ORIGINAL else f"{sample.key}_{view}" for sample in shown]
-                rows += [_columns(sample, view) for sample in shown]
+                rows += [table_columns(sample, view) for sample in shown]
                 codes.append(self._encode(images[kept], [sample.key for sample in shown], view))
         entries = [self._store_table(shard, keys, rows, torch.cat(codes))] if keys else []  # every URL may have failed
         receipt = {"files": [entry.to_json() for entry in entries], "rows": len(keys)}
@@ -146,13 +149,6 @@ class TokenizeWorker:
             )
         with autocast(self.device, self.job.config.precision):
             return self.tokenizer.encode(images)
-
-
-def _columns(sample: ImageSample, view: str) -> dict[str, str | None]:
-    extra = {
-        name: str(value) for name, value in sample.json.items() if name not in ("url", "view", "text", "key", "codes")
-    }
-    return {"text": sample.text, "view": view, **extra}
 
 
 STAGE = Stage(

@@ -27,6 +27,7 @@ from models.metrics import book_statistics, psnr
 from models.teachers import BackboneTeacher, Teacher
 from models.tokenizers import build_tokenizer
 from models.transforms import normalise, to_pixels
+from stages import external_codes
 from stages.image_data import ImageSource
 from stages.loading import load_teacher, put_json, put_weights, read_state, subset
 from stages.stage import Outcome, RuntimeStr, Stage, StageContext
@@ -59,6 +60,8 @@ class TrainTokenizerConfig(LoopConfig, TokenizerConfig):
     """Optimiser of PatchGAN."""
     horizontal_flip: bool = True
     """Mirror half of the training images."""
+    codes: RuntimeStr = ""
+    """Folder of the codes of `kind: external`; its content counts, not its path."""
     weights: RuntimeStr = ""
     """Start from these weights, a `.safetensors` file that `musevl import-tokenizer` wrote; its content counts, not its
     path. With `steps: 0` they are taken as they are."""
@@ -71,6 +74,8 @@ class TrainTokenizerConfig(LoopConfig, TokenizerConfig):
 def run(context: StageContext[TrainTokenizerConfig]) -> Outcome:
     """Make the `tokenizer` artifact: `tokenizer.json`, weights and loss curves; measured on the held-out split."""
     config = context.config
+    if config.kind == "external":
+        return external_codes.keep(context)
     source = ImageSource(context.store, context.inputs["download"], config.transform, split="train")
     teacher = load_teacher(context.store, context.inputs["prepare_teacher"])
     torch.manual_seed(mix_seed(context.seed, "tokenizer"))
@@ -295,6 +300,8 @@ def held_out_metrics(
 
 
 def _external_inputs(config: TrainTokenizerConfig) -> dict[str, str]:
+    if config.kind == "external":
+        return external_codes.content_of(config.codes)
     if not config.weights:
         if not config.steps:
             raise ValueError("tokenizer.steps=0 trains nothing; give tokenizer.weights, or steps")

@@ -1,0 +1,90 @@
+"""Codes that were made elsewhere take the place of a tokenizer, and everything after it runs on them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from infra.executors import LocalExecutor
+from stages.execution import run_stage
+from stages.loading import load_tokenizer
+from stages.recipe import load_recipe
+from storage.code_table import CodeTable, CodeTableInfo, read_code_table, write_code_shard
+from tests.tiny import TinyRun
+
+
+def write_codes(
+    table: CodeTable, folder: Path, *, leave_out: int = 0, shape: tuple[int, int, int, int] = (1, 1, 1, 6)
+) -> None:
+    """Codes of another layout for every row of a table: the first of its own, modulo 32."""
+    folder.mkdir()
+    transform = {"image_size": 40, "resize": "squash"}
+    info = CodeTableInfo(shape, ("theirs",) * shape[0], (32,) * shape[0], "SEED-2", transform)
+    base = table.codes.reshape(len(table.keys), -1)[:, : int(np.prod(shape))].astype(np.int64) % 32
+    codes = base.reshape(len(table.keys), *shape)
+    keys, views = table.keys[leave_out:], table.columns["view"][leave_out:]
+    half = len(keys) // 2
+    for number, part in enumerate((slice(half, None), slice(half))):  # in another order, cut elsewhere
+        columns = {"view": views[part]}
+        write_code_shard(folder / f"{number}.parquet", info, keys[part], columns, codes[leave_out:][part])
+
+
+@pytest.fixture
+def theirs(tiny_run: TinyRun) -> CodeTable:
+    table = tiny_run.results["tokenize"].manifest
+    return read_code_table([tiny_run.store.fetch(entry) for entry in table.files_under("codes")])
+
+
+def test_a_model_is_trained_and_asked_on_given_codes(tiny_run: TinyRun, theirs: CodeTable, tmp_path: Path) -> None:
+    write_codes(theirs, tmp_path / "codes")
+    overrides = ["tokenizer.kind=external", f"tokenizer.codes={tmp_path}/codes", "pretrain.steps=3", "sft.steps=3"]
+    recipe, store = load_recipe("tiny", overrides), tiny_run.store_before("train_tokenizer", tmp_path / "store")
+    results = {
+        name: run_stage(name, recipe, store, LocalExecutor())
+        for name in ("train_tokenizer", "tokenize", "pretrain", "sft", "evaluate")
+    }
+    joined = read_code_table([store.fetch(e) for e in results["tokenize"].manifest.files_under("codes")])
+    assert sorted(joined.keys) == sorted(theirs.keys)
+    place = {key: row for row, key in enumerate(theirs.keys)}
+    for row, key in enumerate(joined.keys):
+        own = place[key]
+        assert {name: joined.columns[name][row] for name in theirs.columns} == {
+            name: theirs.columns[name][own] for name in theirs.columns
+        }
+        assert (joined.codes[row].ravel() == theirs.codes[own].ravel()[:6] % 32).all()
+    assert joined.info.tokenizer_digest == results["train_tokenizer"].digest
+    metrics = results["evaluate"].manifest.metrics
+    assert "external.understanding.accuracy_same_category" in metrics
+    assert "external.reconstruction.codebook_usage" in metrics
+    assert not any("psnr" in name or "generation" in name for name in metrics)
+    with pytest.raises(ValueError, match="neither encoded nor drawn"):
+        load_tokenizer(store, results["train_tokenizer"].digest)
+
+    moved = tmp_path / "moved"
+    (tmp_path / "codes").rename(moved)
+    again = load_recipe("tiny", [*overrides[:1], f"tokenizer.codes={moved}"])
+    assert run_stage("train_tokenizer", again, store, LocalExecutor()).hit, "the content counts, not the path"
+
+
+def test_images_without_codes_are_named(tiny_run: TinyRun, theirs: CodeTable, tmp_path: Path) -> None:
+    write_codes(theirs, tmp_path / "codes", leave_out=theirs.columns["view"].index("view_1") + 1)
+    recipe = load_recipe("tiny", ["tokenizer.kind=external", f"tokenizer.codes={tmp_path}/codes"])
+    store = tiny_run.store_before("train_tokenizer", tmp_path / "store")
+    run_stage("train_tokenizer", recipe, store, LocalExecutor())
+    with pytest.raises(ValueError, match="images of shard 00000 have no codes, first key"):
+        run_stage("tokenize", recipe, store, LocalExecutor())
+
+
+@pytest.mark.parametrize("case", ["empty", "several"])
+def test_codes_that_cannot_be_used_are_refused(tiny_run: TinyRun, theirs: CodeTable, tmp_path: Path, case: str) -> None:
+    if case == "several":
+        write_codes(theirs, tmp_path / "codes", shape=(2, 1, 1, 3))
+    else:
+        (tmp_path / "codes").mkdir()
+    recipe = load_recipe("tiny", ["tokenizer.kind=external", f"tokenizer.codes={tmp_path}/codes"])
+    store = tiny_run.store_before("train_tokenizer", tmp_path / "store")
+    message = {"empty": "holds no .parquet file", "several": "2 books of depth 1"}[case]
+    with pytest.raises(ValueError, match=message):
+        run_stage("train_tokenizer", recipe, store, LocalExecutor())
