@@ -94,7 +94,7 @@ def run(context: StageContext[DownloadConfig]) -> Outcome:
     results = context.executor.map(lambda: worker, items, num_workers=config.num_workers)
     for _ in tracked(results, len(items), "download shards"):
         pass
-    return _outcome(config, store.receipts(key), plan)
+    return _outcome(config, store.receipts(key, done), plan)
 
 
 def read_url_list(config: DownloadConfig) -> pa.Table:

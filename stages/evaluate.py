@@ -79,7 +79,7 @@ def run(context: StageContext[EvaluateConfig]) -> Outcome:
         context.executor.map(factory, items, num_workers=config.num_workers), len(items), "evaluate shards"
     ):
         pass
-    receipts = store.receipts(key)
+    receipts = store.receipts(key, done)
     missing = [item["shard"] for item in plan["items"] if item["shard"] not in receipts]
     assert not missing, f"every shard was mapped, yet {missing} have no receipt"
     tables = gather(store, receipts)

@@ -57,7 +57,7 @@ def run(context: StageContext[TokenizeConfig]) -> Outcome:
     results = context.executor.map(factory, items, num_workers=config.num_workers, num_gpus=config.gpus_per_worker)
     for _ in tracked(results, len(items), "tokenize shards"):
         pass
-    receipts = store.receipts(key)
+    receipts = store.receipts(key, done)
     missing = [shard for shard in plan["shards"] if shard not in receipts]
     assert not missing, f"every shard was mapped, yet {missing} have no receipt"
     files = [FileEntry.from_json(entry) for shard in plan["shards"] for entry in receipts[shard]["files"]]

@@ -11,7 +11,7 @@ import os
 import re
 import tempfile
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -311,14 +311,22 @@ class Store:
         self._objects.put(key, data)
         return receipt
 
-    def receipts(self, action_key: str) -> dict[str, dict[str, Any]]:
-        """Return the receipts of an action by shard name, sorted; those whose blobs are not all there are left out."""
+    def receipts(self, action_key: str, known: Mapping[str, dict[str, Any]] | None = None) -> dict[str, dict[str, Any]]:
+        """Return the receipts of an action by shard name, sorted; those whose blobs are not all there are left out.
+
+        Args:
+            action_key: of the action.
+            known: what an earlier call returned; those are not read and checked again.
+        """
         prefix = f"receipts/{_checked_name(action_key, 'action key')}/"
-        keys = self._objects.list(prefix)
-        found = zip(keys, self._objects.map(self._valid_receipt, keys), strict=True)
-        return {
-            key.removeprefix(prefix).removesuffix(".json"): receipt for key, receipt in found if receipt is not None
-        }
+        found = dict(known or {})
+        keys = {key.removeprefix(prefix).removesuffix(".json"): key for key in self._objects.list(prefix)}
+        new = [shard for shard in keys if shard not in found]
+        read = self._objects.map(lambda shard: self._valid_receipt(keys[shard]), new)
+        for shard, receipt in zip(new, read, strict=True):
+            if receipt is not None:
+                found[shard] = receipt
+        return dict(sorted(found.items()))
 
     def save_checkpoint(self, action_key: str, step: int, folder: str | Path, *, keep: int = 1) -> None:
         """Store the files of `folder` as the checkpoint of `step`; older ones beyond the newest `keep` go."""

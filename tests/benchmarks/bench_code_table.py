@@ -2,8 +2,8 @@
 
     python -m tests.benchmarks.bench_code_table [--images 20000]
 
-Codes are drawn evenly from a codebook of 32,768, 16 x 16 an image, so nothing can be compressed: the worst case. Reading
-is one epoch in random order from files that were just written (warm page cache on all sides), in one process.
+Codes are drawn evenly from a codebook of 32,768, 16 x 16 an image, so nothing can be compressed: the worst case.
+Reading is one epoch in random order from files that were just written (warm page cache on all sides), in one process.
 """
 
 from __future__ import annotations

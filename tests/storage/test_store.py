@@ -305,3 +305,16 @@ def test_an_endpoint_that_does_not_answer_is_named_on_one_line(s3_uri: str) -> N
     assert "at http://127.0.0.1:9: " in message
     assert "check AWS_ENDPOINT_URL and the network" in message
     assert "\n" not in message
+
+
+def test_receipts_that_are_known_are_not_read_again(store_uri: str) -> None:
+    store = Store(store_uri)
+    entry = store.put_bytes(b"bytes", "file")
+    for shard in ("b", "a"):
+        store.write_receipt("key", shard, {"files": [entry.to_json()], "shard": shard})
+    known = store.receipts("key")
+    assert list(known) == ["a", "b"]
+    store.objects.put("receipts/key/a.json", b"damaged")
+    store.write_receipt("key", "aa", {"files": [], "shard": "aa"})
+    assert list(store.receipts("key", known)) == ["a", "aa", "b"]
+    assert list(store.receipts("key")) == ["aa", "b"]
