@@ -29,6 +29,9 @@ class AlignedHeadConfig(Config):
     """Channels of the aligned patch features and of the shared image-text space."""
     feature_dropout: Fraction = 0.1
     """Dropout on the backbone's features while the head trains."""
+    keep_backbone: bool = False
+    """Whether `T` has the backbone's own features beside the aligned ones. A head that was trained on few captions knows
+    its training images better than others; the backbone's features do not depend on them."""
 
 
 class BackboneTeacherConfig(Config):
@@ -208,6 +211,7 @@ class AlignedHead(nn.Module):
 
     def __init__(self, config: AlignedHeadConfig, in_dim: int, words: list[str]) -> None:
         super().__init__()
+        self.config = config
         self.words = list(words)
         self.dropout = nn.Dropout(config.feature_dropout)
         self.patch = nn.Linear(in_dim, config.dim)
@@ -256,8 +260,9 @@ class BackboneTeacher(Teacher):
             self.backbone.eval()
             probe = self.raw_features(torch.zeros(1, 3, config.input_size, config.input_size), self.native_grid)
         self.head = AlignedHead(config.head, probe.shape[-1], words or []) if config.head else None
-        self.feature_dim = config.head.dim if config.head else probe.shape[-1]
-        self.embed_dim = self.feature_dim
+        self.embed_dim = config.head.dim if config.head else probe.shape[-1]
+        beside = probe.shape[-1] if config.head and config.head.keep_backbone else 0
+        self.feature_dim = self.embed_dim + beside
         self.has_text = self.head is not None
 
     def raw_features(self, images: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -297,7 +302,10 @@ class BackboneTeacher(Teacher):
         return self._finished(self.raw_features(images, grid))
 
     def _finished(self, raw: Tensor) -> Tensor:
-        return _standardised(self.head.patches(raw)) if self.head else raw
+        if self.head is None:
+            return raw
+        aligned = _standardised(self.head.patches(raw))
+        return torch.cat([raw, aligned], dim=-1) if self.head.config.keep_backbone else aligned
 
     def embed_images(self, images: Tensor) -> Tensor:
         raw = self.raw_features(images, self.native_grid)

@@ -105,6 +105,19 @@ class TestBackboneTeacher:
         check_standardised(aligned_teacher.features(images, (4, 4)))
         check_texts(aligned_teacher)
 
+    def test_the_backbones_features_can_stand_beside_the_aligned_ones(
+        self, aligned_teacher: BackboneTeacher, images: Tensor
+    ) -> None:
+        config = aligned_teacher.config
+        head = config.head.model_copy(update={"keep_backbone": True})
+        both = BackboneTeacher(config.model_copy(update={"head": head}), None, aligned_teacher.head.words).freeze()
+        both.load_state_dict(aligned_teacher.state_dict())
+        check_contract(both, images, (4, 4))
+        raw, aligned = both.features(images, (4, 4)).split([112 + 320, 16], dim=-1)
+        torch.testing.assert_close(raw, aligned_teacher.raw_features(images, (4, 4)))
+        torch.testing.assert_close(aligned, aligned_teacher.features(images, (4, 4)))
+        torch.testing.assert_close(both.embed_images(images), aligned_teacher.embed_images(images))
+
     def test_features_of_a_stage_are_timms(self, efficientnet_state: dict[str, Tensor], images: Tensor) -> None:
         make_torchvision_importable()
         import timm
