@@ -30,8 +30,8 @@ class AlignedHeadConfig(Config):
     feature_dropout: Fraction = 0.1
     """Dropout on the backbone's features while the head trains."""
     keep_backbone: bool = False
-    """Whether `T` has the backbone's own features beside the aligned ones. A head that was trained on few captions knows
-    its training images better than others; the backbone's features do not depend on them."""
+    """Whether `T` has the backbone's own features beside the aligned ones. A head that was trained on few captions
+    knows its training images better than others; the backbone's features do not depend on them."""
 
 
 class BackboneTeacherConfig(Config):
