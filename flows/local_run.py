@@ -31,7 +31,10 @@ def run_pipeline(recipe: str, store: str, overrides: Sequence[str], executor: Ex
         ValueError, OSError, StoreError: the recipe or the store cannot be used; before any server is started.
     """
     _prepare(recipe, store, overrides)
+    from flows.interrupts import own_processes
     from flows.pipeline import full_pipeline
+
+    own_processes()
 
     return full_pipeline(recipe=recipe, store=store, overrides=list(overrides), executor=executor)
 
@@ -51,7 +54,9 @@ def run_comparison(
     for kind in kinds:
         _prepare(recipe, store, overrides_of(kind, seeds[0], list(overrides)))
     from flows.comparison import compare_tokenizers
+    from flows.interrupts import own_processes
 
+    own_processes()
     compare_tokenizers(
         kinds=kinds, seeds=seeds, recipe=recipe, store=store, overrides=list(overrides), executor=executor
     )

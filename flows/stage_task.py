@@ -13,6 +13,7 @@ from prefect import task
 from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 
+from flows.interrupts import catch_signals
 from infra.executors import ExecutorName, WorkerDied, WorkerFailed, build_executor
 from stages.execution import run_stage
 from stages.recipe import STAGES, load_recipe
@@ -60,6 +61,7 @@ def stage_tasks(
     Raises:
         ValueError, OSError, StoreError: the recipe or the store cannot be used.
     """
+    catch_signals()
     recipe = load_recipe(recipe_name, list(overrides))
     store = Store(store_uri or default_store())
     executor = build_executor(executor_name)
