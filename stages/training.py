@@ -13,19 +13,21 @@ import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import pyarrow as pa
 import torch
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor, nn
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from models.config import Config, Fraction
 from stages.stage import RuntimeInt, RuntimeStr, StageContext
 from storage.manifest import FileEntry
 from storage.tables import write_table
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
 
 logger = logging.getLogger(__name__)
 
@@ -132,7 +134,7 @@ def train(context: StageContext[Any], trainable: Trainable, config: LoopConfig) 
     """
     history, pending = History(), dict[str, list[float]]()
     done = _restore(context, trainable, history, pending)
-    writer = SummaryWriter(config.tensorboard) if config.tensorboard else None
+    writer = _tensorboard(config.tensorboard) if config.tensorboard else None
     with progress(config.steps, f"{context.action_key[:6]} training", initial=done) as bar:
         for step in range(done, config.steps):
             torch.manual_seed(mix_seed(context.seed, "step", step))
@@ -155,6 +157,12 @@ def train(context: StageContext[Any], trainable: Trainable, config: LoopConfig) 
     if writer:
         writer.close()
     return history
+
+
+def _tensorboard(folder: str) -> SummaryWriter:
+    from torch.utils.tensorboard import SummaryWriter  # half a second that a run without it need not wait
+
+    return SummaryWriter(folder)
 
 
 class EpochSampler:
