@@ -13,6 +13,8 @@ import time
 from pathlib import Path
 from types import FrameType
 
+from prefect.settings import PREFECT_API_URL
+
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _PATIENCE_S = 5.0
 """How long children may take to end before they are killed."""
@@ -21,9 +23,12 @@ _owned = False
 
 
 def own_processes() -> None:
-    """Say that every child of this process belongs to the run; from now on SIGINT and SIGTERM end them all."""
+    """Say that every child of this process belongs to the run; from now on SIGINT and SIGTERM end them all.
+
+    Does nothing where a Prefect server is configured: it lives on, and is to learn how the run ended.
+    """
     global _owned
-    _owned = True
+    _owned = PREFECT_API_URL.value() is None
     catch_signals()
 
 

@@ -54,7 +54,7 @@ class TokenizerConfig(Config):
     semantic_code_dim: PositiveInt = 32
     """Channels of the semantic table (`tokenflow` only)."""
     semantic_decoder: SemanticDecoderConfig = SemanticDecoderConfig()
-    """Maps codes back to the teacher's features (all kinds but `vqgan`)."""
+    """Maps codes back to the teacher's features (`sde`, `semantic` and `tokenflow`)."""
     image_weight: NonNegativeFloat = 1.0
     """Scale of the normalised image features `z` in `Quant(T + z)` (`sde` only; the paper does not publish a scale)."""
 
@@ -113,7 +113,7 @@ class ImageTokenizer(nn.Module):
         Args:
             config: what to build.
             teacher: frozen; it is held without being registered, so its weights are neither saved nor trained here.
-                Kinds without a semantic branch ignore it.
+                Kinds that need none ignore it.
 
         Raises:
             ValueError: a teacher is missing, or the image size is one that the encoder cannot divide.

@@ -14,7 +14,6 @@ import numpy as np
 
 from models.transforms import TransformConfig
 from stages.image_data import ORIGINAL, table_columns
-from stages.loading import put_json
 from stages.stage import Outcome, StageContext
 from storage.code_table import CodeTableInfo, read_code_table, write_code_shard
 from storage.digests import digest_of, sha256_file
@@ -61,7 +60,6 @@ def keep(context: StageContext[Any]) -> Outcome:
             f"language model reads several codes a position by their vectors, which a code table does not hold"
         )
     files = [context.store.put_file(path, f"{_FOLDER}/{number:05d}.parquet") for number, path in enumerate(paths)]
-    files.append(put_json(context.store, {"made_by": info.tokenizer_digest}, "external.json"))
     metadata = {"code_shape": list(info.code_shape), "made_by": info.tokenizer_digest}
     return Outcome(KIND, files, metadata=metadata)
 

@@ -9,10 +9,10 @@ import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from storage.blobs import blob_key
 from storage.errors import StoreError
 from storage.manifest import Manifest
-from storage.objects import ObjectInfo, ObjectStore
+from storage.object_info import ObjectInfo
+from storage.objects import ObjectStore
 
 WORK_FOLDERS = ("plans", "receipts", "checkpoints")
 """Where work in progress stands, by action key."""
@@ -109,8 +109,3 @@ def _received(objects: ObjectStore, held: Iterable[ObjectInfo]) -> set[str]:
 
 def _old(items: Iterable[ObjectInfo], cutoff: float, reason: str) -> list[Garbage]:
     return [Garbage(item.key, item.size, reason) for item in items if item.modified < cutoff]
-
-
-def key_of_pin(digest: str) -> str:
-    """Where the pin of an artifact stands."""
-    return f"pins/{blob_key(digest).rpartition('/')[2]}.json"

@@ -13,8 +13,6 @@ from storage.object_info import ObjectInfo
 from storage.objects_local import TEMPORARY_FOLDER, LocalBackend
 from storage.objects_s3 import S3Backend, is_transport_error, one_line
 
-__all__ = ["ObjectInfo", "ObjectStore"]
-
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
 _REMOTE_THREADS = 16

@@ -22,7 +22,7 @@ from storage import checkpoints
 from storage.blobs import Blobs, blob_key, default_cache_dir
 from storage.digests import canonical_json, digest_of, is_sha256, sha256_bytes
 from storage.errors import AmbiguousDigest, DamagedObject, ObjectMissing, StoreError, UnknownArtifact
-from storage.garbage import Garbage, find_garbage, key_of_pin, remove
+from storage.garbage import Garbage, find_garbage, remove
 from storage.manifest import FileEntry, Manifest
 from storage.objects import ObjectStore
 from storage.verify import Problem, quarantine, verify_artifact
@@ -228,7 +228,7 @@ class Store:
     def pin(self, digest_or_prefix: str, note: str = "") -> str:
         """Keep an artifact and all that it was made from, whatever happens to its action; return its digest."""
         digest = self._resolve(digest_or_prefix)
-        self._objects.put(key_of_pin(digest), canonical_json({"note": note}))
+        self._objects.put(f"pins/{digest}.json", canonical_json({"note": note}))
         return digest
 
     def unpin(self, digest_or_prefix: str) -> str:
@@ -236,7 +236,7 @@ class Store:
         matches = [digest for digest in self.pins() if digest.startswith(digest_or_prefix)]
         if len(matches) != 1:
             raise UnknownArtifact(f"{len(matches)} pinned artifacts begin with {digest_or_prefix!r}; give one digest")
-        self._objects.delete(key_of_pin(matches[0]))
+        self._objects.delete(f"pins/{matches[0]}.json")
         return matches[0]
 
     def pins(self) -> dict[str, str]:

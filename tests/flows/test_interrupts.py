@@ -75,3 +75,15 @@ catch_signals()
 assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
 """
     subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True)
+
+
+def test_a_run_on_a_configured_server_keeps_prefects_handling(prefect_environment: dict[str, str]) -> None:
+    script = """
+import signal
+from flows.interrupts import own_processes
+before = signal.getsignal(signal.SIGINT)
+own_processes()
+assert signal.getsignal(signal.SIGINT) is before
+"""
+    environment = prefect_environment | {"PREFECT_API_URL": "http://127.0.0.1:9/api"}
+    subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=environment, check=True)
