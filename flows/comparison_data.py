@@ -121,6 +121,11 @@ class Comparison:
         return [value for value in found if value is not None]
 
     @property
+    def first_runs(self) -> list[Run]:
+        """The runs of the first seed, from which pictures are taken."""
+        return [run for run in self.runs if run.seed == self.seeds[0]]
+
+    @property
     def header(self) -> list[str]:
         """Headings of all tables."""
         return ["tokenizer", *(column[2] for column in COLUMNS), f"over {BASELINE}", "published"]
@@ -207,20 +212,15 @@ class SideBySide:
 
 def code_pages(comparison: Comparison, store: Store) -> list[tuple[str, list[tuple[CodeStrip, Picture]]]]:
     """For each kind, the first seed's codes and the patches that carry them."""
-    first = [run for run in comparison.runs if run.seed == comparison.seeds[0]]
     return [
         (run.kind, strips_of(store, *(store.load(run.evaluation.inputs[name]) for name in ("tokenize", "download"))))
-        for run in first
+        for run in comparison.first_runs
     ]
 
 
 def side_by_side(comparison: Comparison, store: Store) -> list[SideBySide]:
     """Evenly spaced held-out images with the reconstructions of the first seed's tokenizers."""
-    first = [
-        run
-        for run in comparison.runs
-        if run.seed == comparison.seeds[0] and model_of(run.kind) != "external"  # nothing decodes given codes
-    ]
+    first = [run for run in comparison.first_runs if model_of(run.kind) != "external"]  # nothing decodes given codes
     if not first:
         return []
     tables = [read_table(store.fetch(run.evaluation.file("reconstructions.parquet"))) for run in first]
