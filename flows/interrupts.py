@@ -13,8 +13,6 @@ import time
 from pathlib import Path
 from types import FrameType
 
-from prefect.settings import PREFECT_API_URL
-
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _PATIENCE_S = 5.0
 """How long children may take to end before they are killed."""
@@ -25,10 +23,10 @@ _owned = False
 def own_processes() -> None:
     """Say that every child of this process belongs to the run; from now on SIGINT and SIGTERM end them all.
 
-    Does nothing where a Prefect server is configured: it lives on, and is to learn how the run ended.
+    Not for a run on a configured Prefect server: that one lives on, and is to learn how the run ended.
     """
     global _owned
-    _owned = PREFECT_API_URL.value() is None
+    _owned = True
     catch_signals()
 
 

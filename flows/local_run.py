@@ -1,9 +1,10 @@
-"""The Prefect flows in this process: with the server of PREFECT_API_URL, else with a temporary one that it starts."""
+"""The Prefect flows in this process: with the server of PREFECT_API_URL, else with one of their own."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
 from stages.standalone import prepare_process
@@ -16,8 +17,6 @@ if TYPE_CHECKING:
 # What the stages say is on the terminal already; Prefect keeps its own log lines, and ours, with the run.
 _SETTINGS = {
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
-    # a loaded machine needs longer than the 20 s that are the default
-    "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
     "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",
     "PREFECT_LOGGING_EXTRA_LOGGERS": "stages,infra,storage",
     "PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW": "ignore",
@@ -28,15 +27,15 @@ def run_pipeline(recipe: str, store: str, overrides: Sequence[str], executor: Ex
     """Run `full_pipeline` and return its summaries.
 
     Raises:
-        ValueError, OSError, StoreError: the recipe or the store cannot be used; before any server is started.
+        ValueError, OSError, StoreError: the recipe or the store cannot be used; before the flow starts.
+        ConnectionError: the server of the run did not start.
     """
-    _prepare(recipe, store, overrides)
-    from flows.interrupts import own_processes
-    from flows.pipeline import full_pipeline
+    with _server() as wait:
+        _check(recipe, store, overrides)
+        from flows.pipeline import full_pipeline
 
-    own_processes()
-
-    return full_pipeline(recipe=recipe, store=store, overrides=list(overrides), executor=executor)
+        wait()
+        return full_pipeline(recipe=recipe, store=store, overrides=list(overrides), executor=executor)
 
 
 def run_comparison(
@@ -45,32 +44,39 @@ def run_comparison(
     """Run `compare_tokenizers` and read what it found.
 
     Raises:
-        ValueError, OSError, StoreError: a kind, the recipe or the store cannot be used; before any server is started.
+        ValueError, OSError, StoreError: a kind, the recipe or the store cannot be used; before the flow starts.
+        ConnectionError: the server of the run did not start.
     """
-    from flows.comparison_data import collect_comparison, overrides_of
-
     if not kinds:
         raise ValueError("--kinds names no tokenizer; write for example --kinds vqgan,sde")
-    for kind in kinds:
-        _prepare(recipe, store, overrides_of(kind, seeds[0], list(overrides)))
-    from flows.comparison import compare_tokenizers
-    from flows.interrupts import own_processes
+    with _server() as wait:
+        from flows.comparison_data import collect_comparison, overrides_of
 
-    own_processes()
-    compare_tokenizers(
-        kinds=kinds, seeds=seeds, recipe=recipe, store=store, overrides=list(overrides), executor=executor
-    )
+        for kind in kinds:
+            _check(recipe, store, overrides_of(kind, seeds[0], list(overrides)))
+        from flows.comparison import compare_tokenizers
+
+        wait()
+        compare_tokenizers(
+            kinds=kinds, seeds=seeds, recipe=recipe, store=store, overrides=list(overrides), executor=executor
+        )
     from storage.store import Store
 
     return collect_comparison(recipe, kinds, seeds, list(overrides), Store(store))
 
 
-def _prepare(recipe: str, store: str, overrides: Sequence[str]) -> None:
+def _server() -> AbstractContextManager[Callable[[], None]]:
     prepare_process()
+    for name, value in _SETTINGS.items():
+        os.environ.setdefault(name, value)
+    from flows.prefect_server import prefect_server
+
+    return prefect_server()
+
+
+def _check(recipe: str, store: str, overrides: Sequence[str]) -> None:
     from stages.recipe import load_recipe
     from storage.store import Store
 
     load_recipe(recipe, list(overrides))
     Store(store)
-    for name, value in _SETTINGS.items():
-        os.environ.setdefault(name, value)

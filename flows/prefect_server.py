@@ -1,0 +1,94 @@
+"""A Prefect server of the run's own, where none is configured: started before the slow imports, gone with the run.
+
+Prefect would start one by itself, at the first call and inside an import that takes seconds; as a process of its own it
+comes up while this one still imports PyTorch.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import IO
+
+from flows.interrupts import own_processes
+
+_START_S = 120.0
+"""How long a server may take until it answers; a loaded machine needs half a minute."""
+_STOP_S = 5.0
+_PR_SET_PDEATHSIG = 1  # of Linux' prctl
+
+_COMMAND = ["server", "start", "--no-ui", "--no-scheduler", "--no-late-runs", "--analytics-off", "--log-level", "ERROR"]
+
+
+@contextmanager
+def prefect_server() -> Iterator[Callable[[], None]]:
+    """Start a server on a loopback port, unless PREFECT_API_URL is set (environment or profile); end it at the end.
+
+    Yields:
+        A function that waits until the server answers and points Prefect at it. Call it before a flow starts.
+
+    Raises:
+        ConnectionError: (by the function) the server ended or did not answer; with the end of what it printed.
+    """
+    from prefect.settings import PREFECT_API_URL, temporary_settings
+
+    if PREFECT_API_URL.value():
+        yield lambda: None
+        return
+    own_processes()
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    url = f"http://127.0.0.1:{port}/api"
+    with tempfile.TemporaryFile() as printed:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "prefect", *_COMMAND, "--host", "127.0.0.1", "--port", str(port)],
+            stdin=subprocess.DEVNULL,
+            stdout=printed,
+            stderr=subprocess.STDOUT,
+            preexec_fn=_end_with_parent if sys.platform == "linux" else None,
+        )
+        try:
+            with temporary_settings({PREFECT_API_URL: url}):
+                yield lambda: _wait(url, process, printed)
+        finally:
+            process.terminate()
+            try:
+                process.wait(_STOP_S)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
+def _wait(url: str, process: subprocess.Popen[bytes], printed: IO[bytes]) -> None:
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # no proxy stands before a loopback port
+    until = time.monotonic() + _START_S
+    while time.monotonic() < until:
+        if process.poll() is not None:
+            break
+        try:
+            with opener.open(f"{url}/health", timeout=5):
+                return
+        except (urllib.error.URLError, TimeoutError, ConnectionError):
+            time.sleep(0.05)
+    state = f"ended with exit code {process.returncode}" if process.returncode is not None else "does not answer"
+    printed.seek(max(0, printed.seek(0, os.SEEK_END) - 2000))
+    raise ConnectionError(
+        f"the Prefect server at {url} {state}; start one with `prefect server start` and set PREFECT_API_URL. It "
+        f"printed: {printed.read().decode(errors='replace').strip() or 'nothing'}"
+    )
+
+
+def _end_with_parent() -> None:
+    """Have the kernel end this process when its parent dies, however it dies: a SIGKILL leaves nobody to do it."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)

@@ -1,0 +1,90 @@
+"""The Prefect server of a run: it serves flows, and ends with the run, however that ends."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+import time
+
+from tests.flows.conftest import ROOT
+
+_FLOW = """
+import os, sys, time
+from flows.prefect_server import prefect_server
+from prefect import flow
+from prefect.settings import PREFECT_API_URL
+
+@flow
+def adds(a: int, b: int) -> int:
+    return a + b
+
+with prefect_server() as wait:
+    wait()
+    print(PREFECT_API_URL.value(), adds(1, 2), flush=True)
+    if sys.argv[1:] == ["stay"]:
+        time.sleep(600)
+"""
+
+
+def _address(url: str) -> tuple[str, int]:
+    host, _, port = url.removeprefix("http://").removesuffix("/api").partition(":")
+    return host, int(port)
+
+
+def _is_open(address: tuple[str, int]) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(address) == 0
+
+
+def test_a_flow_runs_on_the_runs_own_server_and_the_server_ends_with_it(prefect_environment: dict[str, str]) -> None:
+    run = subprocess.run(
+        [sys.executable, "-c", _FLOW], cwd=ROOT, env=prefect_environment, capture_output=True, text=True, check=True
+    )
+    url, result = run.stdout.split()
+    assert result == "3"
+    assert _address(url)[0] == "127.0.0.1"
+    assert not _is_open(_address(url))
+
+
+def test_a_killed_run_leaves_no_server(prefect_environment: dict[str, str]) -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", _FLOW, "stay"], cwd=ROOT, env=prefect_environment, stdout=subprocess.PIPE, text=True
+    ) as run:
+        assert run.stdout is not None
+        address = _address(run.stdout.readline().split()[0])
+        assert _is_open(address)
+        run.kill()
+    until = time.monotonic() + 60
+    while _is_open(address) and time.monotonic() < until:
+        time.sleep(0.1)
+    assert not _is_open(address)
+
+
+def test_a_configured_server_is_used_and_prefects_signal_handling_kept(prefect_environment: dict[str, str]) -> None:
+    script = """
+import signal, subprocess
+from flows.prefect_server import prefect_server
+from prefect.settings import PREFECT_API_URL
+def never(*arguments, **named): raise AssertionError("a server is configured; none is to be started")
+subprocess.Popen = never
+before = signal.getsignal(signal.SIGINT)
+with prefect_server() as wait:
+    wait()
+    assert PREFECT_API_URL.value() == "http://127.0.0.1:9/api"
+assert signal.getsignal(signal.SIGINT) is before
+"""
+    environment = prefect_environment | {"PREFECT_API_URL": "http://127.0.0.1:9/api"}
+    subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=environment, check=True)
+
+
+def test_a_server_that_cannot_start_says_why(prefect_environment: dict[str, str]) -> None:
+    environment = prefect_environment | {
+        "PREFECT_SERVER_DATABASE_CONNECTION_URL": "sqlite+aiosqlite:////proc/no/such/folder.db"
+    }
+    run = subprocess.run(
+        [sys.executable, "-c", _FLOW], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+    assert run.returncode != 0
+    assert "ConnectionError: the Prefect server at http://127.0.0.1:" in run.stderr
+    assert "unable to open database file" in run.stderr
