@@ -58,6 +58,9 @@ class TrainTokenizerConfig(LoopConfig, TokenizerConfig):
     """Terms and weights."""
     discriminator_optimiser: OptimiserConfig = OptimiserConfig(weight_decay=0.0)
     """Optimiser of PatchGAN."""
+    tower_learning_rate_fraction: Fraction = 1.0
+    """Part of the learning rate that the trained copy of the teacher's tower has: its weights are good already, and a
+    rate that suits the new parts can destroy them."""
     horizontal_flip: bool = True
     """Mirror half of the training images."""
     codes: RuntimeStr = ""
@@ -107,7 +110,9 @@ class TokenizerTraining:
             self.tokenizer.load_state_dict(read_state(config.weights))
         loss = config.loss
         self.discriminator = PatchDiscriminator(loss.discriminator_channels, loss.discriminator_layers).to(self.device)
-        self.optimiser = build_optimiser(self.tokenizer, config.optimiser)
+        self.optimiser = build_optimiser(
+            self.tokenizer, config.optimiser, {"tower": config.tower_learning_rate_fraction}
+        )
         self.discriminator_optimiser = build_optimiser(self.discriminator, config.discriminator_optimiser)
         self.perceptual = _perceptual_distance(loss, self.teacher)
         self.average = (

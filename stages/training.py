@@ -10,9 +10,10 @@ import hashlib
 import logging
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import pyarrow as pa
@@ -185,14 +186,26 @@ class EpochSampler:
         return int(self._order[offset])
 
 
-def build_optimiser(module: nn.Module, config: OptimiserConfig) -> torch.optim.AdamW:
-    """AdamW over the parameters that need gradients; only matrices and kernels decay."""
-    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+def build_optimiser(
+    module: nn.Module, config: OptimiserConfig, fractions: Mapping[str, float] = MappingProxyType({})
+) -> torch.optim.AdamW:
+    """AdamW over the parameters that need gradients; only matrices and kernels decay.
+
+    Args:
+        module: what is trained.
+        config: rate, decay, schedule.
+        fractions: attribute name of submodules, at any level, to their part of the learning rate; all others have 1.
+    """
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            fraction = next((part for inner, part in fractions.items() if inner in name.split(".")), 1.0)
+            decay = config.weight_decay if parameter.ndim >= 2 else 0.0
+            groups.setdefault((fraction, decay), []).append(parameter)
+    described = [
+        {"params": group, "weight_decay": decay, "fraction": fraction} for (fraction, decay), group in groups.items()
     ]
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, fused=True)
+    return torch.optim.AdamW(described, lr=config.learning_rate, betas=config.betas, fused=True)
 
 
 def optimise(
@@ -203,7 +216,7 @@ def optimise(
     loss.backward()
     norm = nn.utils.clip_grad_norm_(module.parameters(), config.gradient_clip)
     for group in optimiser.param_groups:
-        group["lr"] = config.learning_rate * schedule(step, steps, config)
+        group["lr"] = config.learning_rate * group["fraction"] * schedule(step, steps, config)
     optimiser.step()
     return norm.detach()
 

@@ -112,6 +112,19 @@ def test_only_matrices_decay() -> None:
     ]
 
 
+def test_a_submodule_learns_at_its_part_of_the_rate() -> None:
+    module = nn.ModuleDict({"tower": nn.ModuleDict({"layer": nn.Linear(1, 1)}), "head": nn.Linear(1, 1)})
+    config = OptimiserConfig(learning_rate=0.1, warmup_steps=0, weight_decay=0.0, gradient_clip=100.0)
+    optimiser = build_optimiser(module, config, {"tower": 0.01})
+    before = {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
+    loss = torch.stack([parameter.sum() for parameter in module.parameters()]).sum()
+    optimise(loss, module, optimiser, config, step=0, steps=10)
+    moved = {name: float((before[name] - parameter).detach().abs().sum()) for name, parameter in module.named_parameters()}
+    # Adam's first step is the learning rate, whatever the gradient
+    assert moved["head.weight"] == pytest.approx(0.1, rel=1e-3)
+    assert moved["tower.layer.weight"] == pytest.approx(0.001, rel=1e-3)
+
+
 def test_seeds_differ_by_every_part_and_repeat_exactly() -> None:
     assert mix_seed(0, "step", 1) == mix_seed(0, "step", 1)
     assert len({mix_seed(0, "step", 1), mix_seed(0, "step", 2), mix_seed(1, "step", 1), mix_seed(0, "epoch", 1)}) == 4
