@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt
 from torch import Tensor, nn
 
+from models.backbone_teacher import BackboneTeacher
 from models.config import Config, Fraction
 from models.convolutional import gradient_norm
-from models.teachers import BackboneTeacher
 
 
 class LossConfig(Config):

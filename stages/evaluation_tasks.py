@@ -17,12 +17,13 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from models.backbone_teacher import BackboneTeacher
 from models.decoding import draw_codes
 from models.image_tokenizer import ImageTokenizer
 from models.losses import BackbonePerceptualDistance
 from models.metrics import psnr, ssim
 from models.sampling import SamplingConfig
-from models.teachers import BackboneTeacher, Teacher
+from models.teachers import Teacher
 from models.transforms import TransformConfig, normalise, to_pil, to_pixels
 from models.vlm import UnifiedVlm, mean_log_likelihood
 from stages.evaluation_results import store_rows

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from pydantic import NonNegativeInt
 from torch import Tensor, nn
 
+from models.backbone_teacher import BackboneTeacher
 from models.config import Fraction
 from models.convolutional import PatchDiscriminator
 from models.image_tokenizer import ImageTokenizer, TokenizerConfig, TokenizerOutput, semantic_cosine
@@ -24,7 +25,7 @@ from models.losses import (
     semantic_loss,
 )
 from models.metrics import book_statistics, psnr
-from models.teachers import BackboneTeacher, Teacher
+from models.teachers import Teacher
 from models.tokenizers import build_tokenizer
 from models.transforms import normalise, to_pixels
 from stages import external_codes
