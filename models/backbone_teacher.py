@@ -89,11 +89,15 @@ class AlignedHead(nn.Module):
         """`[B, h, w, C_in]` standardised -> `[B, h, w, C]`."""
         return self.patch(self.dropout(features))
 
-    def embed(self, features: Tensor) -> Tensor:
-        """`[B, h, w, C_in]` standardised -> unit vectors `[B, C]`."""
+    def pooled(self, features: Tensor) -> Tensor:
+        """`[B, h, w, C_in]` standardised -> vectors `[B, C]`, not normalised."""
         tokens = self.patches(features).flatten(1, 2)  # [B, h*w, C]
         weights = self.pool(tokens).softmax(dim=1)
-        return F.normalize(self.image((weights * tokens).sum(1)), dim=-1)
+        return self.image((weights * tokens).sum(1))
+
+    def embed(self, features: Tensor) -> Tensor:
+        """`[B, h, w, C_in]` standardised -> unit vectors `[B, C]`."""
+        return F.normalize(self.pooled(features), dim=-1)
 
 
 class BackboneTeacher(Teacher):
@@ -128,6 +132,7 @@ class BackboneTeacher(Teacher):
         beside = probe.shape[-1] if config.head and config.head.keep_backbone else 0
         self.feature_dim = self.embed_dim + beside
         self.has_text = self.head is not None
+        self.pools_features = beside > 0
 
     def raw_features(self, images: Tensor, grid: tuple[int, int]) -> Tensor:
         """Standardised features of the chosen stages, `[B, h, w, C_1 + C_2 + ...]`."""
@@ -170,6 +175,15 @@ class BackboneTeacher(Teacher):
             return raw
         aligned = standardised(self.head.patches(raw))
         return torch.cat([raw, aligned], dim=-1) if self.head.config.keep_backbone else aligned
+
+    def pool(self, features: Tensor, layer: int | None = None) -> Tensor:
+        if self.head is None or not self.pools_features:
+            return super().pool(features, layer)
+        if layer is not None:
+            raise ValueError(
+                f"a backbone pools its final features, not those of layer {layer}; set tokenizer.semantic_layer=null"
+            )
+        return self.head.pooled(features[..., : -self.embed_dim])  # the backbone's part, which the head reads
 
     def embed_images(self, images: Tensor) -> Tensor:
         raw = self.raw_features(images, self.native_grid)

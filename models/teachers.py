@@ -48,6 +48,8 @@ class Teacher(nn.Module):
     embed_dim: int
     """Channels of `embed_images`."""
     has_text: bool
+    pools_features = False
+    """Whether `pool` works: a tower that pools through a class token cannot, for its features lack that token."""
 
     def features(self, images: Tensor, grid: tuple[int, int]) -> Tensor:
         """Images `[B, 3, H, W]` in [-1, 1] -> features `[B, h, w, C]`, LayerNorm scale (zero mean, unit variance)."""
@@ -82,6 +84,22 @@ class Teacher(nn.Module):
     def drop_text(self) -> None:
         """Remove the text side from this copy."""
         raise NotImplementedError
+
+    def pool(self, features: Tensor, layer: int | None = None) -> Tensor:
+        """What the rest of the image tower makes of features: `[B, h, w, C]` -> `[B, E]`, not normalised.
+
+        Args:
+            features: of one of `levels`; or, without a layer, as `features` gives them. Those of a published tower
+                have lost the scale and offset of each position there, which are then put back as they are on average.
+            layer: which level.
+
+        Raises:
+            ValueError: this tower cannot, see `pools_features`, or not from a layer.
+        """
+        raise ValueError(
+            f"{type(self).__name__} cannot pool its features, they lack what its pooling reads; choose a SigLIP, or a "
+            f"backbone whose head has keep_backbone"
+        )
 
     def embed_images(self, images: Tensor) -> Tensor:
         """Images `[B, 3, H, W]` in [-1, 1] -> unit vectors `[B, E]` in the image-text space (without text: pooled)."""
@@ -121,13 +139,22 @@ def folded(features: Tensor, grid: tuple[int, int]) -> Tensor:
 
 
 def check_layers(layers: tuple[int, ...], count: int) -> None:
+    """Raise ValueError unless each layer is one of 1..count."""
     for layer in layers:
         if not 1 <= layer <= count:
             raise ValueError(f"layer {layer} is asked for, the teacher's image tower has layers 1..{count}")
 
 
 def standardised(features: Tensor) -> Tensor:
+    """Zero mean and unit variance over channels."""
     return F.layer_norm(features, features.shape[-1:])
+
+
+def unstandardised(features: Tensor, norm: nn.Module) -> Tensor:
+    """`[..., C]` of `standardised` with the offset and scale that outputs of a LayerNorm have on average."""
+    assert isinstance(norm, nn.LayerNorm), "towers that pool their features end with a LayerNorm"
+    scale = (norm.weight.square().mean() + norm.bias.var(unbiased=False)).sqrt()
+    return features * scale + norm.bias.mean()
 
 
 class PixelNormalisation(NamedTuple):
@@ -170,6 +197,8 @@ class OpenClipTeacher(Teacher):
         # buffers: the pixel statistics belong to the pretrained tag, so they travel with the weights
         self.register_buffer("pixel_mean", torch.tensor(preprocess["mean"]))
         self.register_buffer("pixel_std", torch.tensor(preprocess["std"]))
+        trunk = getattr(self.model.visual, "trunk", None)
+        self.pools_features = trunk is not None and trunk.num_prefix_tokens == 0
         with torch.no_grad():
             probe = torch.zeros(1, 3, self.side, self.side)
             self.feature_dim = self._patches(probe).shape[1]
@@ -216,6 +245,20 @@ class OpenClipTeacher(Teacher):
         check_layers(layers, self._depth)
         return [self.feature_dim] * len(layers)
 
+    def pool(self, features: Tensor, layer: int | None = None) -> Tensor:
+        if not self.pools_features:
+            return super().pool(features, layer)
+        visual = self.model.visual
+        tokens = features.flatten(1, 2)  # [B, T, C]
+        if layer is None:
+            tokens = unstandardised(tokens, visual.trunk.norm)
+        else:
+            check_layers((layer,), self._depth)
+            for block in visual.trunk.blocks[layer:]:
+                tokens = block(tokens)
+            tokens = visual.trunk.norm(tokens)
+        return visual.head(visual.trunk.forward_head(tokens))
+
     @property
     def _depth(self) -> int:
         """Blocks of the image tower: open_clip's own ViT, or timm's inside a wrapper."""
@@ -255,6 +298,7 @@ class TransformersTeacher(Teacher):
         self.native_grid = (vision.image_size // vision.patch_size,) * 2
         self.feature_dim = vision.hidden_size
         self.embed_dim = getattr(self.model.config, "projection_dim", None) or vision.hidden_size  # SigLIP has none
+        self.pools_features = getattr(self.model.vision_model, "head", None) is not None
 
     def features(self, images: Tensor, grid: tuple[int, int]) -> Tensor:
         tokens = self.model.vision_model(pixel_values=self.normalisation(images)).last_hidden_state
@@ -277,6 +321,18 @@ class TransformersTeacher(Teacher):
     def level_widths(self, grid: tuple[int, int], layers: tuple[int, ...]) -> list[int]:
         check_layers(layers, self.model.config.vision_config.num_hidden_layers)
         return [self.feature_dim] * len(layers)
+
+    def pool(self, features: Tensor, layer: int | None = None) -> Tensor:
+        if not self.pools_features:
+            return super().pool(features, layer)
+        vision = self.model.vision_model
+        tokens = features.flatten(1, 2)  # [B, T, C]
+        if layer is None:
+            return vision.head(unstandardised(tokens, vision.post_layernorm))
+        check_layers((layer,), len(vision.encoder.layers))
+        for block in vision.encoder.layers[layer:]:
+            tokens = block(tokens, None)
+        return vision.head(vision.post_layernorm(tokens))
 
     def drop_text(self) -> None:
         del self.model.text_model
