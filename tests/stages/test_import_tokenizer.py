@@ -9,7 +9,7 @@ import torch
 
 from infra.executors import LocalExecutor
 from stages.execution import run_stage
-from stages.import_tokenizer import import_llamagen
+from stages.import_tokenizer import import_weights
 from stages.loading import load_tokenizer, read_state
 from stages.recipe import load_recipe
 from tests.llamagen import Reference
@@ -36,7 +36,7 @@ def test_a_checkpoint_becomes_an_artifact_as_it_is(
     reference: Reference,
 ) -> None:
     torch.save({"model": reference.state}, tmp_path / "vq.pt")
-    import_llamagen(tmp_path / "vq.pt", load_recipe("tiny", SIZES), tmp_path / "made/vq.safetensors")
+    import_weights(tmp_path / "vq.pt", load_recipe("tiny", SIZES), tmp_path / "made/vq.safetensors")
     recipe = load_recipe("tiny", [*SIZES, f"tokenizer.weights={tmp_path}/made/vq.safetensors", "tokenizer.steps=0"])
     store = tiny_run.store_before("train_tokenizer", tmp_path / "store")
     result = run_stage("train_tokenizer", recipe, store, LocalExecutor())
@@ -55,9 +55,9 @@ def test_a_damaged_checkpoint_is_refused_by_name(tmp_path: Path, reference: Refe
     torch.save({"model": reference.state}, tmp_path / "vq.pt")
     (tmp_path / "vq.pt").write_bytes((tmp_path / "vq.pt").read_bytes()[:5000])
     with pytest.raises(ValueError, match=r"vq\.pt is no checkpoint, or a damaged one: .*; fetch the file again"):
-        import_llamagen(tmp_path / "vq.pt", load_recipe("tiny", SIZES), tmp_path / "out.safetensors")
+        import_weights(tmp_path / "vq.pt", load_recipe("tiny", SIZES), tmp_path / "out.safetensors")
     with pytest.raises(ValueError, match="does not exist"):
-        import_llamagen(tmp_path / "missing.pt", load_recipe("tiny", SIZES), tmp_path / "out.safetensors")
+        import_weights(tmp_path / "missing.pt", load_recipe("tiny", SIZES), tmp_path / "out.safetensors")
 
 
 @pytest.mark.parametrize(
