@@ -11,6 +11,7 @@ from torch import Tensor
 
 from models.frechet import InceptionFeatures, frechet_distance
 from models.torchvision_compat import make_torchvision_importable
+from tests.inception import random_inception_state
 
 
 def features(count: int, width: int, seed: int) -> Tensor:
@@ -64,17 +65,7 @@ def test_one_image_has_no_spread() -> None:
 
 @pytest.fixture(scope="module")
 def inception_state() -> dict[str, Tensor]:
-    """Random weights in the layout of torch-fidelity's checkpoint."""
-    make_torchvision_importable()
-    from torch_fidelity import feature_extractor_inceptionv3 as library
-
-    torch.manual_seed(0)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(library, "load_state_dict_from_url", lambda *_, **__: {})
-        patch.setattr(library.FeatureExtractorInceptionV3, "load_state_dict", lambda *_: None)
-        network = library.FeatureExtractorInceptionV3("random", ["2048"])
-    state: dict[str, Tensor] = network.state_dict()
-    return state
+    return random_inception_state()
 
 
 def test_features_are_those_of_torch_fidelitys_network(inception_state: dict[str, Tensor], tmp_path: Path) -> None:
