@@ -218,7 +218,7 @@ class EvaluationWorker:
             with autocast(self.device, self.config.precision):
                 drawn = to_pixels(self.tokenizer.decode(codes)).cpu()
                 cosines = self._semantic_cosines(pixels, codes)
-                ranks = self._class_ranks(batch, pixels, codes)
+            ranks = self._class_ranks(batch, pixels, codes)
             measured = {
                 "psnr": psnr(drawn, pixels),
                 "ssim": ssim(drawn, pixels),

@@ -76,7 +76,7 @@ class HeldOut:
         images = normalise(pixels.to(self.device))
         with autocast(self.device, self.precision):
             output = tokenizer(images)
-            by_codes = None if self.task is None else self.task.code_ranks(rows, tokenizer, output.codes)
+        by_codes = None if self.task is None else self.task.code_ranks(rows, tokenizer, output.codes)
         drawn = to_pixels(output.reconstruction).cpu()
         found = {
             "psnr": psnr(drawn, pixels),
