@@ -183,15 +183,18 @@ def _frechet_rows(common: dict[str, Any], table: pa.Table, space: FeatureSpace) 
 def _zero_shot_rows(
     common: dict[str, Any], table: pa.Table, classes: int, templates: Templates
 ) -> list[dict[str, Any]]:
-    """Accuracy by what the codes say and, as the ceiling, by the teacher's own embeddings."""
+    """Accuracy by what the codes say and, as the ceiling, by the teacher's own embeddings; none without the former."""
+    if RANK not in table.column_names:
+        return []
     found = []
     for first in (1, 5):
+        if first >= classes:
+            continue
+        settings = common["settings"] | {"classes": classes, "templates": templates, "chance": first / classes}
         for model, column in {common["model"]: RANK, "ceiling: teacher": TEACHER_RANK}.items():
-            if column in table.column_names and first < classes:
-                settings = common["settings"] | {"classes": classes, "templates": templates, "chance": first / classes}
-                noted = common | {"model": model, "benchmark": "zero_shot", "settings": settings}
-                ranks = table[column].to_pylist()
-                found.append(measured_share(noted, f"accuracy_top{first}", [rank < first for rank in ranks]))
+            noted = common | {"model": model, "benchmark": "zero_shot", "settings": settings}
+            right = [rank < first for rank in table[column].to_pylist()]
+            found.append(measured_share(noted, f"accuracy_top{first}", right))
     return found
 
 
