@@ -16,10 +16,12 @@ from models.torchvision_compat import make_torchvision_importable
 
 Templates = Literal["name", "openai"]
 """`name`: a class is its name; `openai`: the mean over the 80 sentences of CLIP's ImageNet evaluation."""
+_BATCH = 256
+"""Texts at a time; the captions of a large held-out split may all be classes."""
 
 
 def class_embeddings(teacher: Teacher, names: list[str], templates: Templates) -> Tensor:
-    """Unit vectors `[K, E]` of classes.
+    """Unit vectors `[K, E]` of classes, on the CPU.
 
     Args:
         teacher: with a text tower.
@@ -29,13 +31,18 @@ def class_embeddings(teacher: Teacher, names: list[str], templates: Templates) -
     Raises:
         ValueError: the teacher has no text tower.
     """
+    parts = [names[start : start + _BATCH] for start in range(0, len(names), _BATCH)]
     if templates == "name":
-        return teacher.embed_texts(names).float()
+        return torch.cat([teacher.embed_texts(part).float().cpu() for part in parts])
     make_torchvision_importable()
     from open_clip import OPENAI_IMAGENET_TEMPLATES
 
-    sentences = [[template(name) for template in OPENAI_IMAGENET_TEMPLATES] for name in names]
-    return torch.stack([F.normalize(teacher.embed_texts(texts).float().mean(0), dim=0) for texts in sentences])
+    total = torch.zeros(())
+    for template in OPENAI_IMAGENET_TEMPLATES:
+        total = total + torch.cat(
+            [teacher.embed_texts([template(name) for name in part]).float().cpu() for part in parts]
+        )
+    return F.normalize(total, dim=-1)
 
 
 def class_ranks(images: Tensor, classes: Tensor, labels: Tensor) -> Tensor:

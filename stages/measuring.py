@@ -126,7 +126,7 @@ class ZeroShot:
         position = {name: index for index, name in enumerate(names)}
         labels = torch.tensor([position[name] for name in row_names])
         with torch.no_grad():
-            return cls(names, labels, class_embeddings(teacher, names, templates).cpu(), templates, teacher)
+            return cls(names, labels, class_embeddings(teacher, names, templates), templates, teacher)
 
     @property
     def settings(self) -> dict[str, Any]:

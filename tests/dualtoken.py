@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models.torchvision_compat import make_torchvision_importable
+from tests.word_tokenizer import save_word_tokenizer
 
 HIDDEN, CODE_DIM, CODES, DEPTH, GRID, SIDE, CHANNELS, LATENT = 128, 32, 20, 3, 4, 16, 128, 64
 """Sizes; the image decoder starts at 8 x 8, the codes stand on 4 x 4."""
@@ -33,8 +34,6 @@ class DualTokenReference:
     def __init__(self, folder: Path) -> None:
         make_torchvision_importable()
         from transformers import SiglipConfig, SiglipImageProcessor, SiglipModel
-
-        from tests.models.test_teachers import save_word_tokenizer
 
         self.folder = folder
         torch.manual_seed(0)

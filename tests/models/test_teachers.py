@@ -17,6 +17,7 @@ from models.teachers import (
     TransformersTeacherConfig,
 )
 from models.torchvision_compat import make_torchvision_importable
+from tests.word_tokenizer import save_word_tokenizer
 
 Emoji = Callable[[str], Tensor]
 
@@ -302,18 +303,6 @@ class TestOpenClipTeacher:
         known = open_clip.get_model_preprocess_cfg(teacher.model)
         assert teacher.normalisation.mean == pytest.approx(known["mean"])
         assert teacher.normalisation.std == pytest.approx(known["std"])
-
-
-def save_word_tokenizer(folder: Path, length: int | None) -> None:
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    core = Tokenizer(models.WordLevel({"<pad>": 0, "<unk>": 1, "a": 2, "cat": 3, "dog": 4, "</s>": 5}, "<unk>"))
-    core.pre_tokenizer = pre_tokenizers.Whitespace()
-    options = {} if length is None else {"model_max_length": length}
-    PreTrainedTokenizerFast(
-        tokenizer_object=core, pad_token="<pad>", unk_token="<unk>", eos_token="</s>", **options
-    ).save_pretrained(folder)
 
 
 @pytest.fixture(scope="module", params=["siglip", "clip", "siglip2"])
