@@ -147,7 +147,7 @@ class LpipsDistance(nn.Module):
             missing = sorted({key.split(".", 1)[1] for key in own} - trunk.keys())
             if missing:
                 raise ValueError(
-                    f"loss.lpips_vgg_weights has no `features.{missing[0]}`; give torchvision's VGG16 state dict"
+                    f"lpips_vgg_weights has no `features.{missing[0]}`; give torchvision's VGG16 state dict"
                 )
             network.net.load_state_dict({key: trunk[key.split(".", 1)[1]] for key in own})
         self.__dict__["network"] = network.requires_grad_(False).eval()

@@ -29,7 +29,7 @@ from stages.evaluation_results import (
 from stages.evaluation_tasks import RANDOM, SAME_CATEGORY, TaskFactory
 from stages.image_data import fill
 from stages.loading import load_teacher
-from stages.measuring import FeatureSpace, feature_space, inception_inputs
+from stages.measuring import FeatureSpace, feature_space, weights_inputs
 from stages.stage import Outcome, RuntimeInt, RuntimeStr, Stage, StageContext
 from stages.standalone import run_standalone
 from stages.training import tracked
@@ -65,6 +65,9 @@ class EvaluateConfig(Config):
     inception_weights: RuntimeStr = ""
     """Path of torch-fidelity's `weights-inception-2015-12-05-6726825d.pth`, for rFID; its content counts, not its path.
     Empty: a Fréchet distance in the teacher's space, named so, takes its place."""
+    lpips_vgg_weights: RuntimeStr = ""
+    """Path of torchvision's VGG16 state dict, for LPIPS; its content counts, not its path. Empty: the distance of a
+    backbone teacher's features, named `perceptual`, takes its place."""
     class_templates: Templates = "name"
     """Zero-shot classification among the concepts: `name`, a class is its name; `openai`, the mean over the 80
     sentences of CLIP's ImageNet evaluation."""
@@ -158,6 +161,7 @@ def _reconstruction_rows(common: dict[str, Any], table: pa.Table) -> list[dict[s
         "psnr": {"rule": "mean of per-image dB"},
         "ssim": {"data_range": 1.0},
         "ssim_range2": {"data_range": 2.0, "rule": "LlamaGen's and TokenFlow's range on [0, 1] images; inflated"},
+        "lpips": {"library": "lpips", "network": "VGG16, v0.1", "input": "[-1, 1]"},
         "perceptual": {"rule": "distance of backbone features; a stand-in for LPIPS that does not compare with it"},
         "semantic_cosine": {"rule": "decoded from codes against the teacher's features"},
     }
@@ -266,7 +270,8 @@ def _by_prompt(table: pa.Table, column: str) -> list[list[bool]]:
 
 
 def _external_inputs(config: EvaluateConfig) -> dict[str, str]:
-    return inception_inputs("evaluate", config.inception_weights)
+    paths = {"inception_weights": config.inception_weights, "lpips_vgg_weights": config.lpips_vgg_weights}
+    return weights_inputs("evaluate", **paths)
 
 
 STAGE = Stage(

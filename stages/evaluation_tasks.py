@@ -20,7 +20,7 @@ from torch import Tensor
 from models.backbone_teacher import BackboneTeacher
 from models.decoding import draw_codes
 from models.image_tokenizer import ImageTokenizer
-from models.losses import BackbonePerceptualDistance
+from models.losses import BackbonePerceptualDistance, LpipsDistance
 from models.metrics import psnr, ssim
 from models.sampling import SamplingConfig
 from models.teachers import Teacher
@@ -29,8 +29,8 @@ from models.vlm import UnifiedVlm, mean_log_likelihood
 from models.zero_shot import Templates
 from stages.evaluation_results import DRAWN_FEATURES, ORIGINAL_FEATURES, RANK, TEACHER_RANK, store_rows
 from stages.image_data import ImageSource, fill
-from stages.loading import load_teacher, load_tokenizer
-from stages.measuring import FeatureSpace, ZeroShot, feature_space
+from stages.loading import load_teacher, load_tokenizer, read_state
+from stages.measuring import FeatureSpace, Perceptual, ZeroShot, feature_space, perceptual_of
 from stages.sequences import SequenceBuilder
 from stages.training import autocast, mix_seed, resolve_device
 from stages.vlm_training import CodedRows, load_rows, load_vlm
@@ -57,6 +57,7 @@ class TaskConfig(Protocol):
     device: str
     threads_per_worker: int
     inception_weights: str
+    lpips_vgg_weights: str
     class_templates: Templates
 
 
@@ -179,6 +180,15 @@ class EvaluationWorker:
         return feature_space("evaluate", self.config.inception_weights, self.teacher, self.device)
 
     @cached_property
+    def perceptual(self) -> Perceptual | None:
+        """LPIPS where its weights are given, else the distance of a backbone teacher's features."""
+        if self.config.lpips_vgg_weights:
+            return perceptual_of(LpipsDistance(read_state(self.config.lpips_vgg_weights)))
+        return perceptual_of(
+            BackbonePerceptualDistance(self.teacher) if isinstance(self.teacher, BackboneTeacher) else None
+        )
+
+    @cached_property
     def zero_shot(self) -> ZeroShot | None:
         """Classification among all concepts of the held-out rows; None without a text tower."""
         return ZeroShot.of(self.teacher, self.concepts.names, self.config.class_templates)
@@ -219,13 +229,14 @@ class EvaluationWorker:
                 drawn = to_pixels(self.tokenizer.decode(codes)).cpu()
                 cosines = self._semantic_cosines(pixels, codes)
             ranks = self._class_ranks(batch, pixels, codes)
-            measured = {
+            measured: dict[str, Tensor | None] = {
                 "psnr": psnr(drawn, pixels),
                 "ssim": ssim(drawn, pixels),
                 "ssim_range2": ssim(drawn, pixels, data_range=2.0),
-                "perceptual": self._perceptual(drawn, pixels),
                 "semantic_cosine": cosines,
             }
+            if self.perceptual is not None:
+                measured[self.perceptual.metric] = self.perceptual.measure(drawn, pixels, self.device)
             features = {ORIGINAL_FEATURES: self.space.describe(pixels), DRAWN_FEATURES: self.space.describe(drawn)}
             originals, reconstructions = to_pil(pixels), to_pil(drawn)
             for position, row in enumerate(batch):
@@ -377,12 +388,6 @@ class EvaluationWorker:
         by_codes = self.zero_shot.code_ranks(rows, self.tokenizer, codes)
         found = {} if by_codes is None else {RANK: by_codes}
         return found | {TEACHER_RANK: self.zero_shot.teacher_ranks(rows, images)}
-
-    def _perceptual(self, drawn: Tensor, pixels: Tensor) -> Tensor | None:
-        if not isinstance(self.teacher, BackboneTeacher):
-            return None
-        distance = BackbonePerceptualDistance(self.teacher)
-        return distance(normalise(drawn).to(self.device), normalise(pixels).to(self.device)).cpu()
 
 
 def encode_png(image: Image.Image) -> bytes:

@@ -16,11 +16,11 @@ from models.image_tokenizer import ImageTokenizer, semantic_cosine
 from models.metrics import book_statistics, psnr, ssim
 from models.transforms import normalise, to_pixels
 from stages.image_data import ImageSource
-from stages.measuring import FeatureSpace, ZeroShot
+from stages.measuring import FeatureSpace, Perceptual, ZeroShot
 from stages.training import autocast
 
 _BATCH = 32
-_MEANS = ("psnr", "ssim", "semantic_cosine")
+_MEANS = ("psnr", "ssim", "lpips", "perceptual", "semantic_cosine")
 
 
 class HeldOutResult(NamedTuple):
@@ -41,6 +41,8 @@ class HeldOut:
     space: FeatureSpace
     task: ZeroShot | None
     """None where the teacher has no text tower."""
+    perceptual: Perceptual | None
+    """None where training has none."""
     device: torch.device
     """Where tokenizer and teacher are."""
     precision: str
@@ -48,7 +50,7 @@ class HeldOut:
 
     @torch.no_grad()
     def measure(self, tokenizer: ImageTokenizer) -> HeldOutResult:
-        """PSNR, SSIM, codebook use, semantic cosine, zero-shot accuracy and a Fréchet distance of a tokenizer."""
+        """Distances of image pairs and of the two sets, codebook use, semantic cosine and zero-shot accuracy."""
         parts: dict[str, list[Tensor]] = {}
         for start in range(0, len(self.source), _BATCH):
             rows = list(range(start, min(start + _BATCH, len(self.source))))
@@ -88,6 +90,8 @@ class HeldOut:
         if output.semantic_prediction is not None and output.semantic_target is not None:
             cosine = semantic_cosine(output.semantic_prediction, output.semantic_target)
             found["semantic_cosine"] = cosine.cpu().expand(len(rows))
+        if self.perceptual is not None:
+            found[self.perceptual.metric] = self.perceptual.measure(drawn, pixels, self.device)
         if by_codes is not None:
             found["zero_shot"] = by_codes
         if self.task is not None:

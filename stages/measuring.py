@@ -7,14 +7,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from models.backbone_teacher import BackboneTeacher
 from models.frechet import InceptionFeatures
 from models.image_tokenizer import ImageTokenizer
+from models.losses import LpipsDistance
 from models.teachers import Teacher
 from models.transforms import normalise
 from models.zero_shot import Templates, class_embeddings, class_ranks
@@ -74,7 +75,7 @@ def _teacher_features(teacher: Teacher, device: torch.device, pixels: Tensor) ->
 
 
 def _inception(section: str, path: str) -> InceptionFeatures:
-    _check_inception(section, path)
+    _check_file(section, "inception_weights", path)
     try:
         return InceptionFeatures(read_state(path))
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
@@ -84,24 +85,56 @@ def _inception(section: str, path: str) -> InceptionFeatures:
         raise ValueError(f"{section}.inception_weights={path!r}: {error}") from error
 
 
-def inception_inputs(section: str, path: str) -> dict[str, str]:
-    """The part of a stage's external inputs that Inception's weights are: they count by content.
+def weights_inputs(section: str, **paths: str) -> dict[str, str]:
+    """The part of a stage's external inputs that files of weights are: they count by content.
+
+    Args:
+        section: of the recipe, for messages.
+        paths: by the name of the config's field; an empty one is left out.
 
     Raises:
-        ValueError: a path is given and there is no such file.
+        ValueError: there is no such file.
     """
-    if not path:
-        return {}
-    _check_inception(section, path)
-    return {"inception_weights": sha256_file(path)}
+    given = {name: path for name, path in paths.items() if path}
+    for name, path in given.items():
+        _check_file(section, name, path)
+    return {name: sha256_file(path) for name, path in given.items()}
 
 
-def _check_inception(section: str, path: str) -> None:
+class Perceptual(NamedTuple):
+    """A perceptual distance of image pairs, and the metric that it is."""
+
+    metric: str
+    """`lpips`, or `perceptual` of a backbone, which compares with no paper."""
+    distance: nn.Module
+    """Two `[B, 3, H, W]` in [-1, 1] -> `[B]`."""
+
+    @torch.no_grad()
+    def measure(self, drawn: Tensor, pixels: Tensor, device: torch.device) -> Tensor:
+        """Distance of each pair of uint8 `[B, 3, H, W]`; `[B]` on the CPU."""
+        found: Tensor = self.distance(normalise(drawn).to(device), normalise(pixels).to(device)).cpu()
+        return found
+
+
+def perceptual_of(distance: nn.Module | None) -> Perceptual | None:
+    """The metric of a distance."""
+    if distance is None:
+        return None
+    return Perceptual("lpips" if isinstance(distance, LpipsDistance) else "perceptual", distance)
+
+
+def _check_file(section: str, name: str, path: str) -> None:
     if not Path(path).is_file():
         raise ValueError(
-            f"{section}.inception_weights={path!r} does not exist; give the path of torch-fidelity's "
-            f"weights-inception-2015-12-05-6726825d.pth, or leave it empty for a distance in the teacher's space"
+            f"{section}.{name}={path!r} does not exist; give the path of {_FILES[name]}, or leave it empty"
         )
+
+
+_FILES = {
+    "inception_weights": "torch-fidelity's weights-inception-2015-12-05-6726825d.pth",
+    "lpips_vgg_weights": "torchvision's VGG16 state dict",
+}
+"""What is asked for in each field."""
 
 
 @dataclass(frozen=True)

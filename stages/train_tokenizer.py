@@ -32,7 +32,7 @@ from stages import external_codes
 from stages.held_out import HeldOut
 from stages.image_data import ImageSource, fill
 from stages.loading import load_teacher, put_json, put_weights, read_state, subset
-from stages.measuring import ZeroShot, feature_space, inception_inputs
+from stages.measuring import ZeroShot, feature_space, perceptual_of, weights_inputs
 from stages.stage import Outcome, RuntimeStr, Stage, StageContext
 from stages.standalone import run_standalone
 from stages.training import (
@@ -71,6 +71,9 @@ class TrainTokenizerConfig(LoopConfig, TokenizerConfig):
     inception_weights: RuntimeStr = ""
     """Path of torch-fidelity's `weights-inception-2015-12-05-6726825d.pth`, for rFID on the held-out images; its
     content counts, not its path. Empty: a Fréchet distance in the teacher's space, named so, takes its place."""
+    measure_every: NonNegativeInt = 0
+    """Steps between measurements on the held-out images while training goes on; the curves show them at their next
+    point (`log_every`). 0: only at the end."""
     class_name: str = "{caption}"
     """The class of a held-out image in zero-shot classification, a template over the metadata's columns."""
     class_templates: Templates = "name"
@@ -90,10 +93,10 @@ def run(context: StageContext[TrainTokenizerConfig]) -> Outcome:
     teacher = load_teacher(context.store, context.inputs["prepare_teacher"])
     torch.manual_seed(mix_seed(context.seed, "tokenizer"))
     training = TokenizerTraining(config, context.seed, source, teacher)
-    held_out = _held_out(context, training)
+    training.held_out = _held_out(context, training)
     history = train(context, training, config)
     tokenizer = training.final_tokenizer()
-    found = held_out.measure(tokenizer)
+    found = training.held_out.measure(tokenizer)
     for name, value in found.metrics.items():
         history.add(config.steps, f"held_out_{name}", value)
     files = [
@@ -132,6 +135,7 @@ class TokenizerTraining:
         if self.average is not None:
             self.average.load_state_dict(self.tokenizer.state_dict())
         self.sampler = EpochSampler(len(source), config.batch_size, seed)
+        self.held_out: HeldOut | None = None
         self.teacher_features = self._precompute_teacher_features()
 
     def step(self, step: int) -> dict[str, Tensor]:
@@ -153,6 +157,10 @@ class TokenizerTraining:
         if self._adversarial(step):
             terms["discriminator"] = self._train_discriminator(output.reconstruction.detach(), images, step)
         self._average_weights()
+        every = self.config.measure_every
+        if self.held_out is not None and every and (step + 1) % every == 0 and step + 1 < self.config.steps:
+            measured = self.held_out.measure(self.final_tokenizer()).metrics
+            terms |= {f"held_out_{name}": torch.tensor(value) for name, value in measured.items()}
         return terms
 
     @torch.no_grad()
@@ -312,13 +320,13 @@ def _held_out(context: StageContext[TrainTokenizerConfig], training: TokenizerTr
     names = [fill(config.class_name, source.row(row)) for row in range(len(source))]
     space = feature_space("tokenizer", config.inception_weights, teacher, device)
     task = ZeroShot.of(teacher, names, config.class_templates)
-    return HeldOut(source, split, space, task, device, config.precision)
+    return HeldOut(source, split, space, task, perceptual_of(training.perceptual), device, config.precision)
 
 
 def _external_inputs(config: TrainTokenizerConfig) -> dict[str, str]:
     if config.kind == "external":
         return external_codes.content_of(config.codes)
-    given = inception_inputs("tokenizer", config.inception_weights)
+    given = weights_inputs("tokenizer", inception_weights=config.inception_weights)
     if not config.weights:
         if not config.steps:
             raise ValueError("tokenizer.steps=0 trains nothing; give tokenizer.weights, or steps")

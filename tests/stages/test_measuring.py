@@ -16,6 +16,7 @@ from stages import train_tokenizer
 from stages.execution import StageResult, run_stage
 from stages.image_data import ImageSource
 from stages.loading import load_tokenizer
+from stages.measuring import perceptual_of
 from stages.recipe import load_recipe
 from storage.digests import sha256_file
 from storage.store import Store
@@ -56,6 +57,7 @@ def overrides(weights: Path) -> list[str]:
         f"{loss}, pooled_weight: 0.5}}",
         "tokenizer.steps=2",
         "tokenizer.log_every=1",
+        "tokenizer.measure_every=1",
         f"tokenizer.inception_weights={weights}",
     ]
 
@@ -71,6 +73,20 @@ def test_the_loss_is_the_sum_of_its_terms(dualtoken: tuple[Store, StageResult]) 
         expected = term["l2"] + term["quantizer"] + semantic + pooled
         assert term["loss"] == pytest.approx(expected, rel=2e-2), "bf16"
         assert 0 < term["pooled"] < 2
+
+
+def test_measuring_while_it_trains_draws_curves_and_changes_no_weight(
+    dualtoken: tuple[Store, StageResult], weights: Path, tiny_run: TinyRun, tmp_path: Path
+) -> None:
+    store, result = dualtoken
+    points = read_table(store.fetch(result.manifest.file("history.parquet"))).to_pylist()
+    for name in ("held_out_psnr", "held_out_rfid", "held_out_zero_shot_top1", "held_out_semantic_cosine"):
+        assert [row["step"] for row in points if row["name"] == name] == [1, 2], name
+    silent = [
+        override for override in overrides(weights) if "measure_every" not in override and "inception" not in override
+    ]
+    other = train(tiny_run.store_before("train_tokenizer", tmp_path / "store"), *silent)
+    assert other.manifest.file("weights.safetensors") == result.manifest.file("weights.safetensors")
 
 
 def test_rfid_takes_the_other_distances_place_and_says_how(dualtoken: tuple[Store, StageResult], weights: Path) -> None:
@@ -114,7 +130,7 @@ def test_inception_weights_count_by_content(
 @pytest.mark.parametrize(
     ("case", "message"),
     [
-        ("missing", "inception_weights='.*' does not exist; give the path of torch-fidelity's"),
+        ("missing", "inception_weights='.*' does not exist; give the path of torch-fidelity's weights"),
         ("damaged", "inception_weights='.*' is damaged: .*; fetch it again"),
         ("other", "inception_weights='.*': the Inception weights do not fit .*Conv2d_1a_3x3.conv.weight"),
     ],
@@ -137,6 +153,22 @@ def test_a_pooled_loss_needs_something_to_pool(tiny_run: TinyRun, tmp_path: Path
     store = tiny_run.store_before("train_tokenizer", tmp_path / "store")
     with pytest.raises(ValueError, match=r"loss\.pooled_weight=1\.0 needs a kind that predicts.*set it to 0"):
         train(store, "tokenizer.kind=vqgan", "tokenizer.loss.pooled_weight=1")
+
+
+@pytest.mark.parametrize("name", ["inception_weights", "lpips_vgg_weights"])
+def test_wrong_paths_end_evaluation_at_once(tiny_run: TinyRun, tmp_path: Path, name: str) -> None:
+    recipe = load_recipe("tiny", [f"evaluate.{name}={tmp_path}/nothing.pth"])
+    with pytest.raises(ValueError, match=rf"evaluate\.{name}='.*nothing\.pth' does not exist; give the path of"):
+        run_stage("evaluate", recipe, tiny_run.store, LocalExecutor())
+
+
+def test_lpips_has_its_own_name() -> None:
+    from models.losses import BackbonePerceptualDistance, LpipsDistance
+
+    lpips, backbone = (object.__new__(kind) for kind in (LpipsDistance, BackbonePerceptualDistance))
+    found = [perceptual_of(lpips), perceptual_of(backbone)]
+    assert [one.metric for one in found if one is not None] == ["lpips", "perceptual"]
+    assert perceptual_of(None) is None
 
 
 def test_evaluation_measures_rfid_and_zero_shot_over_shards(tiny_run: TinyRun, weights: Path, tmp_path: Path) -> None:
@@ -165,7 +197,8 @@ def test_evaluation_measures_rfid_and_zero_shot_over_shards(tiny_run: TinyRun, w
 
 
 def test_without_inception_weights_the_distance_has_another_name(tiny_run: TinyRun) -> None:
-    assert "rfid" not in tiny_run.results["train_tokenizer"].manifest.metrics
+    metrics = tiny_run.results["train_tokenizer"].manifest.metrics
+    assert "rfid" not in metrics and {"frechet_teacher", "perceptual", "ssim", "zero_shot_top1"} <= set(metrics)
     manifest = tiny_run.results["evaluate"].manifest
     rows = read_table(tiny_run.store.fetch(manifest.file("metrics.parquet"))).to_pylist()
     names = {row["metric"] for row in rows}
