@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -160,7 +161,9 @@ class TokenizerTraining:
         every = self.config.measure_every
         if self.held_out is not None and every and (step + 1) % every == 0 and step + 1 < self.config.steps:
             measured = self.held_out.measure(self.final_tokenizer()).metrics
-            terms |= {f"held_out_{name}": torch.tensor(value) for name, value in measured.items()}
+            # images that are drawn exactly have an infinite PSNR, which is no reason to stop as an infinite loss is
+            finite = {name: value for name, value in measured.items() if math.isfinite(value)}
+            terms |= {f"held_out_{name}": torch.tensor(value) for name, value in finite.items()}
         return terms
 
     @torch.no_grad()
