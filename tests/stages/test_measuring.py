@@ -104,7 +104,7 @@ def test_rfid_takes_the_other_distances_place_and_says_how(dualtoken: tuple[Stor
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         drawn = tokenizer(originals.float() / 127.5 - 1).reconstruction
     pixels = ((drawn.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
-    assert metrics["rfid"] == pytest.approx(frechet_distance(network(pixels), network(originals)), rel=0.02)
+    assert metrics["rfid"] == pytest.approx(frechet_distance(network(pixels), network(originals)), rel=0.05)
 
 
 def test_zero_shot_classes_are_the_held_out_concepts(dualtoken: tuple[Store, StageResult], tiny_run: TinyRun) -> None:
