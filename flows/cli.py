@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from datetime import timedelta
 from pathlib import Path
@@ -119,13 +120,14 @@ def import_tokenizer(
     recipe: RecipeOption = "paper-vqgan-256",
     overrides: SetOption = None,
 ) -> None:
-    """Turn published tokenizer weights (LlamaGen's layout) into a file for `tokenizer.weights`."""
-    from stages.import_tokenizer import import_llamagen
+    """Turn published tokenizer weights (LlamaGen's or DualToken's layout) into a file for `tokenizer.weights`."""
+    from stages.import_tokenizer import import_weights
 
     prepare_process()
-    import_llamagen(checkpoint, _load(recipe, overrides), out)
+    import_weights(checkpoint, _load(recipe, overrides), out)
+    given = "".join(f"--set {shlex.quote(override)} " for override in overrides or [])
     print(
-        f"{out}\nuse it as it is: musevl stage train_tokenizer --recipe {recipe} "
+        f"{out}\nuse it as it is: musevl stage train_tokenizer --recipe {recipe} {given}"
         f"--set tokenizer.weights={out} --set tokenizer.steps=0"
     )
 

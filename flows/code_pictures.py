@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw
 
-from models.teachers import split_words
+from models.backbone_teacher import split_words
 from models.transforms import TransformConfig, load_image
 from stages.image_data import ORIGINAL
 from storage.code_table import CodeTable, read_code_table

@@ -14,6 +14,7 @@ from flows.code_pictures import CodeStrip
 from flows.report_data import Picture, picture, strips_of
 from flows.text import text_table
 from stages.execution import require_artifact
+from stages.measuring import FRECHET_TEACHER, RFID
 from stages.recipe import load_recipe
 from storage.manifest import Manifest
 from storage.store import Store
@@ -27,16 +28,25 @@ COLUMNS: tuple[tuple[str, str, str, float, str], ...] = (
     ("understanding", "accuracy_same_category", "same category %", 100, ".1f"),
     ("understanding", "accuracy_random", "random %", 100, ".1f"),
     ("generation", "recognition", "drawing %", 100, ".1f"),
+    ("zero_shot", "accuracy_top1", "zero-shot %", 100, ".1f"),
     ("reconstruction", "psnr", "PSNR dB", 1, ".2f"),
     ("reconstruction", "ssim", "SSIM", 1, ".3f"),
+    ("reconstruction", RFID, "rFID", 1, ".2f"),
+    ("reconstruction", FRECHET_TEACHER, "Fréchet, teacher", 1, ".3f"),
     ("reconstruction", "semantic_cosine", "cosine", 1, ".3f"),
     ("reconstruction", "codebook_usage", "codebook %", 100, ".0f"),
 )
 """Benchmark, metric, heading, factor and format of each column."""
+_ONE_OF_TWO = {RFID, FRECHET_TEACHER}
+"""Shown where they were measured: which of them depends on whether Inception's weights were given."""
 
-VARIANTS = {
+VARIANTS: dict[str, tuple[str, ...]] = {
     "dualtoken-deep": ("tokenizer.kind=dualtoken", "tokenizer.pixel_layers=[]", "tokenizer.pixel_layer_weights=[]"),
-    "dualtoken-reconstruction": ("tokenizer.kind=dualtoken", "tokenizer.loss.semantic_weight=0"),
+    "dualtoken-reconstruction": (
+        "tokenizer.kind=dualtoken",
+        "tokenizer.loss.semantic_weight=0",
+        "tokenizer.loss.pooled_weight=0",
+    ),
 }
 """What may stand among the kinds beside the values of `tokenizer.kind`, and what it sets: DualToken's ablation."""
 
@@ -126,9 +136,18 @@ class Comparison:
         return [run for run in self.runs if run.seed == self.seeds[0]]
 
     @property
+    def columns(self) -> list[tuple[str, str, str, float, str]]:
+        """Those of `COLUMNS` that this comparison shows."""
+        return [
+            column
+            for column in COLUMNS
+            if column[1] not in _ONE_OF_TWO or any(run.value(*column[:2]) is not None for run in self.runs)
+        ]
+
+    @property
     def header(self) -> list[str]:
         """Headings of all tables."""
-        return ["tokenizer", *(column[2] for column in COLUMNS), f"over {BASELINE}", "published"]
+        return ["tokenizer", *(column[2] for column in self.columns), f"over {BASELINE}", "published"]
 
     def tables(self) -> list[tuple[str, list[list[str]]]]:
         """Title and lines of each table: all kinds, then each ablation whose rows were all compared."""
@@ -143,7 +162,7 @@ class Comparison:
     def _line(self, kind: str, name: str, published: str) -> list[str]:
         cells = [
             spread([factor * value for value in self.values(kind, benchmark, metric)], form)
-            for benchmark, metric, _, factor, form in COLUMNS
+            for benchmark, metric, _, factor, form in self.columns
         ]
         return [name, *cells, self._gap(kind), published]
 

@@ -34,7 +34,7 @@ _BASELINE = re.compile(
 )
 _PERCENT = re.compile(r"accuracy|(?<!learning_)rate|recall|precision|recognition|usage|fraction|share", re.IGNORECASE)
 _LOWER_IS_BETTER = re.compile(
-    r"loss|fid|kid|lpips|perceptual|mse|mae|^l1|^l2|error|distance|divergence|bits|^perplexity", re.IGNORECASE
+    r"loss|fid|kid|frechet|lpips|perceptual|mse|mae|^l1|^l2|error|distance|divergence|bits|^perplexity", re.IGNORECASE
 )
 _HIGHER_IS_BETTER = re.compile(r"psnr|ssim|score|cosine|similarity|codebook_perplexity", re.IGNORECASE)
 

@@ -45,12 +45,15 @@ def _norm(channels: int) -> nn.GroupNorm:
 
 
 class ResidualBlock(nn.Module):
-    """Two 3x3 convolutions with GroupNorm and SiLU: `[B, C_in, H, W]` -> `[B, C_out, H, W]`."""
+    """Two convolutions with GroupNorm and SiLU: `[B, C_in, H, W]` -> `[B, C_out, H, W]`.
 
-    def __init__(self, in_channels: int, out_channels: int) -> None:
+    Both are 3x3, or the first one `first_kernel` (odd) wide.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, *, first_kernel: int = 3) -> None:
         super().__init__()
         self.norm1 = _norm(in_channels)
-        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, first_kernel, padding=first_kernel // 2)
         self.norm2 = _norm(out_channels)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         self.skip = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()

@@ -50,7 +50,11 @@ class TokenizerConfig(Config):
     pixel_layer_weights: tuple[float, ...] = (1.0, 0.6)
     """Weight of each of them in the sum."""
     semantic_layer: PositiveInt | None = 26
-    """Layer whose features are `dualtoken`'s semantic features; `null`: the teacher's final features."""
+    """Layer whose features are `dualtoken`'s semantic features, taken as they are, so that the rest of the tower can
+    read their decoded form; `null`: the teacher's final features, standardised."""
+    released_layout: bool = False
+    """Details of `dualtoken` as its released code has them, which its public weights need: causal attention behind the
+    quantizers, one more LayerNorm in each projection, and a first 1x1 convolution behind the resizing of the grid."""
     semantic_code_dim: PositiveInt = 32
     """Channels of the semantic table (`tokenflow` only)."""
     semantic_decoder: SemanticDecoderConfig = SemanticDecoderConfig()
@@ -207,6 +211,33 @@ class ImageTokenizer(nn.Module):
         """
         return self._predict(self.code_embeddings(codes))
 
+    def pooled_prediction(self, features: Tensor) -> Tensor:
+        """Decoded features `[B, h, w, C_teacher]` -> the teacher's pooled vector `[B, E]`, not normalised.
+
+        Raises:
+            ValueError: the kind has no semantic branch, or the teacher cannot pool (`Teacher.pools_features`).
+        """
+        return self.pooled_target(features)
+
+    def pooled_target(self, features: Tensor) -> Tensor:
+        """The teacher's features `[B, h, w, C_teacher]` -> its vector `[B, E]`; errors as `pooled_prediction`."""
+        if self.teacher is None or not self.has_semantic_branch:
+            raise ValueError(f"tokenizer kind {self.config.kind!r} has no semantic branch to pool")
+        return self.teacher.pool(features)
+
+    @property
+    def embeds_codes(self) -> bool:
+        """Whether `embed_codes` works."""
+        return self.has_semantic_branch and self.teacher is not None and self.teacher.pools_features
+
+    def embed_codes(self, codes: Tensor) -> Tensor:
+        """Codes `[B, N, D, h, w]` -> unit vectors `[B, E]` in the teacher's image-text space.
+
+        Raises:
+            ValueError: as `pooled_prediction`.
+        """
+        return F.normalize(self.pooled_prediction(self.semantic_features(codes)), dim=-1)
+
     @property
     def has_semantic_branch(self) -> bool:
         """Whether `semantic_features` predicts what `target_features` gives."""
@@ -219,11 +250,14 @@ class ImageTokenizer(nn.Module):
         return self.teacher.features(images, self.grid).detach()
 
     def _draw(self, vectors: Tensor) -> Tensor:
-        latents = self._to_latents(vectors).permute(0, 3, 1, 2)
+        return self.decoder(self._sized_for_decoder(self._to_latents(vectors).permute(0, 3, 1, 2)))
+
+    def _sized_for_decoder(self, latents: Tensor) -> Tensor:
+        """`[B, C, h, w]` in the size that the image decoder turns into an image."""
         side = self.config.transform.image_size // self.config.conv.downsampling
-        if latents.shape[-1] != side:
-            latents = F.interpolate(latents, size=(side, side), mode="bilinear", align_corners=False)
-        return self.decoder(latents)
+        if latents.shape[-1] == side:
+            return latents
+        return F.interpolate(latents, size=(side, side), mode="bilinear", align_corners=False)
 
 
 class ImageEncoder(nn.Module):

@@ -1,139 +1,145 @@
-"""Published tokenizer weights under our names. LlamaGen's layout is that of the checkpoints of its VQ-8 and VQ-16."""
+"""Published weights under our names: what the layouts of all releases have in common.
+
+A layout is told as sources: for each of our tensors the checkpoint's tensors that it is made of, one after another on
+the first axis.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from models.convolutional import Downsample, ResidualBlock, SpatialAttention, Upsample
-from models.image_tokenizer import TokenizerConfig
-from models.tokenizers import VqganTokenizer
 
+Source = tuple[str, list[str]]
+"""One of our names and the checkpoint's."""
 _RESIDUAL = {"norm1": "norm1", "conv1": "conv1", "norm2": "norm2", "conv2": "conv2", "skip": "nin_shortcut"}
-_UNUSED = {"quantize.codebook_used"}
-"""Statistics of LlamaGen's training."""
 _SHOWN = 4
 """Most keys that an error names."""
 
 
-def convert_llamagen(checkpoint: Any, config: TokenizerConfig) -> dict[str, Tensor]:
-    """A state dict of `VqganTokenizer` from a LlamaGen checkpoint.
+class Release(NamedTuple):
+    """What errors say about a published checkpoint."""
 
-    Args:
-        checkpoint: what `torch.load` gave: the state dict, or a dict that holds it under `model`.
-        config: of the tokenizer that it is for.
+    name: str
+    recipe: str
+    """Which recipe fits which file."""
+
+
+def state_of(checkpoint: Any, key: str, release: Release) -> dict[str, Tensor]:
+    """The state dict of what `torch.load` gave: the dict itself, or the one under `key`.
 
     Raises:
-        ValueError: the config is of another kind, or keys or shapes do not fit; the message names them.
+        ValueError: it is no dict of tensors.
     """
-    if config.kind != "vqgan":
-        raise ValueError(f"LlamaGen's checkpoints are of tokenizer.kind=vqgan, the recipe has {config.kind}")
-    state = checkpoint.get("model", checkpoint) if isinstance(checkpoint, Mapping) else None
-    if not isinstance(state, Mapping):
-        raise ValueError("the checkpoint is no dict of tensors, nor one under the key 'model'; give a LlamaGen file")
-    with torch.device("meta"):
-        tokenizer = VqganTokenizer(config)
-    wanted = {name: tuple(value.shape) for name, value in tokenizer.state_dict().items()}
-    sources = dict(_sources(tokenizer))
-    named = {name for names in sources.values() for name in names}
-    _refuse("lacks the keys", named - state.keys())
-    _refuse("has keys that this recipe's tokenizer does not", state.keys() - named - _UNUSED)
+    state = checkpoint.get(key, checkpoint) if isinstance(checkpoint, Mapping) else None
+    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise ValueError(
+            f"the checkpoint is no dict of tensors, nor one under the key {key!r}; give a {release.name} file"
+        )
+    return dict(state)
+
+
+def convert(
+    state: Mapping[str, Tensor],
+    sources: Iterable[Source],
+    wanted: Mapping[str, Tensor],
+    release: Release,
+    unused: Collection[str] = (),
+) -> dict[str, Tensor]:
+    """Our tensors from a checkpoint's.
+
+    Args:
+        state: of the checkpoint.
+        sources: its layout.
+        wanted: our state dict, for shapes.
+        release: for messages.
+        unused: keys that may be there and are not needed.
+
+    Raises:
+        ValueError: keys or shapes do not fit; the message names them.
+    """
+    layout = dict(sources)
+    named = {name for names in layout.values() for name in names}
+    _refuse("lacks the keys", named - state.keys(), release)
+    _refuse("has keys that this recipe's tokenizer does not", state.keys() - named - set(unused), release)
     converted = {}
-    for name, theirs in sources.items():
-        value = torch.cat([state[key] for key in theirs]).float()
-        if value.numel() != torch.Size(wanted[name]).numel():
+    for name, theirs in layout.items():
+        shape = wanted[name].shape
+        try:
+            value = torch.cat([state[key] for key in theirs]) if len(theirs) > 1 else state[theirs[0]]
+        except RuntimeError:  # parts that do not even go together
+            value = state[theirs[0]]
+        if value.numel() != shape.numel():
             raise ValueError(
                 f"the checkpoint's {theirs[0]!r} has shape {tuple(state[theirs[0]].shape)}, the recipe's tokenizer "
-                f"needs {wanted[name]}; compare tokenizer.conv and tokenizer.quantizer with the checkpoint"
+                f"needs {tuple(shape)}; compare tokenizer.conv, its quantizer and its teacher with the checkpoint"
             )
-        converted[name] = value.reshape(wanted[name])
-    if config.quantizer.update == "ema":
-        codebook = converted["quantizer.codebook"]
-        converted["quantizer.ema_counts"] = torch.ones(len(codebook))
-        converted["quantizer.ema_sums"] = codebook.clone()
-        converted["quantizer.initialised"] = torch.ones((), dtype=torch.bool)
+        converted[name] = value.float().reshape(shape).clone()
     return converted
 
 
-def _refuse(what: str, keys: set[str]) -> None:
+def _refuse(what: str, keys: set[str], release: Release) -> None:
     if keys:
         shown = ", ".join(sorted(keys)[:_SHOWN])
         more = f" and {len(keys) - _SHOWN} more" if len(keys) > _SHOWN else ""
         raise ValueError(
-            f"the checkpoint {what} {shown}{more}; it is no LlamaGen tokenizer of the recipe's size, or it is damaged: "
-            f"choose the recipe that fits (paper-vqgan-256 for vq_ds16_c2i.pt) or fetch the file again"
+            f"the checkpoint {what} {shown}{more}; it is no {release.name} tokenizer of the recipe's size, or it is "
+            f"damaged: choose the recipe that fits ({release.recipe}) or fetch the file again"
         )
 
 
-def _sources(tokenizer: VqganTokenizer) -> Iterator[tuple[str, list[str]]]:
-    """For each of our tensors the checkpoint's tensors that it is made of, one after another on the first axis."""
-    config = tokenizer.config.conv
-    levels = len(config.channel_multipliers)
-    encoder = list(tokenizer.encoder.layers.named_children())[1:]  # the first only folds pixels
-    yield from _side("encoder", "layers.", encoder, _encoder_names(levels, config.encoder_blocks, config.attention))
-    decoder = list(tokenizer.decoder.layers.named_children())
-    yield from _side("decoder", "layers.", decoder, _decoder_names(levels, config.decoder_blocks, config.attention))
-    yield from _leaves("decoder.to_rgb", "decoder.conv_out")
-    yield from _leaves("pre_quant", "quant_conv")
-    yield from _leaves("post_quant", "post_quant_conv")
-    yield "quantizer.codebook", ["quantize.embedding.weight"]
-
-
-def _encoder_names(levels: int, blocks: int, attention: bool) -> Iterator[str | None]:
-    yield "conv_in"
-    for level in range(levels):
-        yield from _level(level, blocks, attention and level == levels - 1)
-        if level < levels - 1:
-            yield f"conv_blocks.{level}.downsample"
-    yield from ("mid", "norm_out", None, "conv_out")
-
-
-def _decoder_names(levels: int, blocks: int, attention: bool) -> Iterator[str | None]:
+def decoder_names(levels: int, blocks: int, attention: bool) -> Iterator[str | None]:
+    """LlamaGen's names of the layers of `ConvDecoder`, in order; None has no weights."""
     yield from ("conv_in", "mid")
     for level in range(levels):
-        yield from _level(level, blocks, attention and level == 0)
+        yield from level_names(level, blocks, attention and level == 0)
         if level < levels - 1:
             yield f"conv_blocks.{level}.upsample"
     yield from ("norm_out", None)
 
 
-def _level(level: int, blocks: int, attention: bool) -> Iterator[str]:
+def level_names(level: int, blocks: int, attention: bool) -> Iterator[str]:
+    """LlamaGen's names of the blocks of one resolution."""
     for block in range(blocks):
         yield f"conv_blocks.{level}.res.{block}"
         if attention:
             yield f"conv_blocks.{level}.attn.{block}"
 
 
-def _side(
-    side: str, prefix: str, modules: list[tuple[str, nn.Module]], names: Iterator[str | None]
-) -> Iterator[tuple[str, list[str]]]:
-    for (number, module), theirs in zip(modules, names, strict=True):
-        if theirs is not None:  # an activation has no weights
-            yield from _module(f"{side}.{prefix}{number}", f"{side}.{theirs}", module)
+def side_sources(
+    ours: str, theirs: str, modules: Iterable[tuple[str, nn.Module]], names: Iterable[str | None]
+) -> Iterator[Source]:
+    """Sources of a chain of layers; both prefixes end with a dot."""
+    for (number, module), name in zip(modules, names, strict=True):
+        if name is not None:
+            yield from module_sources(f"{ours}{number}", f"{theirs}{name}", module)
 
 
-def _module(ours: str, theirs: str, module: nn.Module) -> Iterator[tuple[str, list[str]]]:
+def module_sources(ours: str, theirs: str, module: nn.Module) -> Iterator[Source]:
+    """Sources of one layer of the convolutional encoder or decoder."""
     if isinstance(module, nn.Sequential):
         for number, child in module.named_children():
-            yield from _module(f"{ours}.{number}", f"{theirs}.{number}", child)
+            yield from module_sources(f"{ours}.{number}", f"{theirs}.{number}", child)
     elif isinstance(module, ResidualBlock):
         for own, other in _RESIDUAL.items():
             if not isinstance(getattr(module, own), nn.Identity):
-                yield from _leaves(f"{ours}.{own}", f"{theirs}.{other}")
+                yield from leaves(f"{ours}.{own}", f"{theirs}.{other}")
     elif isinstance(module, SpatialAttention):
-        yield from _leaves(f"{ours}.norm", f"{theirs}.norm")
+        yield from leaves(f"{ours}.norm", f"{theirs}.norm")
         for leaf in ("weight", "bias"):
             yield f"{ours}.qkv.{leaf}", [f"{theirs}.{part}.{leaf}" for part in ("q", "k", "v")]
-        yield from _leaves(f"{ours}.out", f"{theirs}.proj_out")
+        yield from leaves(f"{ours}.out", f"{theirs}.proj_out")
     elif isinstance(module, Downsample | Upsample):
-        yield from _leaves(f"{ours}.conv", f"{theirs}.conv")
+        yield from leaves(f"{ours}.conv", f"{theirs}.conv")
     else:
-        yield from _leaves(ours, theirs)
+        yield from leaves(ours, theirs)
 
 
-def _leaves(ours: str, theirs: str) -> Iterator[tuple[str, list[str]]]:
+def leaves(ours: str, theirs: str) -> Iterator[Source]:
+    """Weight and bias."""
     for leaf in ("weight", "bias"):
         yield f"{ours}.{leaf}", [f"{theirs}.{leaf}"]

@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt
 from torch import Tensor, nn
 
+from models.backbone_teacher import BackboneTeacher
 from models.config import Config, Fraction
 from models.convolutional import gradient_norm
-from models.teachers import BackboneTeacher
 
 
 class LossConfig(Config):
@@ -34,6 +34,9 @@ class LossConfig(Config):
     """`1 - cos(Dec_s(z_q), T)`; DualToken: 5."""
     semantic_mse_weight: NonNegativeFloat = 0.0
     """Mean squared error to `T` beside it, in units of `semantic_weight`; DualToken: 1."""
+    pooled_weight: NonNegativeFloat = 0.0
+    """The same two terms, without `semantic_weight`, of the pooled vector that the rest of the teacher's tower makes of
+    the decoded features (`Teacher.pool`); DualToken: 1."""
     contrastive_weight: NonNegativeFloat = 1.0
     """Contrastive loss with the captions (`vila_u` only; VILA-U: 1)."""
     adversarial_weight: NonNegativeFloat = 0.5
@@ -85,7 +88,7 @@ def contrastive_loss(images: Tensor, texts: Tensor, logit_scale: Tensor) -> Tens
 
 
 def semantic_loss(prediction: Tensor, target: Tensor) -> Tensor:
-    """`1 - cos` averaged over positions of `[B, h, w, C]` (MUSE-VL, eq. 3)."""
+    """`1 - cos` averaged over the vectors of `[..., C]`: positions of a grid (MUSE-VL, eq. 3), or pooled ones."""
     return 1 - F.cosine_similarity(prediction.float(), target.float(), dim=-1).mean()
 
 
@@ -144,7 +147,7 @@ class LpipsDistance(nn.Module):
             missing = sorted({key.split(".", 1)[1] for key in own} - trunk.keys())
             if missing:
                 raise ValueError(
-                    f"loss.lpips_vgg_weights has no `features.{missing[0]}`; give torchvision's VGG16 state dict"
+                    f"lpips_vgg_weights has no `features.{missing[0]}`; give torchvision's VGG16 state dict"
                 )
             network.net.load_state_dict({key: trunk[key.split(".", 1)[1]] for key in own})
         self.__dict__["network"] = network.requires_grad_(False).eval()

@@ -6,6 +6,7 @@ channels, E channels of the image-text space, N books, D depth.
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import ClassVar
 
@@ -60,8 +61,9 @@ class ResidualTokenizer(ImageTokenizer):
 class DualTokenTokenizer(ResidualTokenizer):
     """DualToken (arXiv 2503.14324, section 3.2): pixel codes of shallow features, semantic codes of deep features.
 
-    The semantic codes are decoded to the frozen teacher's features at the same layer; what the teacher does with them
-    above that layer (its last block, its pooling) is the teacher's own and not part of the tokenizer here.
+    The semantic codes are decoded to the frozen teacher's features at the same layer. From a named layer the rest of
+    the trained tower and its pooling make an image's vector of them, which the pooled loss compares with the teacher's
+    and which zero-shot classification uses.
     """
 
     book_names = ("semantic", "pixel")
@@ -80,12 +82,15 @@ class DualTokenTokenizer(ResidualTokenizer):
             (semantic,) = self.teacher.level_widths(self.grid, (config.semantic_layer,))
         pixel_widths = self.teacher.level_widths(self.grid, layers) if layers else [semantic]
         code_dim = config.residual.code_dim
-        self.pre_quant_pixel = nn.ModuleList(AttentionProjection(width, code_dim) for width in pixel_widths)
-        self.pre_quant_semantic = AttentionProjection(semantic, code_dim)
+        released = config.released_layout
+        before = functools.partial(AttentionProjection, mlp_norm=released)
+        after = functools.partial(AttentionProjection, mlp_norm=released, causal=released)
+        self.pre_quant_pixel = nn.ModuleList(before(width, code_dim) for width in pixel_widths)
+        self.pre_quant_semantic = before(semantic, code_dim)
         self.quantizers = nn.ModuleList(ResidualQuantizer(config.residual) for _ in self.book_names)
-        self.post_quant_semantic = AttentionProjection(code_dim, semantic)
-        self.post_quant_pixel = AttentionProjection(code_dim, pixel_widths[0])
-        self.to_decoder = ResidualBlock(pixel_widths[0], config.conv.latent_channels)
+        self.post_quant_semantic = after(code_dim, semantic)
+        self.post_quant_pixel = after(code_dim, pixel_widths[0])
+        self.to_decoder = ResidualBlock(pixel_widths[0], config.conv.latent_channels, first_kernel=1 if released else 3)
         self.decoder = ConvDecoder(config.conv)
 
     def target_features(self, images: Tensor) -> Tensor | None:
@@ -93,7 +98,7 @@ class DualTokenTokenizer(ResidualTokenizer):
         if self.config.semantic_layer is None:
             return super().target_features(images)
         (level,), _ = self.teacher.levels(images, self.grid, (self.config.semantic_layer,))
-        return F.layer_norm(level.float(), level.shape[-1:]).detach()
+        return level.float().detach()
 
     def _quantize(self, images: Tensor, target: Tensor | None) -> Codes:
         shallow, layer = self.config.pixel_layers, self.config.semantic_layer
@@ -110,10 +115,21 @@ class DualTokenTokenizer(ResidualTokenizer):
 
     def _to_latents(self, vectors: Tensor) -> Tensor:
         grown = self.post_quant_pixel(self._parts(vectors)[1]).permute(0, 3, 1, 2)
+        if self.config.released_layout:
+            grown = self._sized_for_decoder(grown)
         return self.to_decoder(grown).permute(0, 2, 3, 1)
 
     def _predict(self, vectors: Tensor) -> Tensor:
         return self.post_quant_semantic(self._parts(vectors)[0])
+
+    def pooled_prediction(self, features: Tensor) -> Tensor:
+        if self.config.semantic_layer is None:
+            return super().pooled_prediction(features)
+        return self.tower.pool(features, self.config.semantic_layer)
+
+    def pooled_target(self, features: Tensor) -> Tensor:
+        assert self.teacher is not None
+        return self.teacher.pool(features, self.config.semantic_layer)
 
 
 class VilaUTokenizer(ResidualTokenizer):
@@ -153,6 +169,13 @@ class VilaUTokenizer(ResidualTokenizer):
 
     def _to_latents(self, vectors: Tensor) -> Tensor:
         return self.post_quant(vectors)
+
+    @property
+    def embeds_codes(self) -> bool:
+        return True
+
+    def embed_codes(self, codes: Tensor) -> Tensor:
+        return self._embed(self.code_embeddings(codes))
 
     def _embed(self, vectors: Tensor) -> Tensor:
         features = self.to_features(vectors).flatten(1, 2)  # [B, h * w, C]

@@ -67,11 +67,17 @@ class AttentionProjection(nn.Module):
 
     Heads have the smaller width, as many as the larger holds; shrinking averages the heads, growing puts them side by
     side. A linear path runs beside the attention, a gated MLP of ratio 2 follows. Source: DualToken (arXiv 2503.14324)
-    section 3.2 and its released code, where positions see each other in both directions.
+    section 3.2 and its released code.
     """
 
-    def __init__(self, in_dim: int, out_dim: int) -> None:
+    def __init__(self, in_dim: int, out_dim: int, *, mlp_norm: bool = False, causal: bool = False) -> None:
         """
+        Args:
+            in_dim: channels of the input.
+            out_dim: channels of the result.
+            mlp_norm: a second LayerNorm before the MLP, which the released code has.
+            causal: positions see only those before them, row by row, as behind the released code's quantizers.
+
         Raises:
             ValueError: neither width is a multiple of the other.
         """
@@ -82,13 +88,14 @@ class AttentionProjection(nn.Module):
                 f"an attention projection from {in_dim} to {out_dim} channels needs one to be a multiple of the other; "
                 f"change tokenizer.residual.code_dim or the layers that are read"
             )
-        self.shrinks = in_dim > out_dim
+        self.shrinks, self.causal = in_dim > out_dim, causal
         self.norm1 = nn.LayerNorm(in_dim)
         self.qkv = nn.Linear(in_dim, 3 * self.width)
         self.out = nn.Linear(out_dim, out_dim)
         self.norm_skip = nn.LayerNorm(in_dim)
         self.skip = nn.Linear(in_dim, out_dim)
         self.norm2 = nn.LayerNorm(out_dim)
+        self.mlp_norm = nn.LayerNorm(out_dim, eps=1e-6) if mlp_norm else nn.Identity()
         self.gate, self.up = nn.Linear(out_dim, 2 * out_dim), nn.Linear(out_dim, 2 * out_dim)
         self.down = nn.Linear(2 * out_dim, out_dim)
 
@@ -97,9 +104,9 @@ class AttentionProjection(nn.Module):
         batch, tokens, _ = x.shape
         qkv = self.qkv(self.norm1(x)).view(batch, tokens, 3, self.width // self.head_dim, self.head_dim)
         query, key, value = qkv.permute(2, 0, 3, 1, 4)  # each [B, heads, T, C_head]
-        mixed = F.scaled_dot_product_attention(query, key, value)
+        mixed = F.scaled_dot_product_attention(query, key, value, is_causal=self.causal)
         heads = mixed.mean(1) if self.shrinks else mixed.transpose(1, 2).reshape(batch, tokens, self.width)
         x = self.skip(self.norm_skip(x)) + self.out(heads)
-        hidden = self.norm2(x)
+        hidden = self.mlp_norm(self.norm2(x))
         x = x + self.down(F.gelu(self.gate(hidden), approximate="tanh") * self.up(hidden))
         return x.view(*grid.shape[:-1], -1)

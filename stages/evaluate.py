@@ -4,15 +4,32 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
+import numpy as np
 import pyarrow as pa
+import torch
 from pydantic import PositiveInt
 
 from models.config import Config
+from models.frechet import frechet_distance
 from models.metrics import book_statistics
 from models.sampling import SamplingConfig
+from models.zero_shot import Templates
 from stages import external_codes
-from stages.evaluation_results import FILES, gather, measured, measured_mean, measured_share
+from stages.evaluation_results import (
+    DRAWN_FEATURES,
+    FILES,
+    ORIGINAL_FEATURES,
+    RANK,
+    TEACHER_RANK,
+    gather,
+    measured,
+    measured_mean,
+    measured_share,
+)
 from stages.evaluation_tasks import RANDOM, SAME_CATEGORY, TaskFactory
+from stages.image_data import fill
+from stages.loading import load_teacher
+from stages.measuring import FeatureSpace, feature_space, weights_inputs
 from stages.stage import Outcome, RuntimeInt, RuntimeStr, Stage, StageContext
 from stages.standalone import run_standalone
 from stages.training import tracked
@@ -45,6 +62,15 @@ class EvaluateConfig(Config):
     """Concepts among which the teacher recognises a drawing."""
     sampling: SamplingConfig = SamplingConfig()
     """How drawings are sampled."""
+    inception_weights: RuntimeStr = ""
+    """Path of torch-fidelity's `weights-inception-2015-12-05-6726825d.pth`, for rFID; its content counts, not its path.
+    Empty: a Fréchet distance in the teacher's space, named so, takes its place."""
+    lpips_vgg_weights: RuntimeStr = ""
+    """Path of torchvision's VGG16 state dict, for LPIPS; its content counts, not its path. Empty: the distance of a
+    backbone teacher's features, named `perceptual`, takes its place."""
+    class_templates: Templates = "name"
+    """Zero-shot classification among the concepts: `name`, a class is its name; `openai`, the mean over the 80
+    sentences of CLIP's ImageNet evaluation."""
     rows_per_shard: PositiveInt = 48
     """Held-out rows measured, and lost by a crash, together."""
     precision: Literal["bf16", "fp32"] = "bf16"
@@ -71,6 +97,7 @@ def run(context: StageContext[EvaluateConfig]) -> Outcome:
     check_tokenizer(rows.info, trained_on)
     count = len(rows) if config.max_rows is None else min(len(rows), config.max_rows)
     tasks = ["understanding"] if tokenizer.kind == external_codes.KIND else list(FILES)
+    space = _space(context) if "reconstruction" in tasks else None  # here, so that wrong weights end it at once
     plan = store.create_plan(key, {"items": _items(tasks, count, config.rows_per_shard)})
     done = store.receipts(key)
     items = [item for item in plan["items"] if item["shard"] not in done]
@@ -83,7 +110,9 @@ def run(context: StageContext[EvaluateConfig]) -> Outcome:
     missing = [item["shard"] for item in plan["items"] if item["shard"] not in receipts]
     assert not missing, f"every shard was mapped, yet {missing} have no receipt"
     tables = gather(store, receipts)
-    metric_rows = _metric_rows(context, tables, rows)
+    metric_rows = _metric_rows(context, tables, rows, space)
+    if space is not None:
+        tables["reconstruction"] = tables["reconstruction"].drop_columns([ORIGINAL_FEATURES, DRAWN_FEATURES])
     files = []
     for name, table in {
         "metrics": metrics_table(metric_rows),
@@ -97,6 +126,11 @@ def run(context: StageContext[EvaluateConfig]) -> Outcome:
     return Outcome("evaluation", files, metrics=headline)
 
 
+def _space(context: StageContext[EvaluateConfig]) -> FeatureSpace:
+    teacher = load_teacher(context.store, context.inputs["prepare_teacher"])
+    return feature_space("evaluate", context.config.inception_weights, teacher, torch.device("cpu"))
+
+
 def _items(tasks: list[str], count: int, rows_per_shard: int) -> list[dict[str, Any]]:
     return [
         {"shard": f"{task}-{start:07d}", "task": task, "start": start, "count": min(rows_per_shard, count - start)}
@@ -106,12 +140,17 @@ def _items(tasks: list[str], count: int, rows_per_shard: int) -> list[dict[str, 
 
 
 def _metric_rows(
-    context: StageContext[EvaluateConfig], tables: dict[str, pa.Table], rows: CodedRows
+    context: StageContext[EvaluateConfig], tables: dict[str, pa.Table], rows: CodedRows, space: FeatureSpace | None
 ) -> list[dict[str, Any]]:
     kind = context.inputs["train_tokenizer"].config["kind"]
     settings = {"crop": rows.info.transform["resize"], "image_size": rows.info.transform["image_size"], "format": "PNG"}
     common = {"model": kind, "benchmark": "reconstruction", "split": "test", "settings": settings}
-    found = _reconstruction_rows(common, tables["reconstruction"]) if "reconstruction" in tables else []
+    found = []
+    if space is not None:
+        table = tables["reconstruction"]
+        classes = len({fill(context.config.concept, rows.row(index)) for index in range(len(rows))})
+        found += [*_reconstruction_rows(common, table), *_frechet_rows(common, table, space)]
+        found += _zero_shot_rows(common, table, classes, context.config.class_templates)
     found += [*_codebook_rows(common, rows), *_understanding_rows(kind, tables["understanding"], context.config)]
     return found + (_generation_rows(kind, tables["generation"], context) if "generation" in tables else [])
 
@@ -122,6 +161,7 @@ def _reconstruction_rows(common: dict[str, Any], table: pa.Table) -> list[dict[s
         "psnr": {"rule": "mean of per-image dB"},
         "ssim": {"data_range": 1.0},
         "ssim_range2": {"data_range": 2.0, "rule": "LlamaGen's and TokenFlow's range on [0, 1] images; inflated"},
+        "lpips": {"library": "lpips", "network": "VGG16, v0.1", "input": "[-1, 1]"},
         "perceptual": {"rule": "distance of backbone features; a stand-in for LPIPS that does not compare with it"},
         "semantic_cosine": {"rule": "decoded from codes against the teacher's features"},
     }
@@ -129,6 +169,36 @@ def _reconstruction_rows(common: dict[str, Any], table: pa.Table) -> list[dict[s
         if metric in table.column_names:
             noted = common | {"settings": common["settings"] | note}
             found.append(measured_mean(noted, metric, table[metric].to_pylist()))
+    return found
+
+
+def _frechet_rows(common: dict[str, Any], table: pa.Table, space: FeatureSpace) -> list[dict[str, Any]]:
+    """A distance of the two sets of images; one image has no spread, so none."""
+    if table.num_rows < 2:
+        return []
+    originals, drawn = (
+        torch.from_numpy(np.stack(table[name].to_numpy())) for name in (ORIGINAL_FEATURES, DRAWN_FEATURES)
+    )
+    settings = common["settings"] | space.settings | {"reference": "the held-out images as the tokenizer sees them"}
+    noted = common | {"settings": settings}
+    return [measured(noted, space.metric, frechet_distance(drawn, originals), table.num_rows)]
+
+
+def _zero_shot_rows(
+    common: dict[str, Any], table: pa.Table, classes: int, templates: Templates
+) -> list[dict[str, Any]]:
+    """Accuracy by what the codes say and, as the ceiling, by the teacher's own embeddings; none without the former."""
+    if RANK not in table.column_names:
+        return []
+    found = []
+    for first in (1, 5):
+        if first >= classes:
+            continue
+        settings = common["settings"] | {"classes": classes, "templates": templates, "chance": first / classes}
+        for model, column in {common["model"]: RANK, "ceiling: teacher": TEACHER_RANK}.items():
+            noted = common | {"model": model, "benchmark": "zero_shot", "settings": settings}
+            right = [rank < first for rank in table[column].to_pylist()]
+            found.append(measured_share(noted, f"accuracy_top{first}", right))
     return found
 
 
@@ -199,12 +269,19 @@ def _by_prompt(table: pa.Table, column: str) -> list[list[bool]]:
     return list(values.values())
 
 
+def _external_inputs(config: EvaluateConfig) -> dict[str, str]:
+    paths = {"inception_weights": config.inception_weights, "lpips_vgg_weights": config.lpips_vgg_weights}
+    return weights_inputs("evaluate", **paths)
+
+
 STAGE = Stage(
     name="evaluate",
     section="evaluate",
     config_class=EvaluateConfig,
     inputs=("download", "prepare_teacher", "train_tokenizer", "tokenize", "sft"),
     run=run,
+    version=2,
+    external_inputs=_external_inputs,
 )
 
 if __name__ == "__main__":

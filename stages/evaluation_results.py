@@ -15,11 +15,20 @@ from storage.tables import read_table, write_table
 FILES = {"reconstruction": "reconstructions", "understanding": "answers", "generation": "drawings"}
 """Name of each task's table in the artifact."""
 
+ORIGINAL_FEATURES, DRAWN_FEATURES = "original_features", "reconstruction_features"
+"""Columns that end in a Fréchet distance and do not stay in the table."""
+RANK, TEACHER_RANK = "class_rank", "teacher_class_rank"
+"""Columns of how many concepts lie nearer to an image than its own, by its codes and by the teacher."""
+
 _TYPES: dict[str, pa.DataType] = {
     "answer": pa.int32(),
     "picked": pa.int32(),
     "choices": pa.list_(pa.string()),
     "log_likelihoods": pa.list_(pa.float64()),
+    RANK: pa.int32(),
+    TEACHER_RANK: pa.int32(),
+    ORIGINAL_FEATURES: pa.list_(pa.float32()),
+    DRAWN_FEATURES: pa.list_(pa.float32()),
 }
 
 

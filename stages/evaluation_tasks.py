@@ -17,20 +17,23 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from models.backbone_teacher import BackboneTeacher
 from models.decoding import draw_codes
 from models.image_tokenizer import ImageTokenizer
-from models.losses import BackbonePerceptualDistance
+from models.losses import BackbonePerceptualDistance, LpipsDistance
 from models.metrics import psnr, ssim
 from models.sampling import SamplingConfig
-from models.teachers import BackboneTeacher, Teacher
+from models.teachers import Teacher
 from models.transforms import TransformConfig, normalise, to_pil, to_pixels
 from models.vlm import UnifiedVlm, mean_log_likelihood
-from stages.evaluation_results import store_rows
-from stages.image_data import ImageSource
-from stages.loading import load_teacher, load_tokenizer
+from models.zero_shot import Templates
+from stages.evaluation_results import DRAWN_FEATURES, ORIGINAL_FEATURES, RANK, TEACHER_RANK, store_rows
+from stages.image_data import ImageSource, fill
+from stages.loading import load_teacher, load_tokenizer, read_state
+from stages.measuring import FeatureSpace, Perceptual, ZeroShot, feature_space, perceptual_of
 from stages.sequences import SequenceBuilder
 from stages.training import autocast, mix_seed, resolve_device
-from stages.vlm_training import CodedRows, fill, load_rows, load_vlm
+from stages.vlm_training import CodedRows, load_rows, load_vlm
 from storage.manifest import Manifest
 from storage.store import Store
 
@@ -53,6 +56,9 @@ class TaskConfig(Protocol):
     precision: str
     device: str
     threads_per_worker: int
+    inception_weights: str
+    lpips_vgg_weights: str
+    class_templates: Templates
 
 
 @dataclass(frozen=True)
@@ -169,6 +175,25 @@ class EvaluationWorker:
         return Concepts(names, categories, self.job.seed)
 
     @cached_property
+    def space(self) -> FeatureSpace:
+        """Where reconstructions are compared with originals as sets."""
+        return feature_space("evaluate", self.config.inception_weights, self.teacher, self.device)
+
+    @cached_property
+    def perceptual(self) -> Perceptual | None:
+        """LPIPS where its weights are given, else the distance of a backbone teacher's features."""
+        if self.config.lpips_vgg_weights:
+            return perceptual_of(LpipsDistance(read_state(self.config.lpips_vgg_weights)))
+        return perceptual_of(
+            BackbonePerceptualDistance(self.teacher) if isinstance(self.teacher, BackboneTeacher) else None
+        )
+
+    @cached_property
+    def zero_shot(self) -> ZeroShot | None:
+        """Classification among all concepts of the held-out rows; None without a text tower."""
+        return ZeroShot.of(self.teacher, self.concepts.names, self.config.class_templates)
+
+    @cached_property
     def training_images(self) -> ImageSource:
         """The training images, from which prototypes are made."""
         return ImageSource(self.job.store, self.job.inputs["download"], self.transform, split="train")
@@ -186,8 +211,7 @@ class EvaluationWorker:
     def _prototypes(self, describe: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
         """Mean of `describe` (`[B, 3, H, W]` in [-1, 1] to `[B, F]`) over the training images of each concept."""
         source, rows = self.training_images, range(len(self.training_images))
-        fields = [{name: values[row] for name, values in source.columns.items()} for row in rows]
-        names = [fill(self.config.concept, fields[row] | {"text": source.captions[row]}) for row in rows]
+        names = [fill(self.config.concept, source.row(row)) for row in rows]
         described = torch.cat([describe(normalise(source.pixels(batch))).cpu() for batch in _batches(list(rows))])
         members: dict[str, list[int]] = {}
         for row, name in enumerate(names):
@@ -196,7 +220,7 @@ class EvaluationWorker:
 
     @torch.no_grad()
     def reconstruct(self, rows: list[int]) -> list[dict[str, Any]]:
-        """Encode and decode each held-out image; PSNR, SSIM in both ranges, perceptual distance, semantic cosine."""
+        """Decode each held-out image's codes: distances to the image, features of both, ranks of its concept."""
         found = []
         for batch in _batches(rows):
             pixels = self.images.pixels(batch)
@@ -204,16 +228,23 @@ class EvaluationWorker:
             with autocast(self.device, self.config.precision):
                 drawn = to_pixels(self.tokenizer.decode(codes)).cpu()
                 cosines = self._semantic_cosines(pixels, codes)
-            measured = {
+            ranks = self._class_ranks(batch, pixels, codes)
+            measured: dict[str, Tensor | None] = {
                 "psnr": psnr(drawn, pixels),
                 "ssim": ssim(drawn, pixels),
                 "ssim_range2": ssim(drawn, pixels, data_range=2.0),
-                "perceptual": self._perceptual(drawn, pixels),
                 "semantic_cosine": cosines,
             }
+            if self.perceptual is not None:
+                measured[self.perceptual.metric] = self.perceptual.measure(drawn, pixels, self.device)
+            features = {ORIGINAL_FEATURES: self.space.describe(pixels), DRAWN_FEATURES: self.space.describe(drawn)}
             originals, reconstructions = to_pil(pixels), to_pil(drawn)
             for position, row in enumerate(batch):
-                values = {name: float(value[position]) for name, value in measured.items() if value is not None}
+                values: dict[str, Any] = {
+                    name: float(value[position]) for name, value in measured.items() if value is not None
+                }
+                values |= {name: int(value[position]) for name, value in ranks.items()}
+                values |= {name: value[position].numpy() for name, value in features.items()}
                 found.append(
                     {
                         "key": self.rows.keys[row],
@@ -349,11 +380,14 @@ class EvaluationWorker:
         predicted = self.tokenizer.semantic_features(codes)
         return F.cosine_similarity(predicted.float(), target.float(), dim=-1).mean((1, 2))
 
-    def _perceptual(self, drawn: Tensor, pixels: Tensor) -> Tensor | None:
-        if not isinstance(self.teacher, BackboneTeacher):
-            return None
-        distance = BackbonePerceptualDistance(self.teacher)
-        return distance(normalise(drawn).to(self.device), normalise(pixels).to(self.device)).cpu()
+    def _class_ranks(self, rows: list[int], pixels: Tensor, codes: Tensor) -> dict[str, Tensor]:
+        """Rank of each row's concept by its codes and by the teacher's own embedding, where there are such; `[B]`."""
+        if self.zero_shot is None:
+            return {}
+        images = normalise(pixels).to(self.device)
+        by_codes = self.zero_shot.code_ranks(rows, self.tokenizer, codes)
+        found = {} if by_codes is None else {RANK: by_codes}
+        return found | {TEACHER_RANK: self.zero_shot.teacher_ranks(rows, images)}
 
 
 def encode_png(image: Image.Image) -> bytes:

@@ -75,6 +75,10 @@ class ImageSource:
     def __len__(self) -> int:
         return len(self.keys)
 
+    def row(self, index: int) -> dict[str, str]:
+        """The text columns of an image, its caption as `text`."""
+        return {name: values[index] for name, values in self.columns.items()} | {"text": self.captions[index]}
+
     def raw(self, index: int) -> bytes:
         """The encoded image, as downloaded."""
         place = self._places[index]
@@ -102,6 +106,22 @@ class ImageSource:
         self._places.append(place)
         for name in extra:
             self.columns.setdefault(name, []).append(row[name] or "")
+
+
+def fill(template: str, row: dict[str, str]) -> str:
+    """A template such as `Draw {caption}.` with a row's fields; `{caption}` is the row's text.
+
+    Raises:
+        ValueError: the template names a field that the data do not have.
+    """
+    fields = row | {"caption": row["text"]}
+    try:
+        return template.format(**fields)
+    except (KeyError, IndexError) as error:
+        names = ", ".join(sorted(fields))
+        raise ValueError(
+            f"template {template!r} names {error}, which the data do not have; they have {names}"
+        ) from error
 
 
 def table_columns(sample: ImageSample, view: str) -> dict[str, str | None]:

@@ -10,10 +10,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from models.backbone_teacher import BackboneTeacher, BackboneTeacherConfig
 from models.image_tokenizer import ImageTokenizer, TokenizerConfig
 from models.teachers import (
-    BackboneTeacher,
-    BackboneTeacherConfig,
     OpenClipTeacher,
     OpenClipTeacherConfig,
     Teacher,

@@ -9,25 +9,21 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
-from pydantic import PositiveInt
+from pydantic import Field, PositiveInt
 from torch import Tensor
 
-from models.teachers import (
+from models.backbone_teacher import (
     AlignedHead,
     BackboneTeacher,
     BackboneTeacherConfig,
-    OpenClipTeacher,
-    OpenClipTeacherConfig,
-    TeacherConfig,
-    TransformersTeacher,
-    TransformersTeacherConfig,
     convert_efficientnet_lite0,
     split_words,
 )
+from models.teachers import OpenClipTeacher, OpenClipTeacherConfig, TransformersTeacher, TransformersTeacherConfig
 from models.transforms import TransformConfig, normalise
 from stages.image_data import ImageSource
 from stages.loading import put_json, put_weights, read_state
@@ -36,6 +32,10 @@ from stages.standalone import run_standalone
 from stages.training import EpochSampler, LoopConfig, OptimiserConfig, build_optimiser, mix_seed, optimise, train
 from storage.digests import sha256_file
 from storage.manifest import FileEntry
+
+TeacherConfig = Annotated[
+    BackboneTeacherConfig | OpenClipTeacherConfig | TransformersTeacherConfig, Field(discriminator="kind")
+]
 
 
 class PrepareTeacherConfig(LoopConfig):

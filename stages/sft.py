@@ -8,11 +8,12 @@ from torch import Tensor
 
 from models.config import Config, Fraction
 from models.vlm import LossAverage
+from stages.image_data import fill
 from stages.sequences import Sequence, SequenceBuilder
 from stages.stage import Outcome, Stage, StageContext
 from stages.standalone import run_standalone
 from stages.training import LoopConfig, train
-from stages.vlm_training import CodedRows, SequenceMaker, VlmTraining, fill, load_rows, load_vlm, put_vlm
+from stages.vlm_training import CodedRows, SequenceMaker, VlmTraining, load_rows, load_vlm, put_vlm
 
 
 class QuestionTemplate(Config):

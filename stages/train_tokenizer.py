@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,10 @@ import torch.nn.functional as F
 from pydantic import NonNegativeInt
 from torch import Tensor, nn
 
+from models.backbone_teacher import BackboneTeacher
 from models.config import Fraction
 from models.convolutional import PatchDiscriminator
-from models.image_tokenizer import ImageTokenizer, TokenizerConfig, TokenizerOutput, semantic_cosine
+from models.image_tokenizer import ImageTokenizer, TokenizerConfig, TokenizerOutput
 from models.losses import (
     BackbonePerceptualDistance,
     LossConfig,
@@ -23,13 +25,15 @@ from models.losses import (
     hinge_discriminator_loss,
     semantic_loss,
 )
-from models.metrics import book_statistics, psnr
-from models.teachers import BackboneTeacher, Teacher
+from models.teachers import Teacher
 from models.tokenizers import build_tokenizer
 from models.transforms import normalise, to_pixels
+from models.zero_shot import Templates
 from stages import external_codes
-from stages.image_data import ImageSource
+from stages.held_out import HeldOut
+from stages.image_data import ImageSource, fill
 from stages.loading import load_teacher, put_json, put_weights, read_state, subset
+from stages.measuring import ZeroShot, feature_space, perceptual_of, weights_inputs
 from stages.stage import Outcome, RuntimeStr, Stage, StageContext
 from stages.standalone import run_standalone
 from stages.training import (
@@ -68,6 +72,16 @@ class TrainTokenizerConfig(LoopConfig, TokenizerConfig):
     weights: RuntimeStr = ""
     """Start from these weights, a `.safetensors` file that `musevl import-tokenizer` wrote; its content counts, not its
     path. With `steps: 0` they are taken as they are."""
+    inception_weights: RuntimeStr = ""
+    """Path of torch-fidelity's `weights-inception-2015-12-05-6726825d.pth`, for rFID on the held-out images; its
+    content counts, not its path. Empty: a Fréchet distance in the teacher's space, named so, takes its place."""
+    measure_every: NonNegativeInt = 0
+    """Steps between measurements on the held-out images while training goes on; the curves show them at their next
+    point (`log_every`). 0: only at the end."""
+    class_name: str = "{caption}"
+    """The class of a held-out image in zero-shot classification, a template over the metadata's columns."""
+    class_templates: Templates = "name"
+    """`name`: a class is its name; `openai`: the mean over the 80 sentences of CLIP's ImageNet evaluation."""
     steps: NonNegativeInt = 1000
     """Optimiser steps."""
     ema_decay: Fraction = 0.0
@@ -83,10 +97,11 @@ def run(context: StageContext[TrainTokenizerConfig]) -> Outcome:
     teacher = load_teacher(context.store, context.inputs["prepare_teacher"])
     torch.manual_seed(mix_seed(context.seed, "tokenizer"))
     training = TokenizerTraining(config, context.seed, source, teacher)
+    training.held_out = _held_out(context, training)
     history = train(context, training, config)
     tokenizer = training.final_tokenizer()
-    metrics = held_out_metrics(context, tokenizer, training.device)
-    for name, value in metrics.items():
+    found = training.held_out.measure(tokenizer)
+    for name, value in found.metrics.items():
         history.add(config.steps, f"held_out_{name}", value)
     files = [
         put_json(context.store, subset(config, TokenizerConfig).model_dump(mode="json"), "tokenizer.json"),
@@ -94,8 +109,8 @@ def run(context: StageContext[TrainTokenizerConfig]) -> Outcome:
         history.save(context),
     ]
     weights = "ema" if config.ema_decay else "last"
-    metadata = {"weights": weights, "code_shape": list(tokenizer.code_shape)}
-    return Outcome("tokenizer", files, metrics=metrics, metadata=metadata)
+    metadata = {"weights": weights, "code_shape": list(tokenizer.code_shape), "measured": found.settings}
+    return Outcome("tokenizer", files, metrics=found.metrics, metadata=metadata)
 
 
 class TokenizerTraining:
@@ -109,6 +124,11 @@ class TokenizerTraining:
         if config.weights:
             self.tokenizer.load_state_dict(read_state(config.weights))
         loss = config.loss
+        if loss.pooled_weight and not (self.tokenizer.has_semantic_branch and self.tokenizer.embeds_codes):
+            raise ValueError(
+                f"tokenizer.loss.pooled_weight={loss.pooled_weight} needs a kind that predicts the teacher's features "
+                f"and a teacher that can pool them (SigLIP, or a backbone whose head has keep_backbone); set it to 0"
+            )
         self.discriminator = PatchDiscriminator(loss.discriminator_channels, loss.discriminator_layers).to(self.device)
         self.optimiser = build_optimiser(
             self.tokenizer, config.optimiser, {"tower": config.tower_learning_rate_fraction}
@@ -121,6 +141,7 @@ class TokenizerTraining:
         if self.average is not None:
             self.average.load_state_dict(self.tokenizer.state_dict())
         self.sampler = EpochSampler(len(source), config.batch_size, seed)
+        self.held_out: HeldOut | None = None
         self.teacher_features = self._precompute_teacher_features()
 
     def step(self, step: int) -> dict[str, Tensor]:
@@ -142,6 +163,12 @@ class TokenizerTraining:
         if self._adversarial(step):
             terms["discriminator"] = self._train_discriminator(output.reconstruction.detach(), images, step)
         self._average_weights()
+        every = self.config.measure_every
+        if self.held_out is not None and every and (step + 1) % every == 0 and step + 1 < self.config.steps:
+            measured = self.held_out.measure(self.final_tokenizer()).metrics
+            # images that are drawn exactly have an infinite PSNR, which is no reason to stop as an infinite loss is
+            finite = {name: value for name, value in measured.items() if math.isfinite(value)}
+            terms |= {f"held_out_{name}": torch.tensor(value) for name, value in finite.items()}
         return terms
 
     @torch.no_grad()
@@ -191,6 +218,8 @@ class TokenizerTraining:
                 terms["semantic_mse"] = F.mse_loss(output.semantic_prediction.float(), output.semantic_target.float())
                 semantic = semantic + weights.semantic_mse_weight * terms["semantic_mse"]
             loss = loss + weights.semantic_weight * semantic
+            if weights.pooled_weight:
+                loss = loss + weights.pooled_weight * self._pooled_loss(output, terms)
         if output.image_embedding is not None:
             texts = self.teacher.embed_texts([self.source.captions[row] for row in rows])
             terms["contrastive"] = contrastive_loss(output.image_embedding, texts, self.tokenizer.logit_scale)
@@ -204,6 +233,18 @@ class TokenizerTraining:
                 )
             loss = loss + scale * terms["adversarial"]
         return loss, terms
+
+    def _pooled_loss(self, output: TokenizerOutput, terms: dict[str, Tensor]) -> Tensor:
+        """DualToken's second semantic loss, on the pooled vectors (released code, stage 1); its terms go to `terms`."""
+        assert output.semantic_prediction is not None and output.semantic_target is not None
+        predicted = self.tokenizer.pooled_prediction(output.semantic_prediction).float()
+        with torch.no_grad():
+            target = self.tokenizer.pooled_target(output.semantic_target).float()
+        terms["pooled"] = semantic_loss(predicted, target)
+        if not self.config.loss.semantic_mse_weight:
+            return terms["pooled"]
+        terms["pooled_mse"] = F.mse_loss(predicted, target)
+        return terms["pooled"] + self.config.loss.semantic_mse_weight * terms["pooled_mse"]
 
     def _train_discriminator(self, drawn: Tensor, images: Tensor, step: int) -> Tensor:
         with autocast(self.device, self.config.precision):
@@ -278,42 +319,29 @@ def _perceptual_distance(loss: LossConfig, teacher: Teacher) -> nn.Module | None
     return BackbonePerceptualDistance(teacher)
 
 
-@torch.no_grad()
-def held_out_metrics(
-    context: StageContext[TrainTokenizerConfig], tokenizer: ImageTokenizer, device: torch.device
-) -> dict[str, float]:
-    """PSNR, codebook use and semantic cosine on the test split; on the training split where there is none."""
-    has_test = "test" in context.inputs["download"].metadata.get("splits", {})
-    split = "test" if has_test else "train"
-    source = ImageSource(context.store, context.inputs["download"], context.config.transform, split=split)
-    values, codes, cosines = [], [], []
-    for start in range(0, len(source), _EVALUATION_BATCH):
-        rows = list(range(start, min(start + _EVALUATION_BATCH, len(source))))
-        pixels = source.pixels(rows).to(device)
-        with autocast(device, context.config.precision):
-            output = tokenizer(normalise(pixels))
-        values.append(psnr(to_pixels(output.reconstruction), pixels))
-        codes.append(output.codes)
-        if output.semantic_prediction is not None and output.semantic_target is not None:
-            cosines.append(semantic_cosine(output.semantic_prediction, output.semantic_target) * len(rows))
-    metrics = {"psnr": float(torch.cat(values).mean())}
-    for name, found in book_statistics(torch.cat(codes), tokenizer.book_names, tokenizer.codebook_sizes).items():
-        metrics[f"codebook_usage{name}"], metrics[f"codebook_perplexity{name}"] = found
-    if cosines:
-        metrics["semantic_cosine"] = float(torch.stack(cosines).sum()) / len(source)
-    return metrics
+def _held_out(context: StageContext[TrainTokenizerConfig], training: TokenizerTraining) -> HeldOut:
+    """The test split, or the training split where nothing is held out, and what is measured on it."""
+    config, teacher, device = context.config, training.teacher, training.device
+    download = context.inputs["download"]
+    split = "test" if "test" in download.metadata.get("splits", {}) else "train"
+    source = ImageSource(context.store, download, config.transform, split=split)
+    names = [fill(config.class_name, source.row(row)) for row in range(len(source))]
+    space = feature_space("tokenizer", config.inception_weights, teacher, device)
+    task = ZeroShot.of(teacher, names, config.class_templates)
+    return HeldOut(source, split, space, task, perceptual_of(training.perceptual), device, config.precision)
 
 
 def _external_inputs(config: TrainTokenizerConfig) -> dict[str, str]:
     if config.kind == "external":
         return external_codes.content_of(config.codes)
+    given = weights_inputs("tokenizer", inception_weights=config.inception_weights)
     if not config.weights:
         if not config.steps:
             raise ValueError("tokenizer.steps=0 trains nothing; give tokenizer.weights, or steps")
-        return {}
+        return given
     if not Path(config.weights).is_file():
         raise ValueError(f"tokenizer.weights={config.weights!r} does not exist; `musevl import-tokenizer` writes it")
-    return {"weights": sha256_file(config.weights)}
+    return given | {"weights": sha256_file(config.weights)}
 
 
 STAGE = Stage(
@@ -322,6 +350,7 @@ STAGE = Stage(
     config_class=TrainTokenizerConfig,
     inputs=("download", "prepare_teacher"),
     run=run,
+    version=2,
     external_inputs=_external_inputs,
 )
 

@@ -84,22 +84,6 @@ def load_rows(store: Store, table: Manifest, *, split: str, views: bool) -> Code
     return CodedRows(loaded.info, [loaded.keys[index] for index in kept], columns, codes)
 
 
-def fill(template: str, row: dict[str, str]) -> str:
-    """A template such as `Draw {caption}.` with a row's fields; `{caption}` is the row's text.
-
-    Raises:
-        ValueError: the template names a field that the table does not have.
-    """
-    fields = row | {"caption": row["text"]}
-    try:
-        return template.format(**fields)
-    except (KeyError, IndexError) as error:
-        names = ", ".join(sorted(fields))
-        raise ValueError(
-            f"template {template!r} names {error}, which the code table does not have; it has {names}"
-        ) from error
-
-
 SequenceMaker = Callable[[SequenceBuilder, CodedRows, int], Sequence]
 
 

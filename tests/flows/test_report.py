@@ -19,7 +19,7 @@ import pyarrow as pa
 import pytest
 from PIL import Image, ImageFilter
 
-from flows.report_data import MAX_SHOWN, benchmarks_of, collect, format_value
+from flows.report_data import MAX_SHOWN, benchmarks_of, collect, direction, format_value
 from flows.report_page import render_page, write_page
 from infra.sample_data import archive_path
 from storage.code_table import CodeTableInfo, write_code_shard
@@ -279,6 +279,14 @@ def test_evaluation_of_one_part_only_says_what_it_lacks(bench: Bench) -> None:
 )
 def test_numbers_are_shown_with_their_unit(metric: str, value: float, text: str) -> None:
     assert format_value(metric, value) == text
+
+
+@pytest.mark.parametrize(
+    ("metric", "better"),
+    [("rfid", "down"), ("frechet_teacher", "down"), ("accuracy_top1", "up"), ("codebook_usage", "up")],
+)
+def test_the_better_side_of_a_metric_is_known(metric: str, better: str) -> None:
+    assert direction(metric) == better
 
 
 def test_models_whose_names_say_nothing_are_shown_beside_the_first(bench: Bench) -> None:

@@ -10,13 +10,13 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from models.teachers import (
+from models.backbone_teacher import (
     AlignedHeadConfig,
     BackboneTeacher,
     BackboneTeacherConfig,
-    Teacher,
     convert_efficientnet_lite0,
 )
+from models.teachers import Teacher
 from models.transforms import TransformConfig, load_image, normalise, to_tensor
 
 ROOT = Path(__file__).parents[2]
@@ -50,6 +50,19 @@ class StubTeacher(Teacher):
         return self.levels(images, grid, ())[1]
 
 
+class PoolingTeacher(StubTeacher):
+    """The same with a pooling: the mean over positions through a matrix."""
+
+    pools_features = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(self.feature_dim, self.embed_dim))
+
+    def pool(self, features: Tensor, layer: int | None = None) -> Tensor:
+        return features.mean((1, 2)) @ self.weight
+
+
 @pytest.fixture(scope="package", autouse=True)
 def one_thread() -> Iterator[None]:
     """Tensors are tiny here: more threads only wait for one another, long on a busy machine."""
@@ -63,6 +76,12 @@ def one_thread() -> Iterator[None]:
 def stub_teacher() -> Teacher:
     torch.manual_seed(1)
     return StubTeacher().freeze()
+
+
+@pytest.fixture
+def pooling_teacher() -> Teacher:
+    torch.manual_seed(1)
+    return PoolingTeacher().freeze()
 
 
 @pytest.fixture(scope="session")

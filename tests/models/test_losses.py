@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from models.backbone_teacher import BackboneTeacher
 from models.convolutional import PatchDiscriminator
 from models.losses import (
     BackbonePerceptualDistance,
@@ -13,7 +14,6 @@ from models.losses import (
     hinge_discriminator_loss,
     semantic_loss,
 )
-from models.teachers import BackboneTeacher
 
 
 def test_hinge_loss_equals_its_formula() -> None:

@@ -7,20 +7,17 @@ import pytest
 import torch
 from torch import Tensor
 
+from models.backbone_teacher import BackboneTeacher, BackboneTeacherConfig, convert_efficientnet_lite0, split_words
 from models.teachers import (
-    BackboneTeacher,
-    BackboneTeacherConfig,
     OpenClipTeacher,
     OpenClipTeacherConfig,
     PixelNormalisation,
     Teacher,
     TransformersTeacher,
     TransformersTeacherConfig,
-    build_teacher,
-    convert_efficientnet_lite0,
-    split_words,
 )
 from models.torchvision_compat import make_torchvision_importable
+from tests.word_tokenizer import save_word_tokenizer
 
 Emoji = Callable[[str], Tensor]
 
@@ -75,6 +72,17 @@ def check_standardised(features: Tensor) -> None:
     torch.testing.assert_close(features.var(-1, unbiased=False), torch.ones(features.shape[:-1]), atol=1e-2, rtol=0)
 
 
+def check_pooling(teacher: Teacher, images: Tensor, grid: tuple[int, int], layers: tuple[int, ...]) -> None:
+    """The rest of the tower makes of a level, and about of the standardised features, what it makes of the image."""
+    embedded = teacher.embed_images(images)
+    for layer, level in zip(layers, teacher.levels(images, grid, layers)[0], strict=True):
+        pooled = teacher.pool(level, layer)
+        torch.testing.assert_close(torch.nn.functional.normalize(pooled, dim=-1), embedded, atol=1e-4, rtol=1e-3)
+    pooled = teacher.pool(teacher.features(images, grid))
+    similarity = torch.nn.functional.cosine_similarity(pooled, embedded, dim=-1)
+    assert float(similarity.min()) > 0.99, similarity
+
+
 def check_texts(teacher: Teacher) -> None:
     texts = ["a cat", "dog"]
     embedded = teacher.embed_texts(texts)
@@ -117,6 +125,16 @@ class TestBackboneTeacher:
         torch.testing.assert_close(raw, aligned_teacher.raw_features(images, (4, 4)))
         torch.testing.assert_close(aligned, aligned_teacher.features(images, (4, 4)))
         torch.testing.assert_close(both.embed_images(images), aligned_teacher.embed_images(images))
+        check_pooling(both, images, both.native_grid, ())
+        with pytest.raises(ValueError, match="not those of layer 3; set tokenizer.semantic_layer=null"):
+            both.pool(both.features(images, (4, 4)), 3)
+
+    def test_features_without_the_backbones_cannot_be_pooled(
+        self, aligned_teacher: BackboneTeacher, images: Tensor
+    ) -> None:
+        assert not aligned_teacher.pools_features
+        with pytest.raises(ValueError, match="BackboneTeacher cannot pool its features.*keep_backbone"):
+            aligned_teacher.pool(aligned_teacher.features(images, (4, 4)))
 
     def test_features_of_a_stage_are_timms(self, efficientnet_state: dict[str, Tensor], images: Tensor) -> None:
         make_torchvision_importable()
@@ -162,10 +180,6 @@ class TestBackboneTeacher:
         with pytest.raises(ValueError, match="BackboneTeacher has no text tower"):
             backbone_teacher.embed_texts(["cat"])
 
-    def test_no_weights_are_refused(self) -> None:
-        with pytest.raises(ValueError, match="'tf_efficientnet_lite0' was given no weights"):
-            build_teacher(BackboneTeacherConfig())
-
     def test_a_teacher_comes_back_from_its_state(self, aligned_teacher: BackboneTeacher, images: Tensor) -> None:
         loaded = BackboneTeacher(aligned_teacher.config, None, aligned_teacher.head.words).freeze()
         loaded.load_state_dict(aligned_teacher.state_dict())
@@ -184,7 +198,30 @@ class TestBackboneTeacher:
             convert_efficientnet_lite0({key: torch.zeros(1)})
 
 
-@pytest.fixture(scope="module", params=["vit", "timm"])
+def shake(module: torch.nn.Module) -> None:
+    """Weights as training leaves them: norms with scales and offsets of their own."""
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for child in module.modules():
+            if isinstance(child, torch.nn.LayerNorm):
+                child.weight.add_(0.3 * torch.randn(child.weight.shape, generator=generator))
+                child.bias.add_(0.2 * torch.randn(child.bias.shape, generator=generator))
+
+
+def register_tiny_siglip() -> None:
+    """A timm model as its SigLIP models are, no token beside the patches and a pooling with a query; they are large."""
+    from timm.models import is_model, register_model
+    from timm.models.vision_transformer import VisionTransformer
+
+    def tiny_siglip(pretrained: bool = False, num_classes: int = 0, **unused: Any) -> VisionTransformer:
+        sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
+        return VisionTransformer(**sizes, class_token=False, global_pool="map", num_classes=num_classes)
+
+    if not is_model("tiny_siglip"):
+        register_model(tiny_siglip)
+
+
+@pytest.fixture(scope="module", params=["vit", "timm", "map"])
 def open_clip_name(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> str:
     """A tiny architecture: open_clip's own ViT with a class token, or a timm trunk as its SigLIP models have it."""
     make_torchvision_importable()
@@ -193,6 +230,17 @@ def open_clip_name(request: pytest.FixtureRequest, tmp_path_factory: pytest.Temp
     vision: dict[str, Any] = {"image_size": 32, "layers": 2, "width": 64, "head_width": 32, "patch_size": 8}
     text = {"context_length": 16, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1}
     config: dict[str, Any] = {"embed_dim": 24, "vision_cfg": vision, "text_cfg": text}
+    if request.param == "map":  # "siglip" in a name makes open_clip fetch its tokenizer
+        register_tiny_siglip()
+        vision = {
+            "image_size": 32,
+            "timm_model_name": "tiny_siglip",
+            "timm_model_pretrained": False,
+            "timm_pool": "map",
+            "timm_proj": "none",
+        }
+        extras = {"no_causal_mask": True, "proj_bias": True, "pool_type": "last"}
+        config |= {"embed_dim": 32, "custom_text": True, "vision_cfg": vision, "text_cfg": text | extras}
     if request.param == "timm":
         vision = {
             "image_size": 32,
@@ -214,13 +262,22 @@ class TestOpenClipTeacher:
     @pytest.fixture
     def teacher(self, open_clip_name: str) -> Teacher:
         torch.manual_seed(0)
-        return build_teacher(OpenClipTeacherConfig(name=open_clip_name, pretrained=None))
+        return OpenClipTeacher(OpenClipTeacherConfig(name=open_clip_name, pretrained=None)).freeze()
 
     def test_contract_holds(self, teacher: Teacher, images: Tensor) -> None:
         check_contract(teacher, images, (4, 4))
         check_standardised(teacher.features(images, (4, 4)))
         assert teacher.features(images, (3, 5)).shape[1:3] == (3, 5)
         check_texts(teacher)
+
+    def test_a_siglip_pools_what_its_layers_know(self, teacher: OpenClipTeacher, images: Tensor) -> None:
+        if teacher.config.name == "tiny-map":
+            shake(teacher)
+            check_pooling(teacher, images, (4, 4), (1, 2))
+            return
+        assert not teacher.pools_features, "a class token is not among the features"
+        with pytest.raises(ValueError, match="OpenClipTeacher cannot pool its features"):
+            teacher.pool(teacher.features(images, (4, 4)))
 
     def test_features_keep_their_places(self, teacher: OpenClipTeacher) -> None:
         patches = teacher._patches(torch.zeros(1, 3, teacher.side, teacher.side))
@@ -246,18 +303,6 @@ class TestOpenClipTeacher:
         known = open_clip.get_model_preprocess_cfg(teacher.model)
         assert teacher.normalisation.mean == pytest.approx(known["mean"])
         assert teacher.normalisation.std == pytest.approx(known["std"])
-
-
-def save_word_tokenizer(folder: Path, length: int | None) -> None:
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    core = Tokenizer(models.WordLevel({"<pad>": 0, "<unk>": 1, "a": 2, "cat": 3, "dog": 4, "</s>": 5}, "<unk>"))
-    core.pre_tokenizer = pre_tokenizers.Whitespace()
-    options = {} if length is None else {"model_max_length": length}
-    PreTrainedTokenizerFast(
-        tokenizer_object=core, pad_token="<pad>", unk_token="<unk>", eos_token="</s>", **options
-    ).save_pretrained(folder)
 
 
 @pytest.fixture(scope="module", params=["siglip", "clip", "siglip2"])
@@ -295,13 +340,21 @@ def transformers_folder(request: pytest.FixtureRequest, tmp_path_factory: pytest
 class TestTransformersTeacher:
     @pytest.fixture
     def teacher(self, transformers_folder: Path) -> Teacher:
-        return build_teacher(TransformersTeacherConfig(path=str(transformers_folder)))
+        return TransformersTeacher(TransformersTeacherConfig(path=str(transformers_folder))).freeze()
 
     def test_contract_holds(self, teacher: Teacher, images: Tensor) -> None:
         check_contract(teacher, images, (4, 4))
         check_standardised(teacher.features(images, (4, 4)))
         assert teacher.features(images, (3, 5)).shape[1:3] == (3, 5)
         check_texts(teacher)
+
+    def test_a_siglip_pools_what_its_layers_know(self, teacher: TransformersTeacher, images: Tensor) -> None:
+        if hasattr(teacher.model.vision_model, "head"):
+            shake(teacher)
+            check_pooling(teacher, images, (4, 4), (1, 2))
+            return
+        with pytest.raises(ValueError, match="TransformersTeacher cannot pool its features"):
+            teacher.pool(teacher.features(images, (4, 4)))
 
     def test_pixel_statistics_are_the_processors(self, teacher: TransformersTeacher) -> None:
         assert teacher.normalisation == PixelNormalisation(32, (0.4, 0.5, 0.6), (0.2, 0.3, 0.4))

@@ -248,7 +248,7 @@ def test_dualtoken_decoders_read_their_own_book(stub_teacher: Teacher, images: T
 def test_dualtoken_can_take_its_semantics_from_a_named_layer(stub_teacher: Teacher, images: Tensor) -> None:
     tokenizer = make(stub_teacher, kind="dualtoken", semantic_layer=1).eval()
     (level,), _ = stub_teacher.levels(images, (8, 8), (1,))
-    torch.testing.assert_close(tokenizer.target_features(images), F.layer_norm(level, level.shape[-1:]))
+    torch.testing.assert_close(tokenizer.target_features(images), level)
     with pytest.raises(ValueError, match="give one weight a layer"):
         make(stub_teacher, kind="dualtoken", pixel_layers=(1,))
     with pytest.raises(ValueError, match="12 to 5 channels needs one to be a multiple"):
@@ -258,6 +258,42 @@ def test_dualtoken_can_take_its_semantics_from_a_named_layer(stub_teacher: Teach
 def test_vila_u_needs_a_teacher_with_text(backbone_teacher: Teacher) -> None:
     with pytest.raises(ValueError, match="needs a teacher with a text tower"):
         make(backbone_teacher, kind="vila_u")
+
+
+def test_codes_embed_as_their_features_pool(pooling_teacher: Teacher, images: Tensor) -> None:
+    for kind in SEMANTIC:
+        tokenizer = make(pooling_teacher, kind=kind).eval()
+        codes = tokenizer.encode(images)
+        expected = F.normalize(tokenizer.semantic_features(codes).mean((1, 2)) @ pooling_teacher.weight, dim=-1)
+        torch.testing.assert_close(tokenizer.embed_codes(codes), expected)
+        assert tokenizer.embeds_codes
+
+
+def test_dualtoken_pools_from_a_layer_with_its_own_tower(pooling_teacher: Teacher, images: Tensor) -> None:
+    """As in the released code: the rest of the tower is trained, its target is the frozen teacher's."""
+    tokenizer = make(pooling_teacher, kind="dualtoken", semantic_layer=1).train()
+    output = tokenizer(images)
+    torch.testing.assert_close(
+        tokenizer.pooled_prediction(output.semantic_target), tokenizer.pooled_target(output.semantic_target)
+    )
+    tokenizer.pooled_prediction(output.semantic_prediction).square().sum().backward()
+    assert float(tokenizer.tower.weight.grad.abs().sum()) > 0
+    assert pooling_teacher.weight.grad is None
+    assert float(tokenizer.post_quant_semantic.out.weight.grad.abs().sum()) > 0
+
+
+def test_vila_u_embeds_its_codes_as_it_was_trained(stub_teacher: Teacher, images: Tensor) -> None:
+    tokenizer = make(stub_teacher, kind="vila_u").eval()
+    output = tokenizer(images)
+    torch.testing.assert_close(tokenizer.embed_codes(output.codes), output.image_embedding, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["vqgan", "sde"])
+def test_codes_without_an_embedding_say_so(kind: str, stub_teacher: Teacher, images: Tensor) -> None:
+    tokenizer = make(stub_teacher, kind=kind).eval()
+    assert not tokenizer.embeds_codes
+    with pytest.raises(ValueError, match="no semantic branch|cannot pool its features"):
+        tokenizer.embed_codes(tokenizer.encode(images))
 
 
 def test_semantic_cosine_is_the_mean_over_positions() -> None:

@@ -9,9 +9,11 @@ import torch
 
 from infra.executors import LocalExecutor
 from stages.execution import run_stage
-from stages.import_tokenizer import import_llamagen
+from stages.import_tokenizer import import_weights
 from stages.loading import load_tokenizer, read_state
 from stages.recipe import load_recipe
+from tests import dualtoken
+from tests.dualtoken import DualTokenReference
 from tests.llamagen import Reference
 from tests.tiny import TinyRun
 
@@ -36,7 +38,7 @@ def test_a_checkpoint_becomes_an_artifact_as_it_is(
     reference: Reference,
 ) -> None:
     torch.save({"model": reference.state}, tmp_path / "vq.pt")
-    import_llamagen(tmp_path / "vq.pt", load_recipe("tiny", SIZES), tmp_path / "made/vq.safetensors")
+    import_weights(tmp_path / "vq.pt", load_recipe("tiny", SIZES), tmp_path / "made/vq.safetensors")
     recipe = load_recipe("tiny", [*SIZES, f"tokenizer.weights={tmp_path}/made/vq.safetensors", "tokenizer.steps=0"])
     store = tiny_run.store_before("train_tokenizer", tmp_path / "store")
     result = run_stage("train_tokenizer", recipe, store, LocalExecutor())
@@ -51,13 +53,56 @@ def test_a_checkpoint_becomes_an_artifact_as_it_is(
     assert run_stage("train_tokenizer", recipe, store, LocalExecutor()).digest != result.digest, "the content counts"
 
 
+def dualtoken_overrides(folder: Path) -> list[str]:
+    residual = f"{{codebook_size: {dualtoken.CODES}, code_dim: {dualtoken.CODE_DIM}, depth: {dualtoken.DEPTH}}}"
+    conv = f"{{channels: {dualtoken.CHANNELS}, channel_multipliers: [1, 1], decoder_blocks: 2, encoder_blocks: 1"
+    return [
+        f"teacher.model={{kind: transformers, path: {folder}}}",
+        "tokenizer.kind=dualtoken",
+        "tokenizer.released_layout=true",
+        f"tokenizer.transform.image_size={dualtoken.SIDE}",
+        f"tokenizer.code_grid={dualtoken.GRID}",
+        f"tokenizer.pixel_layers=[{dualtoken.PIXEL_LAYER}, {dualtoken.SHORTCUT_LAYER}]",
+        f"tokenizer.semantic_layer={dualtoken.SEMANTIC_LAYER}",
+        f"tokenizer.residual={residual}",
+        f"tokenizer.conv={conv}, latent_channels: {dualtoken.LATENT}}}",
+        "tokenizer.loss.perceptual=none",
+        "tokenizer.precision=fp32",
+    ]
+
+
+@torch.no_grad()
+def test_dualtokens_checkpoint_and_its_siglip_become_artifacts(tiny_run: TinyRun, tmp_path: Path) -> None:
+    """From a Hugging Face folder and a checkpoint to codes and zero-shot accuracy; nothing is trained."""
+    theirs = DualTokenReference(tmp_path / "siglip")
+    torch.save({"state_dict": theirs.state, "epoch": 3}, tmp_path / "epoch_3.pt")
+    given = dualtoken_overrides(theirs.folder)
+    import_weights(tmp_path / "epoch_3.pt", load_recipe("tiny", given), tmp_path / "dualtoken.safetensors")
+    recipe = load_recipe("tiny", [*given, f"tokenizer.weights={tmp_path}/dualtoken.safetensors", "tokenizer.steps=0"])
+    store = tiny_run.store_before("prepare_teacher", tmp_path / "store")
+    run_stage("prepare_teacher", recipe, store, LocalExecutor())
+    result = run_stage("train_tokenizer", recipe, store, LocalExecutor())
+    tokenizer = load_tokenizer(store, result.digest)
+    assert torch.equal(tokenizer.encode(theirs.images), theirs.encode(theirs.images).codes)
+    assert {"zero_shot_top1", "zero_shot_teacher_top1", "frechet_teacher"} <= set(result.manifest.metrics)
+
+
+def test_kinds_without_a_published_layout_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"tokenizer\.kind=sde is known here; vqgan takes LlamaGen's"):
+        import_weights(tmp_path / "any.pt", load_recipe("tiny"), tmp_path / "out.safetensors")
+    torch.save({"weight": torch.zeros(1)}, tmp_path / "any.pt")
+    recipe = load_recipe("tiny", ["tokenizer.kind=dualtoken"])
+    with pytest.raises(ValueError, match=r"teacher\.model\.kind=backbone: DualToken's checkpoints name the tower"):
+        import_weights(tmp_path / "any.pt", recipe, tmp_path / "out.safetensors")
+
+
 def test_a_damaged_checkpoint_is_refused_by_name(tmp_path: Path, reference: Reference) -> None:
     torch.save({"model": reference.state}, tmp_path / "vq.pt")
     (tmp_path / "vq.pt").write_bytes((tmp_path / "vq.pt").read_bytes()[:5000])
     with pytest.raises(ValueError, match=r"vq\.pt is no checkpoint, or a damaged one: .*; fetch the file again"):
-        import_llamagen(tmp_path / "vq.pt", load_recipe("tiny", SIZES), tmp_path / "out.safetensors")
+        import_weights(tmp_path / "vq.pt", load_recipe("tiny", SIZES), tmp_path / "out.safetensors")
     with pytest.raises(ValueError, match="does not exist"):
-        import_llamagen(tmp_path / "missing.pt", load_recipe("tiny", SIZES), tmp_path / "out.safetensors")
+        import_weights(tmp_path / "missing.pt", load_recipe("tiny", SIZES), tmp_path / "out.safetensors")
 
 
 @pytest.mark.parametrize(

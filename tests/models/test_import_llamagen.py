@@ -9,7 +9,7 @@ import torch
 
 from models.convolutional import ConvConfig
 from models.image_tokenizer import TokenizerConfig
-from models.import_weights import convert_llamagen
+from models.import_llamagen import convert_llamagen
 from models.quantizers import QuantizerConfig
 from models.tokenizers import build_tokenizer
 from models.transforms import TransformConfig
@@ -54,7 +54,7 @@ def test_keys_that_do_not_fit_are_named(reference: Reference) -> None:
         with pytest.raises(ValueError, match="no dict of tensors"):
             convert_llamagen(other, config())
     with pytest.raises(ValueError, match="lacks the keys .* and [0-9]+ more"):
-        convert_llamagen({"state": {}}, config())
+        convert_llamagen({"weight": torch.zeros(1)}, config())
 
 
 def test_shapes_that_do_not_fit_are_named(reference: Reference) -> None:

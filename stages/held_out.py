@@ -1,0 +1,99 @@
+"""What a trained tokenizer measures on the held-out images; the numbers of its artifact.
+
+Shape legend: B batch, N books, D depth, h w code grid.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from models.frechet import frechet_distance
+from models.image_tokenizer import ImageTokenizer, semantic_cosine
+from models.metrics import book_statistics, psnr, ssim
+from models.transforms import normalise, to_pixels
+from stages.image_data import ImageSource
+from stages.measuring import FeatureSpace, Perceptual, ZeroShot
+from stages.training import autocast
+
+_BATCH = 32
+_MEANS = ("psnr", "ssim", "lpips", "perceptual", "semantic_cosine")
+
+
+class HeldOutResult(NamedTuple):
+    """What was measured."""
+
+    metrics: dict[str, float]
+    settings: dict[str, Any]
+    """What belongs beside the numbers: split, images, classes, and the space of the Fréchet distance."""
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Held-out images and how a tokenizer is measured on them."""
+
+    source: ImageSource
+    split: str
+    """Name of these images."""
+    space: FeatureSpace
+    task: ZeroShot | None
+    """None where the teacher has no text tower."""
+    perceptual: Perceptual | None
+    """None where training has none."""
+    device: torch.device
+    """Where tokenizer and teacher are."""
+    precision: str
+    """Autocast type."""
+
+    @torch.no_grad()
+    def measure(self, tokenizer: ImageTokenizer) -> HeldOutResult:
+        """Distances of image pairs and of the two sets, codebook use, semantic cosine and zero-shot accuracy."""
+        parts: dict[str, list[Tensor]] = {}
+        for start in range(0, len(self.source), _BATCH):
+            rows = list(range(start, min(start + _BATCH, len(self.source))))
+            for name, value in self._batch(tokenizer, rows).items():
+                parts.setdefault(name, []).append(value)
+        found = {name: torch.cat(values) for name, values in parts.items()}
+        settings: dict[str, Any] = {"split": self.split, "num_images": len(self.source)}
+        metrics: dict[str, float] = {name: float(found[name].mean()) for name in _MEANS if name in found}
+        for name, use in book_statistics(found["codes"], tokenizer.book_names, tokenizer.codebook_sizes).items():
+            metrics[f"codebook_usage{name}"], metrics[f"codebook_perplexity{name}"] = use
+        if self.task is not None:
+            settings["zero_shot"] = self.task.settings
+            for name in ("zero_shot", "zero_shot_teacher"):
+                if name in found:
+                    metrics[f"{name}_top1"] = float((found[name] == 0).double().mean())
+        if len(self.source) > 1:  # one image has no spread
+            metrics[self.space.metric] = frechet_distance(found["reconstructions"], found["originals"])
+            size = self.source.transform.image_size
+            settings[self.space.metric] = self.space.settings | {"image_size": size, "format": "PNG"}
+        return HeldOutResult(metrics, settings)
+
+    def _batch(self, tokenizer: ImageTokenizer, rows: list[int]) -> dict[str, Tensor]:
+        """For each row what is averaged or compared later, on the CPU."""
+        pixels = self.source.pixels(rows)
+        images = normalise(pixels.to(self.device))
+        with autocast(self.device, self.precision):
+            output = tokenizer(images)
+        by_codes = None if self.task is None else self.task.code_ranks(rows, tokenizer, output.codes)
+        drawn = to_pixels(output.reconstruction).cpu()
+        found = {
+            "psnr": psnr(drawn, pixels),
+            "ssim": ssim(drawn, pixels),
+            "codes": output.codes.cpu(),
+            "originals": self.space.describe(pixels),
+            "reconstructions": self.space.describe(drawn),
+        }
+        if output.semantic_prediction is not None and output.semantic_target is not None:
+            cosine = semantic_cosine(output.semantic_prediction, output.semantic_target)
+            found["semantic_cosine"] = cosine.cpu().expand(len(rows))
+        if self.perceptual is not None:
+            found[self.perceptual.metric] = self.perceptual.measure(drawn, pixels, self.device)
+        if by_codes is not None:
+            found["zero_shot"] = by_codes
+        if self.task is not None:
+            found["zero_shot_teacher"] = self.task.teacher_ranks(rows, images)
+        return found
