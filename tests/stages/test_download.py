@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from infra.executors import LocalExecutor
-from stages.download import STAGE, DownloadConfig, read_url_list
+from stages.download import STAGE, DownloadConfig, read_rows
 from stages.stage import Outcome, StageContext
 from storage.image_shards import read_image_shard
 from storage.store import Store
@@ -96,7 +96,7 @@ def test_lists_of_all_formats_give_the_same_rows(tmp_path: Path) -> None:
     (tmp_path / "list.tsv").write_text(tabbed, encoding="utf-8")
     for suffix in ("parquet", "jsonl", "csv", "tsv"):
         config = DownloadConfig(url_list=str(tmp_path / f"list.{suffix}"), extra_columns=("n",))
-        assert read_url_list(config).to_pylist() == rows, suffix
+        assert read_rows(config).to_pylist() == rows, suffix
 
 
 @pytest.mark.parametrize(
@@ -112,13 +112,13 @@ def test_bad_list_is_named_with_what_was_expected(tmp_path: Path, content: str, 
     path = tmp_path / "list.csv"
     path.write_text(content, encoding="utf-8")
     with pytest.raises(ValueError, match=message) as raised:
-        read_url_list(DownloadConfig(url_list=str(path), **changes))
+        read_rows(DownloadConfig(url_list=str(path), **changes))
     assert str(path) in str(raised.value)
 
 
 def test_missing_list_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"cannot read download\.url_list="):
-        read_url_list(DownloadConfig(url_list=str(tmp_path / "absent.csv")))
+        read_rows(DownloadConfig(url_list=str(tmp_path / "absent.csv")))
 
 
 def test_path_of_the_list_does_not_count_but_its_content_does(tmp_path: Path) -> None:
