@@ -135,6 +135,7 @@ def open_source(config: DownloadConfig) -> Source:
             max_retry_after_s=http.max_retry_after_s,
             connections_per_host=http.connections_per_host,
             allow_private_addresses=http.allow_private_addresses,
+            private_hosts=http.private_hosts,
         )
         return UrlList(config.url_list, config.url_column, http, guard, config.threads_per_worker)
     if isinstance(files, ParquetFiles):

@@ -40,7 +40,7 @@ def resolve(host: str, port: int, *, private_too: bool) -> list[tuple[socket.Add
         raise FetchFailed(CONNECTION_ERROR, "the host name does not resolve") from error
     allowed = [(family, address) for family, _, _, _, address in found if private_too or public(str(address[0]))]
     if not allowed:
-        raise FetchFailed(REFUSED, "the host's address is not public (download.http.allow_private_addresses)")
+        raise FetchFailed(REFUSED, "the address is not public; see download.http.private_hosts")
     return allowed  # type: ignore[return-value]  # addresses of IPv6 have two more parts, which connect() takes
 
 

@@ -22,7 +22,7 @@ SHARD = "0"
 
 def run(job: dict[str, Any]) -> bool:
     """Fetch all URLs of a job; say whether the list was worked through."""
-    guard = job["guard"] | {"trusted": tuple(job["guard"]["trusted"])}
+    guard = {name: tuple(value) if isinstance(value, list) else value for name, value in job["guard"].items()}
     urllib.request.install_opener(GuardedOpener(Guard(**guard)))  # type: ignore[arg-type]  # `open` is all that is used
     from img2dataset.downloader import Downloader
     from img2dataset.resizer import Resizer

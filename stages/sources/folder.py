@@ -88,7 +88,7 @@ class ImageFolder:
                 yield position, self._images.read(found[0])
 
     def _listed(self) -> pa.Table:
-        table = read_list(self._config.captions, _LIST)
+        table = read_list(self._config.captions, "list", _LIST)
         if self._config.file_column not in table.column_names:
             raise ValueError(
                 f"{self.what} has no column {self._config.file_column!r}; it has {', '.join(table.column_names)}: set "

@@ -57,8 +57,10 @@ class Guard:
     max_retry_after_s: float
     connections_per_host: int
     allow_private_addresses: bool
+    private_hosts: tuple[str, ...] = ()
+    """`host:port` whose addresses need not be public."""
     trusted: tuple[str, ...] = ()
-    """`host:port` of servers of our own, which need no check and no manners."""
+    """`host:port` of servers of our own, which need neither check nor manners."""
 
 
 @dataclass
@@ -128,8 +130,10 @@ class GuardedOpener:
 
     def _follow(self, url: str, headers: dict[str, str]) -> urllib.response.addinfourl:
         """Fetch a URL and whatever it redirects to."""
+        where = ""
         for hop in range(self._guard.max_redirects + 1):
-            parts, port = _split(url)
+            parts, port = _split(where, url)
+            where = parts.geturl()
             if parts.scheme == "file" and self._guard.allow_private_addresses and hop == 0:
                 return self._read_file(parts)
             if parts.scheme not in _PORTS or not parts.hostname:
@@ -139,7 +143,7 @@ class GuardedOpener:
                 answer = self._ask(parts, port, headers, deadline, trusted=trusted)
             if isinstance(answer, urllib.response.addinfourl):
                 return answer
-            url = urllib.parse.urljoin(url, answer)
+            url = answer
         raise FetchFailed(TOO_MANY_REDIRECTS, f"more than {self._guard.max_redirects} redirects")
 
     @contextmanager
@@ -198,7 +202,8 @@ class GuardedOpener:
         host = str(parts.hostname)
         query = f"?{parts.query}" if parts.query else ""
         path = urllib.parse.quote((parts.path or "/") + query, safe=_SAFE)
-        private_too = trusted or self._guard.allow_private_addresses
+        known = f"{host}:{port}" in self._guard.private_hosts
+        private_too = trusted or known or self._guard.allow_private_addresses
         tls = parts.scheme == "https"
         proxy = None if trusted or urllib.request.proxy_bypass(host) else self._proxies.get(parts.scheme)
         if proxy is not None:
@@ -278,10 +283,10 @@ class GuardedOpener:
         return urllib.response.addinfourl(io.BytesIO(body), Message(), parts.geturl(), 200)
 
 
-def _split(url: str) -> tuple[urllib.parse.SplitResult, int]:
-    """A URL in parts, and the port that it means."""
+def _split(base: str, url: str) -> tuple[urllib.parse.SplitResult, int]:
+    """A URL, maybe relative to another one, in parts, and the port that it means."""
     try:
-        parts = urllib.parse.urlsplit(url.strip())
+        parts = urllib.parse.urlsplit(urllib.parse.urljoin(base, url.strip()))
         return parts, parts.port or _PORTS.get(parts.scheme, 0)
     except ValueError as error:
         raise FetchFailed(REFUSED, "not a URL that can be fetched") from error

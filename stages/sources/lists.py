@@ -14,18 +14,19 @@ from storage.input_files import read_input
 EXPECTED = "a CSV, TSV, JSONL or Parquet file"
 
 
-def read_list(path: str, what: str, expected: str = EXPECTED) -> pa.Table:
+def read_list(path: str, what: str, field: str, expected: str = EXPECTED) -> pa.Table:
     """Read a list; columns of CSV and TSV are strings.
 
     Args:
         path: local or s3://.
-        what: how messages name it, for example `download.url_list`.
+        what: how messages name it, for example `URL list`.
+        field: the config's field that names it, for example `download.url_list`.
         expected: what else it could be, for messages.
 
     Raises:
         ValueError: naming the file and what was expected of it.
     """
-    data = read_input(path, what, expected)
+    data = read_input(path, field, expected)
     suffix = Path(path).suffix.lower()
     try:
         if suffix == ".parquet":

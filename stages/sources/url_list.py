@@ -45,6 +45,8 @@ class HttpConfig(Config):
     allow_private_addresses: bool = False
     """Connect to addresses of private networks and loopback, and read `file:` URLs. A list from elsewhere must not
     reach what only this machine or its network sees."""
+    private_hosts: tuple[str, ...] = ()
+    """Hosts as `name:port` that may be connected to although their address is not public: a mirror of one's own."""
     opt_out_directives: tuple[str, ...] = ("noai", "noimageai", "noindex", "noimageindex")
     """Images whose X-Robots-Tag header has one of these are not used."""
     user_agent_token: str = "musevl"
@@ -81,7 +83,7 @@ class UrlList:
         return {"url_list": sha256_bytes(read_input(self._file, "download.url_list", _EXPECTED))}
 
     def rows(self, columns: Sequence[str]) -> pa.Table:
-        table = read_list(self._file, "URL list", _EXPECTED)
+        table = read_list(self._file, "URL list", "download.url_list", _EXPECTED)
         if self.url_column not in table.column_names:
             raise ValueError(
                 f"{self.what} has no column {self.url_column!r}; it has {', '.join(table.column_names)}: set "
