@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import shutil
 import tarfile
 from collections.abc import Callable
@@ -104,7 +105,7 @@ Maker = Callable[[Path], dict[str, Any]]
 
 @pytest.mark.parametrize("make", MAKERS)
 def test_every_source_gives_one_schema_in_the_order_of_its_rows(tmp_path: Path, make: Maker) -> None:
-    config = DownloadConfig(files=make(tmp_path), extra_columns=("style",), rows_per_shard=2)  # type: ignore[arg-type]
+    config = DownloadConfig(files=make(tmp_path), extra_columns=("style",), rows_per_shard=2)
     rows, samples, outcome = run_download(config, tmp_path)
     assert [row["caption"] for row in rows] == CAPTIONS
     assert {row["status"] for row in rows} == {"ok"}
@@ -125,7 +126,7 @@ def test_moved_files_are_the_same_input_and_changed_ones_are_not(tmp_path: Path,
     shutil.copytree(here, there)
 
     def key(values: dict[str, Any]) -> str:
-        return STAGE.action_key(DownloadConfig(files=values), 0, {})  # type: ignore[arg-type]
+        return STAGE.action_key(DownloadConfig(files=values), 0, {})
 
     moved = {name: value.replace(str(here), str(there)) for name, value in files.items()}
     assert key(files) == key(moved)
@@ -138,10 +139,8 @@ def test_moved_files_are_the_same_input_and_changed_ones_are_not(tmp_path: Path,
 
 
 def test_digest_of_unchanged_files_is_not_worked_out_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import os
-
     monkeypatch.setenv("MUSEVL_CACHE", str(tmp_path / "cache"))
-    config = DownloadConfig(files=make_webdataset(tmp_path))  # type: ignore[arg-type]
+    config = DownloadConfig(files=make_webdataset(tmp_path))
     for tar in tmp_path.glob("*.tar"):
         os.utime(tar, (1_000_000, 1_000_000))  # files that changed just now are never remembered
     first = open_source(config).content()
@@ -160,7 +159,7 @@ def test_captions_may_stand_in_text_files_beside_the_images(tmp_path: Path) -> N
         (tmp_path / f"{name}.png").write_bytes(image)
         (tmp_path / f"{name}.txt").write_text(caption + "\n", encoding="utf-8")
     (tmp_path / "b.txt").unlink()
-    config = DownloadConfig(files={"kind": "folder", "path": str(tmp_path)}, max_failed_fraction=0.5)  # type: ignore[arg-type]
+    config = DownloadConfig(files={"kind": "folder", "path": str(tmp_path)}, max_failed_fraction=0.5)
     rows = read_rows(config).to_pylist()
     assert [(row["url"], row["caption"]) for row in rows] == [
         ("a.png", CAPTIONS[0]),
@@ -182,7 +181,7 @@ def test_rows_of_a_list_that_name_no_good_file_are_failures(tmp_path: Path) -> N
         "file_name,caption\n" + "".join(f"{name},x\n" for name in names), encoding="utf-8"
     )
     files = {"kind": "folder", "path": str(tmp_path / "images"), "captions": str(tmp_path / "list.csv")}
-    rows, samples, _ = run_download(DownloadConfig(files=files, max_failed_fraction=1), tmp_path)  # type: ignore[arg-type]
+    rows, samples, _ = run_download(DownloadConfig(files=files, max_failed_fraction=1), tmp_path)
     assert [row["status"] for row in rows] == ["ok", "missing", "refused", "refused", "missing", "undecodable"]
     assert [sample.image for sample in samples] == [IMAGES[0]]
 
@@ -192,19 +191,19 @@ def test_parquet_row_without_bytes_and_sample_without_image_are_failures(tmp_pat
         pa.table({"image": pa.array([IMAGES[0], None], pa.binary()), "caption": ["a", "b"]}), tmp_path / "a.parquet"
     )
     files = {"kind": "parquet", "path": str(tmp_path / "a.parquet")}
-    rows, _, _ = run_download(DownloadConfig(files=files, max_failed_fraction=1), tmp_path)  # type: ignore[arg-type]
+    rows, _, _ = run_download(DownloadConfig(files=files, max_failed_fraction=1), tmp_path)
     assert [row["status"] for row in rows] == ["ok", "missing"]
     (tmp_path / "tars").mkdir()
     write_tar(tmp_path / "tars" / "a.tar", {"1.png": IMAGES[0], "1.txt": b"one", "2.txt": b"two"})
     files = {"kind": "webdataset", "path": str(tmp_path / "tars")}
-    rows, _, _ = run_download(DownloadConfig(files=files, max_failed_fraction=1), tmp_path / "tars")  # type: ignore[arg-type]
+    rows, _, _ = run_download(DownloadConfig(files=files, max_failed_fraction=1), tmp_path / "tars")
     assert [(row["caption"], row["status"]) for row in rows] == [("one", "ok"), ("two", "missing")]
 
 
 def test_conversation_keeps_its_first_turn_and_all_turns_as_columns(tmp_path: Path) -> None:
     files = make_conversations(tmp_path)
     columns = ("question", "answer", "conversation", "id")
-    rows = read_rows(DownloadConfig(files=files, extra_columns=columns)).to_pylist()  # type: ignore[arg-type]
+    rows = read_rows(DownloadConfig(files=files, extra_columns=columns)).to_pylist()
     assert [(row["question"], row["answer"], row["id"]) for row in rows] == [
         ("What is it?", caption, str(index)) for index, caption in enumerate(CAPTIONS)
     ]
@@ -220,15 +219,24 @@ def write_tar(path: Path, members: dict[str, bytes]) -> None:
             tar.addfile(info, io.BytesIO(data))
 
 
-def write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value), encoding="utf-8")
-
-
 def bad(kind: str, path: str, prepare: Callable[[Path], Any], message: str, **fields: str) -> Any:
     return pytest.param({"kind": kind, "path": path, **fields}, prepare, message, id=message[:40])
 
 
-GOOD_TURNS = [{"from": "human", "value": "?"}, {"from": "gpt", "value": "!"}]
+def bad_turns(text: str | None, message: str) -> Any:
+    def prepare(folder: Path) -> None:
+        if text is not None:
+            (folder / "a.json").write_text(text, encoding="utf-8")
+
+    return bad("conversations", "a.json", prepare, message, image_folder="")
+
+
+def parquet_of(table: dict[str, Any]) -> Callable[[Path], None]:
+    return lambda folder: pq.write_table(pa.table(table), folder / "a.parquet")
+
+
+def list_of(text: str) -> Callable[[Path], Any]:
+    return lambda folder: (folder / "l.csv").write_text(text, encoding="utf-8")
 
 
 @pytest.mark.parametrize(
@@ -243,25 +251,26 @@ GOOD_TURNS = [{"from": "human", "value": "?"}, {"from": "gpt", "value": "!"}]
         bad("parquet", "absent.parquet", lambda f: None, "matches no file"),
         bad("parquet", "", lambda f: (f / "a.parquet").write_bytes(b"x" * 99), "a.parquet is not readable as Parquet"),
         bad("parquet", "", lambda f: (f / "a.csv").write_bytes(b"x"), "holds no .parquet file"),
-        bad("parquet", "", lambda f: pq.write_table(pa.table({"x": [1]}), f / "a.parquet"), "has no column 'image'"),
-        bad("parquet", "", lambda f: pq.write_table(pa.table({"image": [1]}), f / "a.parquet"), "is int64; it must hold"),
-        bad("parquet", "", lambda f: pq.write_table(pa.table({"image": [b"1"]}), f / "a.parquet"), "no column 'caption'"),
+        bad("parquet", "", parquet_of({"x": [1]}), "has no column 'image'"),
+        bad("parquet", "", parquet_of({"image": [1]}), "is int64; it must hold"),
+        bad("parquet", "", parquet_of({"image": [b"1"]}), "no column 'caption'"),
         bad("folder", "absent", lambda f: None, "matches no file"),
         bad("folder", "", lambda f: (f / "a.png").write_bytes(b"x"), r"1 images and no \.txt beside them"),
         bad("folder", "", lambda f: (f / "a.doc").write_bytes(b"x"), "holds no images"),
-        bad("folder", "", lambda f: (f / "l.csv").write_bytes(b"caption\nx\n"), "no column 'file_name'", captions="l.csv"),
-        bad("folder", "", lambda f: (f / "l.csv").write_bytes(b"file_name\nx\n"), "no column 'caption'", captions="l.csv"),
+        bad("folder", "", list_of("caption\nx\n"), "no column 'file_name'", captions="l.csv"),
+        bad("folder", "", list_of("file_name\nx\n"), "no column 'caption'", captions="l.csv"),
         bad("folder", "", lambda f: (f / "l.xls").write_bytes(b""), "unknown suffix '.xls'", captions="l.xls"),
         bad("folder", "", lambda f: None, r"cannot read download\.files\.captions", captions="absent.csv"),
-        bad("conversations", "a.json", lambda f: None, r"cannot read download\.files\.path", image_folder=""),
-        bad("conversations", "a.json", lambda f: (f / "a.json").write_text("{"), "not readable as JSON", image_folder=""),
-        bad("conversations", "a.json", lambda f: write_json(f / "a.json", {}), "a dict, not a list", image_folder=""),
-        bad("conversations", "a.json", lambda f: write_json(f / "a.json", []), "has no", image_folder=""),
-        bad("conversations", "a.json", lambda f: write_json(f / "a.json", [{"image": "x"}]), "entry 0 has no list", image_folder=""),
-        bad("conversations", "a.json", lambda f: write_json(f / "a.json", [{"image": 3, "conversations": GOOD_TURNS}]), "the image 3, not one path", image_folder=""),
-        bad("conversations", "a.json", lambda f: write_json(f / "a.json", [{"conversations": [{"from": "bot"}]}]), "not from 'human' or 'gpt'", image_folder=""),
+        bad_turns(None, r"cannot read download\.files\.path"),
+        bad_turns("{", "not readable as JSON"),
+        bad_turns("{}", "a dict, not a list"),
+        bad_turns("[]", "has no"),
+        bad_turns('[{"image": "x"}]', "entry 0 has no list"),
+        bad_turns('[{"image": 3, "conversations": [{}]}]', "the image 3, not one path"),
+        bad_turns('[{"conversations": [{"from": "bot"}]}]', "not from 'human' or 'gpt'"),
+        bad_turns('[{"conversations": [{"from": "gpt"}]}]', "a turn without text"),
     ],
-)  # fmt: skip
+)
 def test_bad_source_is_named_with_what_was_expected_before_anything_is_fetched(
     tmp_path: Path, files: dict[str, str], prepare: Callable[[Path], Any], message: str
 ) -> None:
@@ -270,13 +279,13 @@ def test_bad_source_is_named_with_what_was_expected_before_anything_is_fetched(
     prepare(folder)
     placed = {name: value if name == "kind" else str(folder / value) for name, value in files.items()}
     with pytest.raises(ValueError, match=message) as raised:
-        read_rows(DownloadConfig(files=placed))  # type: ignore[arg-type]
+        read_rows(DownloadConfig(files=placed))
     assert str(folder) in str(raised.value)
 
 
 def test_unknown_kind_of_files_lists_those_that_there_are(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="webdataset.*parquet.*folder.*conversations"):
-        DownloadConfig(files={"kind": "zip", "path": str(tmp_path)})  # type: ignore[arg-type]
+        DownloadConfig(files={"kind": "zip", "path": str(tmp_path)})
 
 
 def test_column_of_our_own_tables_cannot_be_an_extra_one() -> None:
