@@ -7,7 +7,10 @@ from the stage, so that what strangers' servers send takes no memory of its proc
 from __future__ import annotations
 
 import json
+import os
 import sys
+import threading
+import time
 import urllib.request
 from pathlib import Path
 from typing import Any
@@ -18,6 +21,20 @@ COLUMNS = ["url", "row"]
 """Of the list that img2dataset reads; `row` comes back with the answer, which arrives in any order."""
 SHARD = "0"
 """Images are at SHARD/KEY.jpg, whatever their format, and what was said of each row is in SHARD.parquet."""
+
+
+_LOOK_EVERY_S = 1.0
+
+
+def end_with(parent: int) -> None:
+    """End this process soon after the one that started it: a stage that was killed cannot do so itself."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(_LOOK_EVERY_S)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def run(job: dict[str, Any]) -> bool:
@@ -50,5 +67,12 @@ def run(job: dict[str, Any]) -> bool:
     return bool(complete)
 
 
+def main() -> int:
+    """Read the job, work through it, return the exit code."""
+    job = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
+    end_with(job["parent"])
+    return 0 if run(job) else 1
+
+
 if __name__ == "__main__":
-    raise SystemExit(0 if run(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))) else 1)
+    raise SystemExit(main())

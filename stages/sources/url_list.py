@@ -110,6 +110,7 @@ class UrlList:
         with pa.ipc.new_file(scratch / "urls.arrow", listed.schema) as writer:
             writer.write_table(listed.select(COLUMNS))
         job = {
+            "parent": os.getpid(),
             "list": str(scratch / "urls.arrow"),
             "num_urls": len(urls),
             "output_folder": str(scratch),

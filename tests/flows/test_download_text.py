@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from flows.download_text import inspect_download
 from stages.shard_counts import metrics_of, receipt_of
 from storage.manifest import Manifest
@@ -55,6 +57,7 @@ def test_counts_are_by_status_by_reason_without_details_and_by_host(tmp_path: Pa
     }
 
 
+@pytest.mark.slow
 def test_retry_failed_fetches_what_failed_and_inspect_shows_what_is_left(tmp_path: Path, musevl: Command) -> None:
     with misbehaving_server() as server:
         urls = [server.url(path) for path in ("/red.png", "/mended.png", "/status/404")]
