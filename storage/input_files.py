@@ -123,6 +123,7 @@ class InputFiles:
     def _stamps(self) -> dict[str, str | None]:
         """Stamp of every file by name; None where the file system says nothing by which to know a change."""
         if self._listed is None:
+            self._fs.invalidate_cache()  # listings of S3 are remembered for the life of the process
             try:
                 folder, found = self._folder(), self._find()
             except OSError as error:
