@@ -44,7 +44,7 @@ class FilterConfig(Config):
     """Leave out images whose bytes came before in the list."""
     near_duplicate_bits: Annotated[int, Field(ge=0, lt=HASH_BITS)] | None = None
     """Leave out images whose perceptual hash (64 bits, `imagehash.phash`) differs in at most so many bits from that of
-    an image that came before and was kept. 0 finds rescaled and recompressed copies; beyond about 8, other images."""
+    an image that came before and was kept. A few bits find rescaled and recompressed copies."""
 
 
 def caption_problem(caption: str, filters: FilterConfig) -> str:

@@ -9,6 +9,7 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, ClassVar
 
@@ -43,6 +44,7 @@ def rotated_jpeg() -> bytes:
     return encoded(Image.new("RGB", SIZE, "orange"), "JPEG", exif=exif)
 
 
+@cache
 def bomb_png(side: int = 30_000) -> bytes:
     """A file of some hundred kilobytes that stands for side x side pixels."""
 
@@ -85,6 +87,8 @@ class _Handler(BaseHTTPRequestHandler):
     flaky_fails: ClassVar[int] = 2
 
     def do_GET(self) -> None:
+        if self.path.startswith("http://"):  # asked as a proxy, whichever host it is about
+            self.path = "/" + self.path.removeprefix("http://").partition("/")[2]
         with self.lock:
             self.asked[self.path] += 1
             count = self.asked[self.path]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import posixpath
 from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Literal
@@ -130,15 +131,14 @@ class FolderImages:
 
     def digest(self, names: Sequence[str | None]) -> str:
         """Of the names and contents of these images; a name that cannot be read counts as absent."""
-        plain = sorted({str(name) for name in names if name})
-        return self.files.digest(plain)
+        return self.files.digest(sorted({posixpath.normpath(str(name)) for name in names if name}))
 
     def read(self, name: str) -> Fetched:
         """The bytes of an image."""
         if _leads_outside(name):
             return Failure(REFUSED, "the image's path leads outside the folder")
         try:
-            return self.files.read(name)
+            return self.files.read(posixpath.normpath(name))
         except FileNotFoundError:
             return Failure(MISSING, "there is no such file")
         except OSError as error:

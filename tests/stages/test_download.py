@@ -21,11 +21,12 @@ from stages.stage import Outcome, StageContext
 from storage.digests import sha256_bytes
 from storage.image_shards import read_image_shard
 from storage.store import Store
-from tests.misbehaving_server import BODIES, misbehaving_server, png
+from tests.misbehaving_server import BODIES, bomb_png, misbehaving_server, png
 
 
 @pytest.fixture(scope="module")
 def base_url() -> Iterator[str]:
+    bomb_png()  # made before the time of its download counts
     with misbehaving_server() as server:
         yield f"http://{server.address}"
 
@@ -36,7 +37,7 @@ ROOT = Path(__file__).parents[2]
 def config_of(base_url: str, url_list: str, **changes: object) -> DownloadConfig:
     """With the test's own server as the one private host that may be connected to."""
     http = HttpConfig(private_hosts=(base_url.removeprefix("http://"),), max_redirects=3, max_retry_after_s=5)
-    return DownloadConfig(url_list=url_list, **({"http": http, "retries": 0, "timeout_s": 5} | changes))
+    return DownloadConfig(url_list=url_list, **({"http": http, "retries": 0, "timeout_s": 60} | changes))
 
 
 def run_download(config: DownloadConfig, folder: Path) -> tuple[Outcome, Store]:
@@ -97,7 +98,7 @@ def bad_web(tmp_path_factory: pytest.TempPathFactory, base_url: str) -> tuple[Ou
     """One download of everything that a server can do."""
     folder = tmp_path_factory.mktemp("web")
     path = write_list(folder / "list.csv", base_url, list(FATES))
-    config = config_of(base_url, path, max_failed_fraction=1, max_bytes=2_000_000, timeout_s=3)
+    config = config_of(base_url, path, max_failed_fraction=1, max_bytes=2_000_000, timeout_s=8)
     return run_download(config, folder)
 
 

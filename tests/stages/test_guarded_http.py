@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import socket
+import subprocess
+import sys
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
@@ -34,7 +37,7 @@ def server() -> Iterator[MisbehavingServer]:
 
 def opener(server: MisbehavingServer, **changes: object) -> GuardedOpener:
     limits = {
-        "timeout_s": 2.0,
+        "timeout_s": 60.0,
         "retries": 0,
         "max_bytes": 200_000,
         "max_redirects": 3,
@@ -80,8 +83,9 @@ def test_good_url_gives_its_bytes_with_and_without_redirect(server: MisbehavingS
     ],
 )
 def test_bad_url_fails_with_its_status(server: MisbehavingServer, path: str, status: str, reason: str) -> None:
+    timeout_s = 2.0 if status == TIMEOUT else 60.0  # so that a busy machine does not make a timeout of all else
     with pytest.raises(FetchFailed) as raised:
-        get(opener(server), server.url(path))
+        get(opener(server, timeout_s=timeout_s), server.url(path))
     assert raised.value.status == status
     assert reason in raised.value.reason
 
@@ -144,6 +148,30 @@ def test_name_with_a_private_address_is_refused(server: MisbehavingServer) -> No
         get(opener(server), f"http://localhost:{server.address.rpartition(':')[2]}/red.png")
 
 
+def test_proxy_is_asked_in_place_of_the_host_but_never_for_a_private_address(
+    server: MisbehavingServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unknown_here(host: str, *arguments: object, **options: object) -> object:
+        if host == "pictures.example":
+            raise socket.gaierror("only the proxy knows it")
+        return look_up(host, *arguments, **options)  # type: ignore[arg-type]
+
+    look_up = socket.getaddrinfo
+    monkeypatch.setattr(socket, "getaddrinfo", unknown_here)
+    monkeypatch.setenv("http_proxy", f"http://{server.address}")
+    monkeypatch.delenv("no_proxy", raising=False)
+    behind = opener(server)
+    assert get(behind, "http://pictures.example/red.png") == png("red")
+    with pytest.raises(FetchFailed, match="not public"):
+        get(behind, "http://10.0.0.1/blue.png")
+    assert server.asked == {"/red.png": 1}
+
+
+def test_fetch_process_ends_when_the_stage_is_gone() -> None:
+    script = "import time; from stages.sources.fetch_process import end_with; end_with(parent=-1); time.sleep(600)"
+    assert subprocess.run([sys.executable, "-c", script], cwd=Path(__file__).parents[2]).returncode == 1
+
+
 def test_failures_that_may_pass_are_tried_again_and_others_not(server: MisbehavingServer) -> None:
     assert get(opener(server, retries=2), server.url("/flaky.png")) == png("pink")
     assert server.asked["/flaky.png"] == 3
@@ -164,7 +192,7 @@ def test_only_so_many_connections_at_a_time_go_to_one_host(server: MisbehavingSe
     assert server.most_at_work == 2
 
 
-def test_local_file_is_read_only_where_private_addresses_are_allowed(server: MisbehavingServer, tmp_path) -> None:
+def test_local_file_is_read_only_where_private_addresses_are_allowed(server: MisbehavingServer, tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(png("red"))
     url = (tmp_path / "a.png").as_uri()
     with pytest.raises(FetchFailed, match="scheme 'file'"):

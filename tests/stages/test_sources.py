@@ -69,7 +69,7 @@ def make_plain_parquet(folder: Path) -> dict[str, Any]:
 
 def make_folder(folder: Path) -> dict[str, Any]:
     (folder / "images" / "deep").mkdir(parents=True)
-    names = ["a.png", "deep/b.png", "c.png"]
+    names = ["a.png", "./deep/b.png", "c.png"]
     for name, image in zip(names, IMAGES, strict=True):
         (folder / "images" / name).write_bytes(image)
     rows = [
