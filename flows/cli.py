@@ -43,6 +43,9 @@ ExecutorOption = Annotated[
 SetOption = Annotated[
     list[str] | None, typer.Option("--set", metavar="SECTION.FIELD=VALUE", help="Override a field; repeatable.")
 ]
+RetryOption = Annotated[
+    bool, typer.Option("--retry-failed", help="Fetch again what failed in the download so far; the rest is kept.")
+]
 DigestArgument = Annotated[str, typer.Argument(metavar="ARTIFACT", help="Digest, or its first 6 or more digits.")]
 
 
@@ -61,10 +64,13 @@ def run(
     store: StoreOption = DEFAULT_STORE,
     executor: ExecutorOption = "ray",
     overrides: SetOption = None,
+    retry_failed: RetryOption = False,
 ) -> None:
     """Run the whole pipeline; stages that the store has already are skipped. Ends with a report."""
     from flows.local_run import run_pipeline
 
+    if retry_failed:
+        overrides = _next_attempt(recipe, store, overrides)
     summaries = run_pipeline(recipe, store, overrides or [], executor)
     rows = [[s.stage, "hit" if s.hit else "made", s.digest[:12], f"{s.seconds:.1f}"] for s in summaries]
     print(text_table(["stage", "result", "artifact", "seconds"], rows))
@@ -82,8 +88,11 @@ def stage(
     store: StoreOption = DEFAULT_STORE,
     executor: ExecutorOption = "ray",
     overrides: SetOption = None,
+    retry_failed: RetryOption = False,
 ) -> None:
     """Run one stage; its inputs must be in the store."""
+    if retry_failed:
+        overrides = _next_attempt(recipe, store, overrides)
     print(result_line(run_one_stage(name, recipe, store, executor, overrides or [])))
 
 
@@ -285,13 +294,22 @@ def inspect(
     num_images: Annotated[int, typer.Option("--images", min=0, help="How many rows to decode.")] = 36,
     codes: Annotated[str, typer.Option(help="Codes, with commas: draw the image patches that carry them.")] = "",
 ) -> None:
-    """Show a code table: schema, rows, how its codes are used, and pictures of decoded rows."""
+    """Show a code table: schema, rows, how its codes are used, and pictures of decoded rows.
+
+    Of a download: what became of its rows, by status, reason and host.
+    """
+    from flows.download_text import KIND, inspect_download
+
+    opened = _open(store)
+    if (manifest := opened.load(artifact)).kind == KIND:
+        print(inspect_download(opened, manifest))
+        return
     from flows.inspection import inspect_code_table, inspect_codes
 
     prepare_process()
-    print(inspect_code_table(_open(store), artifact, out, num_images=num_images))
+    print(inspect_code_table(opened, artifact, out, num_images=num_images))
     if codes:
-        print("\n" + inspect_codes(_open(store), artifact, out, _integers(codes, "--codes")))
+        print("\n" + inspect_codes(opened, artifact, out, _integers(codes, "--codes")))
 
 
 @app.command()
@@ -351,6 +369,16 @@ def _load(recipe: str, overrides: list[str] | None) -> Recipe:
     from stages.recipe import load_recipe
 
     return load_recipe(recipe, overrides)
+
+
+def _next_attempt(recipe: str, store: str, overrides: list[str] | None) -> list[str]:
+    """The overrides with the attempt that fetches again what failed."""
+    from stages.download import next_attempt
+
+    loaded = _load(recipe, overrides)
+    setting = f"download.attempt={next_attempt(loaded.download, loaded.seed, _open(store))}"
+    print(f"{setting}: keep it for later commands with `--set {setting}`, or in the recipe", file=sys.stderr)
+    return [*(overrides or []), setting]
 
 
 def _assistant(recipe: str, store: str, overrides: list[str] | None) -> Assistant:

@@ -45,7 +45,8 @@ def inspect_code_table(store: Store, artifact: str, folder: Path, *, num_images:
     manifest = store.load(artifact)
     if manifest.kind != "code_table":
         raise ValueError(
-            f"artifact {manifest.digest[:12]} of stage {manifest.stage} is of kind {manifest.kind!r}, no code table; "
+            f"artifact {manifest.digest[:12]} of stage {manifest.stage} is of kind {manifest.kind!r}, no code table or "
+            "download; "
             "`musevl artifacts ls` lists those that are"
         )
     paths = [store.fetch(entry) for entry in manifest.files if entry.path.endswith(".parquet")]

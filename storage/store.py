@@ -291,6 +291,14 @@ class Store:
         self._objects.create(key, canonical_json(plan))
         return self._read_json(key)
 
+    def read_plan(self, action_key: str) -> dict[str, Any] | None:
+        """Return the plan of an action, None when there is none yet."""
+        key = f"plans/{_checked_name(action_key, 'action key')}.json"
+        try:
+            return self._read_json(key)
+        except ObjectMissing:
+            return None
+
     def write_receipt(self, action_key: str, shard: str, receipt: dict[str, Any]) -> dict[str, Any]:
         """Record that a shard is done, create-only; return the receipt that holds.
 

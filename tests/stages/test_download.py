@@ -2,60 +2,47 @@
 
 from __future__ import annotations
 
-import io
 import json
-import threading
+import subprocess
+import sys
+from collections import Counter
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from PIL import Image
 
 from infra.executors import LocalExecutor
-from stages.download import STAGE, DownloadConfig, read_url_list
+from stages.download import STAGE, DownloadConfig, next_attempt, read_rows
+from stages.sources.source import PLACE, STATUSES
+from stages.sources.url_list import HttpConfig
 from stages.stage import Outcome, StageContext
+from storage.digests import sha256_bytes
 from storage.image_shards import read_image_shard
 from storage.store import Store
-
-
-def png(colour: str) -> bytes:
-    buffer = io.BytesIO()
-    Image.new("RGB", (40, 30), colour).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-class _Handler(BaseHTTPRequestHandler):
-    def do_GET(self) -> None:
-        body = {
-            "/red.png": png("red"),
-            "/blue.png": png("blue"),
-            "/cut.png": png("green")[:60],
-            "/page.png": b"<html>no longer here</html>",
-        }.get(self.path)
-        self.send_response(404 if body is None else 200)
-        self.send_header("Content-Length", str(len(body or b"")))
-        self.end_headers()
-        self.wfile.write(body or b"")
-
-    def log_message(self, format: str, *args: object) -> None:
-        pass
+from tests.misbehaving_server import BODIES, bomb_png, misbehaving_server, png
 
 
 @pytest.fixture(scope="module")
 def base_url() -> Iterator[str]:
-    server = ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_address[1]}"
-    server.shutdown()
-    server.server_close()
+    bomb_png()  # made before the time of its download counts
+    with misbehaving_server() as server:
+        yield f"http://{server.address}"
+
+
+ROOT = Path(__file__).parents[2]
+
+
+def config_of(base_url: str, url_list: str, **changes: object) -> DownloadConfig:
+    """With the test's own server as the one private host that may be connected to."""
+    http = HttpConfig(private_hosts=(base_url.removeprefix("http://"),), max_redirects=3, max_retry_after_s=5)
+    return DownloadConfig(url_list=url_list, **({"http": http, "retries": 0, "timeout_s": 60} | changes))
 
 
 def run_download(config: DownloadConfig, folder: Path) -> tuple[Outcome, Store]:
     store = Store(str(folder / "store"))
-    scratch = folder / "scratch"
+    scratch = folder / f"scratch-{config.attempt}"
     scratch.mkdir()
     context = StageContext(config, 0, {}, store, STAGE.action_key(config, 0, {}), LocalExecutor(), scratch)
     return STAGE.run(context), store
@@ -66,24 +53,140 @@ def write_list(path: Path, base_url: str, names: list[str]) -> str:
     return str(path)
 
 
-def test_every_url_becomes_a_row_and_good_images_arrive(tmp_path: Path, base_url: str) -> None:
-    names = ["red.png", "gone.png", "cut.png", "page.png", "blue.png"]
-    path = write_list(tmp_path / "list.csv", base_url, names)
-    outcome, store = run_download(DownloadConfig(url_list=path, max_failed_fraction=0.9, retries=0), tmp_path)
-    files = {entry.path: entry for entry in outcome.files}
-    rows = pq.read_table(store.fetch(files["metadata/00000.parquet"])).to_pylist()
-    assert [row["caption"] for row in rows] == [f"a {name}" for name in names]
-    assert [row["status"] == "ok" for row in rows] == [True, False, False, False, True]
-    assert all(row["error"] for row in rows if row["status"] != "ok")
-    samples = list(read_image_shard(store.fetch(files["images/00000.tar"])))
-    assert [(sample.image, sample.extension) for sample in samples] == [(png("red"), "png"), (png("blue"), "png")]
-    assert outcome.metrics["num_rows"] == 5 and outcome.metrics["num_ok"] == 2
+def rows_of(outcome: Outcome, store: Store) -> list[dict]:
+    entries = [entry for entry in outcome.files if entry.path.startswith("metadata/")]
+    return [row for entry in entries for row in pq.read_table(store.fetch(entry)).to_pylist()]
+
+
+def images_of(outcome: Outcome, store: Store) -> list[bytes]:
+    entries = [entry for entry in outcome.files if entry.path.startswith("images/")]
+    return [sample.image for entry in entries for sample in read_image_shard(store.fetch(entry))]
+
+
+FATES = {
+    "red.png": "ok",
+    "status/404": "http_error",
+    "status/403": "http_error",
+    "status/410": "http_error",
+    "busy-for-long.png": "http_error",
+    "slow.png": "timeout",
+    "truncated.png": "connection_error",
+    "reset.png": "connection_error",
+    "loop": "too_many_redirects",
+    "to/http://10.0.0.1/x.png": "refused",
+    "opted-out.png": "opted_out",
+    "endless.png": "too_large",
+    "page.png": "not_an_image",
+    "noise.png": "not_an_image",
+    "empty.png": "not_an_image",
+    "bomb.png": "too_many_pixels",
+    "cut.png": "undecodable",
+    "wrong-type.png": "ok",
+    "animated.gif": "ok",
+    "animated.webp": "ok",
+    "cmyk.jpg": "ok",
+    "16-bit.png": "ok",
+    "rotated.jpg": "ok",
+    "moved": "ok",
+    "opted-out-of-others.png": "ok",
+    "blue.png": "ok",
+}
+
+
+@pytest.fixture(scope="module")
+def bad_web(tmp_path_factory: pytest.TempPathFactory, base_url: str) -> tuple[Outcome, Store]:
+    """One download of everything that a server can do."""
+    folder = tmp_path_factory.mktemp("web")
+    path = write_list(folder / "list.csv", base_url, list(FATES))
+    config = config_of(base_url, path, max_failed_fraction=1, max_bytes=2_000_000, timeout_s=8)
+    return run_download(config, folder)
+
+
+def test_every_url_becomes_a_row_with_the_right_status(bad_web: tuple[Outcome, Store]) -> None:
+    rows = rows_of(*bad_web)
+    assert [row["caption"] for row in rows] == [f"a {name}" for name in FATES]
+    assert {row["caption"].removeprefix("a "): row["status"] for row in rows} == FATES
+    assert all((row["error"] is None) == (row["status"] == "ok") for row in rows)
+    assert set(FATES.values()) <= set(STATUSES)
+
+
+def test_good_images_beside_bad_ones_arrive_as_they_were_sent(bad_web: tuple[Outcome, Store]) -> None:
+    outcome, store = bad_web
+    names = [f"/{name}" for name, fate in FATES.items() if fate == "ok"]
+    others = {"/moved": "/red.png", "/opted-out-of-others.png": ""}
+    sent = [png("cyan") if others.get(name) == "" else BODIES[others.get(name, name)]() for name in names]
+    assert images_of(outcome, store) == sent
+    facts = {row["caption"]: row for row in rows_of(outcome, store)}
+    assert (facts["a rotated.jpg"]["width"], facts["a rotated.jpg"]["height"]) == (40, 30)
+    assert facts["a red.png"]["sha256"] == sha256_bytes(png("red"))
+
+
+MEASURED = """
+import resource, sys
+from pathlib import Path
+from tests.stages.test_download import config_of, run_download
+
+base_url, path, folder = sys.argv[1:]
+def most(who):
+    return resource.getrusage(who).ru_maxrss * 1024
+before = most(resource.RUSAGE_SELF)
+run_download(config_of(base_url, path, max_failed_fraction=1, max_bytes=2_000_000), Path(folder))
+print(most(resource.RUSAGE_SELF) - before, most(resource.RUSAGE_CHILDREN))
+"""
+
+
+def test_endless_bodies_and_huge_images_take_bounded_memory(tmp_path: Path, base_url: str) -> None:
+    path = write_list(tmp_path / "list.csv", base_url, ["bomb.png", "red.png", *["endless.png"] * 50, "blue.png"])
+    command = [sys.executable, "-c", MEASURED, base_url, path, str(tmp_path)]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    stage_grew_by, fetch_process_took = (int(number) for number in ended.stdout.split())
+    # the image of 30,000 x 30,000 pixels alone would take 900 MB; importing img2dataset takes about 400
+    assert stage_grew_by < 300e6
+    assert fetch_process_took < 800e6
+
+
+def test_metrics_count_failures_by_reason_and_host(bad_web: tuple[Outcome, Store]) -> None:
+    metrics = bad_web[0].metrics
+    statuses = Counter(FATES.values())
+    assert metrics["status"] == dict(sorted(statuses.items()))
+    failed = len(FATES) - statuses["ok"]
+    assert (metrics["num_rows"], metrics["num_ok"], metrics["num_failed"]) == (len(FATES), statuses["ok"], failed)
+    assert sum(metrics["errors"].values()) == failed
+    assert metrics["errors"]["http_error: HTTP Error 404: Not Found"] == 1
+    assert metrics["hosts"] == {"127.0.0.1": {"rows": len(FATES), "failed": failed}}
 
 
 def test_run_with_too_many_failures_stops_with_the_reasons(tmp_path: Path, base_url: str) -> None:
     path = write_list(tmp_path / "list.csv", base_url, ["red.png", "gone.png", "lost.png"])
-    with pytest.raises(ValueError, match=r"2 of 3 URLs failed.*404.*download\.attempt=1"):
-        run_download(DownloadConfig(url_list=path, retries=0), tmp_path)
+    with pytest.raises(ValueError, match=r"2 of 3 images failed.*404.*--retry-failed.*download\.attempt=1"):
+        run_download(config_of(base_url, path), tmp_path)
+
+
+def test_retry_fetches_what_failed_and_nothing_else(tmp_path: Path) -> None:
+    with misbehaving_server() as server:
+        base_url = f"http://{server.address}"
+        names = ["red.png", "mended.png", "status/404", "blue.png"]
+        path = write_list(tmp_path / "list.csv", base_url, names)
+        config = config_of(base_url, path, rows_per_shard=3)
+        with pytest.raises(ValueError, match="2 of 4 images failed"):
+            run_download(config, tmp_path)
+        store = Store(str(tmp_path / "store"))
+        assert next_attempt(config, 0, store) == 1
+        # raising the limit or the timeout makes no other attempt of it
+        again = config.model_copy(update={"attempt": 1, "max_failed_fraction": 0.5, "timeout_s": 90})
+        outcome, _ = run_download(again, tmp_path)
+        assert server.asked == {"/red.png": 1, "/blue.png": 1, "/mended.png": 2, "/status/404": 2}
+    assert [row["status"] for row in rows_of(outcome, store)] == ["ok", "ok", "http_error", "ok"]
+    assert images_of(outcome, store) == [png("red"), png("white"), png("blue")]
+
+
+def test_last_attempt_without_failures_is_not_repeated(tmp_path: Path, base_url: str) -> None:
+    config = config_of(base_url, write_list(tmp_path / "list.csv", base_url, ["red.png"]))
+    store = Store(str(tmp_path / "store"))
+    assert next_attempt(config, 0, store) == 0
+    run_download(config, tmp_path)
+    assert next_attempt(config, 0, store) == 0
 
 
 def test_lists_of_all_formats_give_the_same_rows(tmp_path: Path) -> None:
@@ -96,7 +199,7 @@ def test_lists_of_all_formats_give_the_same_rows(tmp_path: Path) -> None:
     (tmp_path / "list.tsv").write_text(tabbed, encoding="utf-8")
     for suffix in ("parquet", "jsonl", "csv", "tsv"):
         config = DownloadConfig(url_list=str(tmp_path / f"list.{suffix}"), extra_columns=("n",))
-        assert read_url_list(config).to_pylist() == rows, suffix
+        assert read_rows(config).drop_columns(PLACE).to_pylist() == rows, suffix
 
 
 @pytest.mark.parametrize(
@@ -112,13 +215,13 @@ def test_bad_list_is_named_with_what_was_expected(tmp_path: Path, content: str, 
     path = tmp_path / "list.csv"
     path.write_text(content, encoding="utf-8")
     with pytest.raises(ValueError, match=message) as raised:
-        read_url_list(DownloadConfig(url_list=str(path), **changes))
+        read_rows(DownloadConfig(url_list=str(path), **changes))
     assert str(path) in str(raised.value)
 
 
 def test_missing_list_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"cannot read download\.url_list="):
-        read_url_list(DownloadConfig(url_list=str(tmp_path / "absent.csv")))
+        read_rows(DownloadConfig(url_list=str(tmp_path / "absent.csv")))
 
 
 def test_path_of_the_list_does_not_count_but_its_content_does(tmp_path: Path) -> None:

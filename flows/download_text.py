@@ -1,0 +1,77 @@
+"""What became of the inputs of a download: by status, by reason, and by host, where links rot."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING, Any
+
+from flows.text import megabytes, text_table
+from stages.shard_counts import host_of, reason_of
+from stages.sources.source import FILTERED, OK, STATUSES
+from storage.tables import read_table
+
+if TYPE_CHECKING:
+    from storage.manifest import Manifest
+    from storage.store import Store
+
+KIND = "image_shards"
+_SHOWN = 20
+
+
+def inspect_download(store: Store, manifest: Manifest) -> str:
+    """Describe a download for the terminal, from all of its metadata rows.
+
+    Args:
+        store: that holds it.
+        manifest: of kind `image_shards`.
+    """
+    status, reasons, filters = Counter[str](), Counter[str](), Counter[str]()
+    hosts: dict[str, Counter[str]] = {}
+    for entry in manifest.files_under("metadata"):
+        for row in read_table(store.fetch(entry), ["url", "status", "error"]).to_pylist():
+            status[row["status"]] += 1
+            if row["status"] == FILTERED:
+                filters[row["error"]] += 1
+            elif row["status"] != OK:
+                reasons[reason_of(row["status"], row["error"])] += 1
+            if host := host_of(row["url"]):
+                failed = row["status"] not in (OK, FILTERED)
+                hosts.setdefault(host, Counter())[reason_of(row["status"], row["error"]) if failed else OK] += 1
+    parts = [
+        f"download {manifest.digest}\n{status.total()} rows, {status[OK]} images, {megabytes(manifest.size)}",
+        text_table(
+            ["status", "rows", "share", "what it means"],
+            [
+                [name, str(count), f"{count / status.total():.1%}", STATUSES.get(name, "")]
+                for name, count in status.most_common()
+            ],
+        ),
+    ]
+    parts += _counts("reason of failure", reasons) + _counts("filtered because", filters) + _rot(hosts)
+    return "\n\n".join(parts)
+
+
+def _counts(title: str, counts: Counter[str]) -> list[str]:
+    if not counts:
+        return []
+    rows = [[reason, str(count)] for reason, count in counts.most_common(_SHOWN)]
+    return [text_table([title, "rows"], rows) + _more(len(counts))]
+
+
+def _rot(hosts: dict[str, Counter[str]]) -> list[str]:
+    """The hosts with most failures."""
+    rows: list[tuple[int, list[Any]]] = []
+    for host, counts in hosts.items():
+        total, failed = counts.total(), counts.total() - counts[OK]
+        if failed:
+            worst = next(reason for reason, _ in counts.most_common() if reason != OK)
+            rows.append((failed, [host, str(total), str(failed), f"{failed / total:.0%}", worst]))
+    if not rows:
+        return []
+    rows.sort(key=lambda row: (-row[0], row[1][0]))
+    table = text_table(["host", "rows", "failed", "share", "mostly"], [cells for _, cells in rows[:_SHOWN]])
+    return [table + _more(len(rows))]
+
+
+def _more(count: int) -> str:
+    return f"\nand {count - _SHOWN} more" if count > _SHOWN else ""

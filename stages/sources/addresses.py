@@ -1,0 +1,66 @@
+"""Which addresses a download may connect to: a URL list from elsewhere must not reach into the network it runs in."""
+
+from __future__ import annotations
+
+import ipaddress
+import socket
+
+from stages.sources.failures import FetchFailed
+from stages.sources.source import CONNECTION_ERROR, REFUSED
+
+_NAT64 = ipaddress.ip_network("64:ff9b::/96")
+
+
+def public(address: str) -> bool:
+    """Whether an IP address belongs to the public internet; of IPv6 that carries an IPv4 address, whether that does."""
+    ip = ipaddress.ip_address(address.partition("%")[0])
+    if isinstance(ip, ipaddress.IPv6Address):
+        carried = ip.ipv4_mapped or ip.sixtofour or (ip.teredo[1] if ip.teredo else None)
+        if ip in _NAT64:
+            carried = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)
+        if carried is not None:
+            return public(str(carried))
+    return ip.is_global and not ip.is_multicast
+
+
+def resolve(host: str, port: int, *, private_too: bool) -> list[tuple[socket.AddressFamily, tuple[str, int]]]:
+    """The addresses of a host, once: who checks them must also connect to them, or a second answer slips by.
+
+    Args:
+        host: a name or an address.
+        port: TCP port.
+        private_too: also addresses of private networks, loopback and the like.
+
+    Raises:
+        FetchFailed: the name does not resolve, or to nothing that may be connected to.
+    """
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError) as error:
+        raise FetchFailed(CONNECTION_ERROR, "the host name does not resolve") from error
+    allowed = [(family, address) for family, _, _, _, address in found if private_too or public(str(address[0]))]
+    if not allowed:
+        raise FetchFailed(REFUSED, "the address is not public; see download.http.private_hosts")
+    return allowed  # type: ignore[return-value]  # addresses of IPv6 have two more parts, which connect() takes
+
+
+def connect(host: str, port: int, timeout: float, *, private_too: bool) -> socket.socket:
+    """A connection to one of the host's addresses that may be connected to.
+
+    Raises:
+        FetchFailed: there is none.
+        OSError: none of them answers.
+    """
+    last: OSError | None = None
+    for family, address in resolve(host, port, private_too=private_too):
+        connection = socket.socket(family, socket.SOCK_STREAM)
+        try:
+            connection.settimeout(timeout)
+            connection.connect(address)
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            return connection
+        except OSError as error:
+            connection.close()
+            last = error
+    assert last is not None, "there is at least one address"
+    raise last

@@ -1,0 +1,154 @@
+"""A folder of images with captions in a list, or each in a .txt beside its image."""
+
+from __future__ import annotations
+
+import posixpath
+from collections.abc import Iterator, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Literal
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from models.config import Config
+from stages.sources.images import is_image_name
+from stages.sources.lists import EXPECTED, read_list
+from stages.sources.source import (
+    MISSING,
+    NO_CAPTION,
+    PLACE,
+    REFUSED,
+    URL,
+    Failure,
+    Fetched,
+    Row,
+    check_columns,
+    place,
+    placed,
+)
+from stages.stage import RuntimeStr
+from storage.digests import sha256_bytes
+from storage.input_files import InputFiles, read_input
+
+_LIST = "download.files.captions"
+
+
+class FolderFiles(Config):
+    """A folder of images."""
+
+    kind: Literal["folder"]
+    """Which layout the files have."""
+    path: RuntimeStr
+    """The folder, local or s3://; names and contents of its images count, not the place."""
+    captions: RuntimeStr = ""
+    """A CSV, TSV, JSONL or Parquet file with a row for each image; '' where each image has a .txt beside it."""
+    file_column: str = "file_name"
+    """Column of `captions` with the image's path within the folder."""
+
+
+class ImageFolder:
+    """The images of a folder: in the order of the list, or of their names.
+
+    Args:
+        config: where they are.
+        caption_column: name of the caption's column.
+    """
+
+    def __init__(self, config: FolderFiles, caption_column: str) -> None:
+        self.what = f"list {config.captions}" if config.captions else f"folder {config.path}"
+        self._config, self._caption_column = config, caption_column
+        self._images = FolderImages(config.path, "download.files.path")
+
+    def content(self) -> dict[str, str]:
+        captions = self._config.captions
+        if not captions:
+            return {"files": self._images.files.digest(self._paired_names())}
+        return {
+            "captions": sha256_bytes(read_input(captions, _LIST, EXPECTED)),
+            "files": self._images.digest(self._listed()[self._config.file_column].to_pylist()),
+        }
+
+    def rows(self, columns: Sequence[str]) -> pa.Table:
+        if not self._config.captions:
+            check_columns(self.what, columns, [self._caption_column])
+            return self._paired_rows()
+        table = self._listed()
+        names = pc.fill_null(table[self._config.file_column].cast(pa.string()), "")
+        check_columns(self.what, columns, table.column_names)
+        places = [place(name) if name else "" for name in names.to_pylist()]
+        kept = {name: table[name] for name in columns}
+        return pa.table(kept | {URL: names, PLACE: pa.array(places, pa.string())})
+
+    def fetch(self, rows: list[Row], scratch: Path) -> Iterator[tuple[int, Fetched]]:
+        for position, found in placed(rows, "the row"):
+            if isinstance(found, Failure):
+                yield position, found
+            elif len(found) > 1:
+                yield position, Failure(NO_CAPTION, "no .txt beside the image")
+            else:
+                yield position, self._images.read(found[0])
+
+    def _listed(self) -> pa.Table:
+        table = read_list(self._config.captions, "list", _LIST)
+        if self._config.file_column not in table.column_names:
+            raise ValueError(
+                f"{self.what} has no column {self._config.file_column!r}; it has {', '.join(table.column_names)}: set "
+                f"download.files.file_column to the one with the images' paths"
+            )
+        return table
+
+    def _paired_rows(self) -> pa.Table:
+        files = self._images.files
+        images = [name for name in files.names() if is_image_name(name)]
+        texts = {name: text for name in images if (text := _text_name(name)) in files}
+        if not texts:
+            found = f"{len(images)} images and no .txt beside them" if images else "no images"
+            raise ValueError(
+                f"{self.what} holds {found}; put KEY.txt beside KEY.jpg, or set {_LIST} to a list of captions"
+            )
+        read = dict(zip(texts, files.read_all(list(texts.values())), strict=True))
+        captions = [read.get(name, b"").decode("utf-8", errors="replace").strip() for name in images]
+        places = [place(name) if name in texts else place(name, NO_CAPTION) for name in images]
+        columns = {URL: images, PLACE: places, self._caption_column: captions}
+        return pa.table({name: pa.array(values, pa.string()) for name, values in columns.items()})
+
+    def _paired_names(self) -> list[str]:
+        files = self._images.files
+        images = [name for name in files.names() if is_image_name(name)]
+        return [each for name in images for each in (name, _text_name(name))]
+
+
+class FolderImages:
+    """Images that a list names by their path within a folder.
+
+    Args:
+        path: of the folder.
+        what: how messages name it.
+    """
+
+    def __init__(self, path: str, what: str) -> None:
+        self.files = InputFiles(path, what)
+
+    def digest(self, names: Sequence[str | None]) -> str:
+        """Of the names and contents of these images; a name that cannot be read counts as absent."""
+        return self.files.digest(sorted({posixpath.normpath(str(name)) for name in names if name}))
+
+    def read(self, name: str) -> Fetched:
+        """The bytes of an image."""
+        if _leads_outside(name):
+            return Failure(REFUSED, "the image's path leads outside the folder")
+        try:
+            return self.files.read(posixpath.normpath(name))
+        except FileNotFoundError:
+            return Failure(MISSING, "there is no such file")
+        except OSError as error:
+            return Failure(MISSING, error.strerror or type(error).__name__)
+
+
+def _leads_outside(name: str) -> bool:
+    path = PurePosixPath(name.replace("\\", "/"))
+    return path.is_absolute() or ".." in path.parts
+
+
+def _text_name(image: str) -> str:
+    return f"{image.rpartition('.')[0]}.txt"

@@ -1,0 +1,220 @@
+"""The opener beneath img2dataset: every wait, size, redirect and target has a limit."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+import urllib.request
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from stages.sources import addresses
+from stages.sources.failures import FetchFailed, read_failure
+from stages.sources.guarded_http import Guard, GuardedOpener
+from stages.sources.source import (
+    CONNECTION_ERROR,
+    HTTP_ERROR,
+    MISSING,
+    NOT_FETCHED,
+    OPTED_OUT,
+    REFUSED,
+    TIMEOUT,
+    TOO_LARGE,
+    TOO_MANY_REDIRECTS,
+)
+from tests.misbehaving_server import MisbehavingServer, misbehaving_server, png
+
+
+@pytest.fixture
+def server() -> Iterator[MisbehavingServer]:
+    with misbehaving_server() as running:
+        yield running
+
+
+def opener(server: MisbehavingServer, **changes: object) -> GuardedOpener:
+    limits = {
+        "timeout_s": 60.0,
+        "retries": 0,
+        "max_bytes": 200_000,
+        "max_redirects": 3,
+        "max_retry_after_s": 5.0,
+        "connections_per_host": 4,
+        "allow_private_addresses": False,
+        "private_hosts": (server.address,),
+    }
+    return GuardedOpener(Guard(**(limits | changes)))  # type: ignore[arg-type]
+
+
+def get(opener: GuardedOpener, url: str) -> bytes:
+    with opener.open(urllib.request.Request(url)) as answer:
+        return bytes(answer.read())
+
+
+@pytest.mark.parametrize("path", ["/red.png", "/moved"])
+def test_good_url_gives_its_bytes_with_and_without_redirect(server: MisbehavingServer, path: str) -> None:
+    assert get(opener(server), server.url(path)) == png("red")
+
+
+@pytest.mark.parametrize(
+    ("path", "status", "reason"),
+    [
+        ("/status/404", HTTP_ERROR, "HTTP Error 404: Not Found"),
+        ("/status/403", HTTP_ERROR, "HTTP Error 403: Forbidden"),
+        ("/status/500", HTTP_ERROR, "HTTP Error 500: Internal Server Error"),
+        ("/busy-for-long.png", HTTP_ERROR, "Retry-After is longer"),
+        ("/slow.png", TIMEOUT, "no whole answer in 2 s"),
+        ("/slow-headers.png", TIMEOUT, "no whole answer in 2 s"),
+        ("/truncated.png", CONNECTION_ERROR, "the body ended early"),
+        ("/reset.png", CONNECTION_ERROR, ""),
+        ("/garbage.png", CONNECTION_ERROR, "BadStatusLine"),
+        ("/big.png", TOO_LARGE, "more than 200000 bytes"),
+        ("/endless.png", TOO_LARGE, "more than 200000 bytes"),
+        ("/loop", TOO_MANY_REDIRECTS, "more than 3 redirects"),
+        ("/to/http://10.0.0.1/x.png", REFUSED, "not public"),
+        ("/to/http://[::1]:1/x.png", REFUSED, "not public"),
+        ("/to/http://169.254.169.254/latest/meta-data", REFUSED, "not public"),
+        ("/to/file:///etc/hostname", REFUSED, "scheme 'file'"),
+        ("/to/ftp://example.org/x.png", REFUSED, "scheme 'ftp'"),
+        ("/to/http://[bad/x.png", REFUSED, "not a URL"),
+    ],
+)
+def test_bad_url_fails_with_its_status(server: MisbehavingServer, path: str, status: str, reason: str) -> None:
+    timeout_s = 2.0 if status == TIMEOUT else 60.0  # so that a busy machine does not make a timeout of all else
+    with pytest.raises(FetchFailed) as raised:
+        get(opener(server, timeout_s=timeout_s), server.url(path))
+    assert raised.value.status == status
+    assert reason in raised.value.reason
+
+
+@pytest.mark.parametrize(
+    ("address", "is_public"),
+    [
+        ("8.8.8.8", True),
+        ("2606:4700::1111", True),
+        ("::ffff:8.8.8.8", True),
+        ("64:ff9b::808:808", True),
+        ("127.0.0.1", False),
+        ("10.1.2.3", False),
+        ("172.16.0.1", False),
+        ("192.168.1.1", False),
+        ("169.254.169.254", False),
+        ("100.64.0.1", False),
+        ("0.0.0.0", False),
+        ("224.0.0.1", False),
+        ("::1", False),
+        ("fe80::1%eth0", False),
+        ("fc00::1", False),
+        ("::ffff:127.0.0.1", False),
+        ("64:ff9b::7f00:1", False),
+        ("2002:7f00:1::", False),
+    ],
+)
+def test_only_addresses_of_the_public_internet_are_public(address: str, is_public: bool) -> None:
+    assert addresses.public(address) is is_public
+
+
+def test_private_server_is_refused_unless_it_is_named_or_all_are_allowed(server: MisbehavingServer) -> None:
+    with pytest.raises(FetchFailed, match="not public"):
+        get(opener(server, private_hosts=()), server.url("/red.png"))
+    assert server.asked["/red.png"] == 0
+    for changes in ({}, {"private_hosts": (), "allow_private_addresses": True}):
+        assert get(opener(server, **changes), server.url("/red.png")) == png("red")
+
+
+def test_name_is_resolved_once_and_the_checked_address_is_connected_to(
+    server: MisbehavingServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+    port = int(server.address.rpartition(":")[2])
+
+    def rebinding(host: str, *_: object, **__: object) -> list[tuple[object, ...]]:
+        """Public at first, loopback ever after."""
+        asked.append(host)
+        address = "203.0.113.7" if len(asked) > 1 else "127.0.0.1"
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, port))]
+
+    monkeypatch.setattr(socket, "getaddrinfo", rebinding)
+    named = opener(server, private_hosts=(f"pictures.example:{port}",))
+    assert get(named, f"http://pictures.example:{port}/red.png") == png("red")
+    assert asked == ["pictures.example"]
+
+
+def test_name_with_a_private_address_is_refused(server: MisbehavingServer) -> None:
+    with pytest.raises(FetchFailed, match="not public"):
+        get(opener(server), f"http://localhost:{server.address.rpartition(':')[2]}/red.png")
+
+
+def test_proxy_is_asked_in_place_of_the_host_but_never_for_a_private_address(
+    server: MisbehavingServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unknown_here(host: str, *arguments: object, **options: object) -> object:
+        if host == "pictures.example":
+            raise socket.gaierror("only the proxy knows it")
+        return look_up(host, *arguments, **options)  # type: ignore[arg-type]
+
+    look_up = socket.getaddrinfo
+    monkeypatch.setattr(socket, "getaddrinfo", unknown_here)
+    monkeypatch.setenv("http_proxy", f"http://{server.address}")
+    monkeypatch.delenv("no_proxy", raising=False)
+    behind = opener(server)
+    assert get(behind, "http://pictures.example/red.png") == png("red")
+    with pytest.raises(FetchFailed, match="not public"):
+        get(behind, "http://10.0.0.1/blue.png")
+    assert server.asked == {"/red.png": 1}
+
+
+def test_fetch_process_ends_when_the_stage_is_gone() -> None:
+    script = "import time; from stages.sources.fetch_process import end_with; end_with(parent=-1); time.sleep(600)"
+    assert subprocess.run([sys.executable, "-c", script], cwd=Path(__file__).parents[2]).returncode == 1
+
+
+def test_failures_that_may_pass_are_tried_again_and_others_not(server: MisbehavingServer) -> None:
+    assert get(opener(server, retries=2), server.url("/flaky.png")) == png("pink")
+    assert server.asked["/flaky.png"] == 3
+    with pytest.raises(FetchFailed):
+        get(opener(server, retries=2), server.url("/status/404"))
+    assert server.asked["/status/404"] == 1
+
+
+def test_host_that_asks_to_wait_is_asked_again(server: MisbehavingServer) -> None:
+    assert get(opener(server, retries=1), server.url("/busy.png")) == png("yellow")
+
+
+def test_only_so_many_connections_at_a_time_go_to_one_host(server: MisbehavingServer) -> None:
+    limited = opener(server, connections_per_host=2)
+    with ThreadPoolExecutor(8) as pool:
+        bodies = list(pool.map(lambda _: get(limited, server.url("/hold.png")), range(8)))
+    assert bodies == [png("gray")] * 8
+    assert server.most_at_work == 2
+
+
+def test_local_file_is_read_only_where_private_addresses_are_allowed(server: MisbehavingServer, tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(png("red"))
+    url = (tmp_path / "a.png").as_uri()
+    with pytest.raises(FetchFailed, match="scheme 'file'"):
+        get(opener(server), url)
+    allowed = opener(server, allow_private_addresses=True)
+    assert get(allowed, url) == png("red")
+    with pytest.raises(FetchFailed) as raised:
+        get(allowed, url + ".absent")
+    assert raised.value.status == MISSING
+
+
+@pytest.mark.parametrize(
+    ("message", "status", "reason"),
+    [
+        (str(FetchFailed(TIMEOUT, "no whole answer in 2 s")), TIMEOUT, "no whole answer in 2 s"),
+        ("Use of image disallowed by X-Robots-Tag directive", OPTED_OUT, "X-Robots-Tag"),
+        ("unknown url type: 'x'", REFUSED, "not a URL"),
+        ("[made_up] what", NOT_FETCHED, "[made_up] what"),
+        (None, NOT_FETCHED, "no reason"),
+    ],
+)
+def test_failure_survives_the_way_through_img2dataset(message: str | None, status: str, reason: str) -> None:
+    failure = read_failure(message)
+    assert failure.status == status
+    assert reason in failure.reason

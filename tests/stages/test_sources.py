@@ -1,0 +1,293 @@
+"""Files that people already have become the same rows and images as a URL list; each mistake has one clear message."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shutil
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from infra.executors import LocalExecutor
+from stages.download import STAGE, DownloadConfig, open_source, read_rows
+from stages.stage import Outcome, StageContext
+from storage.image_shards import ImageSample, read_image_shard, write_image_shard
+from storage.store import Store
+from tests.misbehaving_server import png
+
+COLOURS = ("red", "green", "blue")
+CAPTIONS = [f"a {colour} picture" for colour in COLOURS]
+IMAGES = [png(colour) for colour in COLOURS]
+
+
+def run_download(config: DownloadConfig, folder: Path) -> tuple[list[dict[str, Any]], list[ImageSample], Outcome]:
+    store, scratch = Store(str(folder / "store")), folder / "scratch"
+    scratch.mkdir()
+    context = StageContext(config, 0, {}, store, STAGE.action_key(config, 0, {}), LocalExecutor(), scratch)
+    outcome = STAGE.run(context)
+    rows, samples = list[dict[str, Any]](), list[ImageSample]()
+    for entry in outcome.files:
+        if entry.path.startswith("metadata/"):
+            rows += pq.read_table(store.fetch(entry)).to_pylist()
+        else:
+            samples += read_image_shard(store.fetch(entry))
+    return rows, samples, outcome
+
+
+def make_webdataset(folder: Path) -> dict[str, Any]:
+    samples = [
+        ImageSample(f"{index:03d}", image, "png", caption, {"style": "plain"})
+        for index, (image, caption) in enumerate(zip(IMAGES, CAPTIONS, strict=True))
+    ]
+    write_image_shard(folder / "train-0.tar", samples[:2])
+    write_image_shard(folder / "train-1.tar", samples[2:])
+    return {"kind": "webdataset", "path": str(folder / "train-*.tar")}
+
+
+def make_parquet(folder: Path) -> dict[str, Any]:
+    rows = [
+        {"image": {"bytes": image, "path": None}, "caption": caption, "style": "plain"}
+        for image, caption in zip(IMAGES, CAPTIONS, strict=True)
+    ]
+    pq.write_table(pa.Table.from_pylist(rows[:2]), folder / "0.parquet", row_group_size=1)
+    pq.write_table(pa.Table.from_pylist(rows[2:]), folder / "1.parquet")
+    return {"kind": "parquet", "path": str(folder)}
+
+
+def make_plain_parquet(folder: Path) -> dict[str, Any]:
+    table = pa.table({"jpg": pa.array(IMAGES, pa.large_binary()), "caption": CAPTIONS, "style": ["plain"] * 3})
+    pq.write_table(table, folder / "all.parquet")
+    return {"kind": "parquet", "path": str(folder / "all.parquet"), "image_column": "jpg"}
+
+
+def make_folder(folder: Path) -> dict[str, Any]:
+    (folder / "images" / "deep").mkdir(parents=True)
+    names = ["a.png", "./deep/b.png", "c.png"]
+    for name, image in zip(names, IMAGES, strict=True):
+        (folder / "images" / name).write_bytes(image)
+    rows = [
+        {"file_name": name, "caption": caption, "style": "plain"} for name, caption in zip(names, CAPTIONS, strict=True)
+    ]
+    (folder / "list.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return {"kind": "folder", "path": str(folder / "images"), "captions": str(folder / "list.jsonl")}
+
+
+def make_conversations(folder: Path) -> dict[str, Any]:
+    config = make_folder(folder)
+    entries = [
+        {
+            "id": str(index),
+            "image": name,
+            "style": "plain",
+            "conversations": [
+                {"from": "human", "value": "<image>\nWhat is it?"},
+                {"from": "gpt", "value": caption},
+                {"from": "human", "value": "Sure?"},
+                {"from": "gpt", "value": "Yes."},
+            ],
+        }
+        for index, (name, caption) in enumerate(zip(["a.png", "deep/b.png", "c.png"], CAPTIONS, strict=True))
+    ]
+    (folder / "llava.json").write_text(json.dumps(entries), encoding="utf-8")
+    return {"kind": "conversations", "path": str(folder / "llava.json"), "image_folder": config["path"]}
+
+
+MAKERS = [make_webdataset, make_parquet, make_plain_parquet, make_folder, make_conversations]
+Maker = Callable[[Path], dict[str, Any]]
+
+
+@pytest.mark.parametrize("make", MAKERS)
+def test_every_source_gives_one_schema_in_the_order_of_its_rows(tmp_path: Path, make: Maker) -> None:
+    config = DownloadConfig(files=make(tmp_path), extra_columns=("style",), rows_per_shard=2)
+    rows, samples, outcome = run_download(config, tmp_path)
+    assert [row["caption"] for row in rows] == CAPTIONS
+    assert {row["status"] for row in rows} == {"ok"}
+    assert {row["style"] for row in rows} == {"plain"}
+    assert [(sample.image, sample.text) for sample in samples] == list(zip(IMAGES, CAPTIONS, strict=True))
+    assert {sample.json["style"] for sample in samples} == {"plain"}
+    assert len({row["url"] for row in rows}) == 3
+    assert not any(str(tmp_path) in row["url"] for row in rows)
+    assert "musevl_place" not in rows[0]
+    assert outcome.metrics["num_ok"] == 3
+
+
+@pytest.mark.parametrize("make", MAKERS)
+def test_moved_files_are_the_same_input_and_changed_ones_are_not(tmp_path: Path, make: Maker) -> None:
+    here, there = tmp_path / "here", tmp_path / "there"
+    here.mkdir()
+    files = make(here)
+    shutil.copytree(here, there)
+
+    def key(values: dict[str, Any]) -> str:
+        return STAGE.action_key(DownloadConfig(files=values), 0, {})
+
+    moved = {name: value.replace(str(here), str(there)) for name, value in files.items()}
+    assert key(files) == key(moved)
+    images = there / "images" / "a.png"
+    changed = images if images.exists() else sorted(there.glob("*.*"))[0]
+    data = bytearray(changed.read_bytes())
+    data[len(data) // 2] ^= 1
+    changed.write_bytes(bytes(data))
+    assert key(files) != key(moved)
+
+
+def test_digest_of_unchanged_files_is_not_worked_out_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MUSEVL_CACHE", str(tmp_path / "cache"))
+    config = DownloadConfig(files=make_webdataset(tmp_path))
+    for tar in tmp_path.glob("*.tar"):
+        os.utime(tar, (1_000_000, 1_000_000))  # files that changed just now are never remembered
+    first = open_source(config).content()
+    for tar in tmp_path.glob("*.tar"):
+        data = bytearray(tar.read_bytes())
+        data[600] ^= 1
+        tar.write_bytes(bytes(data))
+        os.utime(tar, (1_000_000, 1_000_000))  # the same stamp: nobody looks inside
+    assert open_source(config).content() == first
+    os.utime(tar, (1_000_001, 1_000_001))
+    assert open_source(config).content() != first
+
+
+def test_captions_may_stand_in_text_files_beside_the_images(tmp_path: Path) -> None:
+    for name, image, caption in zip("abc", IMAGES, CAPTIONS, strict=True):
+        (tmp_path / f"{name}.png").write_bytes(image)
+        (tmp_path / f"{name}.txt").write_text(caption + "\n", encoding="utf-8")
+    (tmp_path / "b.txt").unlink()
+    config = DownloadConfig(files={"kind": "folder", "path": str(tmp_path)}, max_failed_fraction=0.5)
+    rows = read_rows(config).to_pylist()
+    assert [(row["url"], row["caption"]) for row in rows] == [
+        ("a.png", CAPTIONS[0]),
+        ("b.png", ""),
+        ("c.png", CAPTIONS[2]),
+    ]
+    (tmp_path / "out").mkdir()
+    described, samples, _ = run_download(config, tmp_path / "out")
+    assert [row["status"] for row in described] == ["ok", "no_caption", "ok"]
+    assert [sample.image for sample in samples] == [IMAGES[0], IMAGES[2]]
+
+
+def test_rows_of_a_list_that_name_no_good_file_are_failures(tmp_path: Path) -> None:
+    make_folder(tmp_path)
+    (tmp_path / "secret.png").write_bytes(png("black"))
+    (tmp_path / "images" / "cut.png").write_bytes(IMAGES[0][:50])
+    names = ["a.png", "absent.png", "../secret.png", str(tmp_path / "secret.png"), "", "cut.png"]
+    (tmp_path / "list.csv").write_text(
+        "file_name,caption\n" + "".join(f"{name},x\n" for name in names), encoding="utf-8"
+    )
+    files = {"kind": "folder", "path": str(tmp_path / "images"), "captions": str(tmp_path / "list.csv")}
+    rows, samples, _ = run_download(DownloadConfig(files=files, max_failed_fraction=1), tmp_path)
+    assert [row["status"] for row in rows] == ["ok", "missing", "refused", "refused", "missing", "undecodable"]
+    assert [sample.image for sample in samples] == [IMAGES[0]]
+
+
+def test_parquet_row_without_bytes_and_sample_without_image_are_failures(tmp_path: Path) -> None:
+    pq.write_table(
+        pa.table({"image": pa.array([IMAGES[0], None], pa.binary()), "caption": ["a", "b"]}), tmp_path / "a.parquet"
+    )
+    files = {"kind": "parquet", "path": str(tmp_path / "a.parquet")}
+    rows, _, _ = run_download(DownloadConfig(files=files, max_failed_fraction=1), tmp_path)
+    assert [row["status"] for row in rows] == ["ok", "missing"]
+    (tmp_path / "tars").mkdir()
+    write_tar(tmp_path / "tars" / "a.tar", {"1.png": IMAGES[0], "1.txt": b"one", "2.txt": b"two"})
+    files = {"kind": "webdataset", "path": str(tmp_path / "tars")}
+    rows, _, _ = run_download(DownloadConfig(files=files, max_failed_fraction=1), tmp_path / "tars")
+    assert [(row["caption"], row["status"]) for row in rows] == [("one", "ok"), ("two", "missing")]
+
+
+def test_conversation_keeps_its_first_turn_and_all_turns_as_columns(tmp_path: Path) -> None:
+    files = make_conversations(tmp_path)
+    columns = ("question", "answer", "conversation", "id")
+    rows = read_rows(DownloadConfig(files=files, extra_columns=columns)).to_pylist()
+    assert [(row["question"], row["answer"], row["id"]) for row in rows] == [
+        ("What is it?", caption, str(index)) for index, caption in enumerate(CAPTIONS)
+    ]
+    turns = json.loads(rows[0]["conversation"])
+    assert [turn["value"] for turn in turns] == ["What is it?", CAPTIONS[0], "Sure?", "Yes."]
+
+
+def write_tar(path: Path, members: dict[str, bytes]) -> None:
+    with tarfile.open(path, "w") as tar:
+        for name, data in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+
+
+def bad(kind: str, path: str, prepare: Callable[[Path], Any], message: str, **fields: str) -> Any:
+    return pytest.param({"kind": kind, "path": path, **fields}, prepare, message, id=message[:40])
+
+
+def bad_turns(text: str | None, message: str) -> Any:
+    def prepare(folder: Path) -> None:
+        if text is not None:
+            (folder / "a.json").write_text(text, encoding="utf-8")
+
+    return bad("conversations", "a.json", prepare, message, image_folder="")
+
+
+def parquet_of(table: dict[str, Any]) -> Callable[[Path], None]:
+    return lambda folder: pq.write_table(pa.table(table), folder / "a.parquet")
+
+
+def list_of(text: str) -> Callable[[Path], Any]:
+    return lambda folder: (folder / "l.csv").write_text(text, encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("files", "prepare", "message"),
+    [
+        bad("webdataset", "no-*.tar", lambda f: None, "matches no file"),
+        bad("webdataset", "", lambda f: (f / "a.zip").write_bytes(b"x"), r"holds no \.tar, but 'a\.zip'"),
+        bad("webdataset", "", lambda f: (f / "a.tar").write_bytes(b"x" * 9999), "a.tar is not readable as tar"),
+        bad("webdataset", "", lambda f: write_tar(f / "a.tar", {"1.png": b""}), "has no column 'caption'"),
+        bad("webdataset", "", lambda f: write_tar(f / "a.tar", {"1.json": b"[1]"}), "1.json is no JSON object"),
+        bad("webdataset", "", lambda f: write_tar(f / "a.tar", {}), "has no rows"),
+        bad("parquet", "absent.parquet", lambda f: None, "matches no file"),
+        bad("parquet", "", lambda f: (f / "a.parquet").write_bytes(b"x" * 99), "a.parquet is not readable as Parquet"),
+        bad("parquet", "", lambda f: (f / "a.csv").write_bytes(b"x"), "holds no .parquet file"),
+        bad("parquet", "", parquet_of({"x": [1]}), "has no column 'image'"),
+        bad("parquet", "", parquet_of({"image": [1]}), "is int64; it must hold"),
+        bad("parquet", "", parquet_of({"image": [b"1"]}), "no column 'caption'"),
+        bad("folder", "absent", lambda f: None, "matches no file"),
+        bad("folder", "", lambda f: (f / "a.png").write_bytes(b"x"), r"1 images and no \.txt beside them"),
+        bad("folder", "", lambda f: (f / "a.doc").write_bytes(b"x"), "holds no images"),
+        bad("folder", "", list_of("caption\nx\n"), "no column 'file_name'", captions="l.csv"),
+        bad("folder", "", list_of("file_name\nx\n"), "no column 'caption'", captions="l.csv"),
+        bad("folder", "", lambda f: (f / "l.xls").write_bytes(b""), "unknown suffix '.xls'", captions="l.xls"),
+        bad("folder", "", lambda f: None, r"cannot read download\.files\.captions", captions="absent.csv"),
+        bad_turns(None, r"cannot read download\.files\.path"),
+        bad_turns("{", "not readable as JSON"),
+        bad_turns("{}", "a dict, not a list"),
+        bad_turns("[]", "has no"),
+        bad_turns('[{"image": "x"}]', "entry 0 has no list"),
+        bad_turns('[{"image": 3, "conversations": [{}]}]', "the image 3, not one path"),
+        bad_turns('[{"conversations": [{"from": "bot"}]}]', "not from 'human' or 'gpt'"),
+        bad_turns('[{"conversations": [{"from": "gpt"}]}]', "a turn without text"),
+    ],
+)
+def test_bad_source_is_named_with_what_was_expected_before_anything_is_fetched(
+    tmp_path: Path, files: dict[str, str], prepare: Callable[[Path], Any], message: str
+) -> None:
+    folder = tmp_path / "given"
+    folder.mkdir()
+    prepare(folder)
+    placed = {name: value if name == "kind" else str(folder / value) for name, value in files.items()}
+    with pytest.raises(ValueError, match=message) as raised:
+        read_rows(DownloadConfig(files=placed))
+    assert str(folder) in str(raised.value)
+
+
+def test_unknown_kind_of_files_lists_those_that_there_are(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="webdataset.*parquet.*folder.*conversations"):
+        DownloadConfig(files={"kind": "zip", "path": str(tmp_path)})
+
+
+def test_column_of_our_own_tables_cannot_be_an_extra_one() -> None:
+    with pytest.raises(ValueError, match="columns status are of our own tables"):
+        DownloadConfig(extra_columns=("status",))
