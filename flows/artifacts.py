@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from flows.text import megabytes, text_table
-from storage.errors import StoreError
+from storage.errors import DamagedObject, ObjectMissing, UnknownArtifact
 from storage.garbage import Garbage
 from storage.manifest import Manifest
 from storage.store import Store
@@ -34,7 +34,7 @@ def _branch(store: Store, stage: str, digest: str, indent: str, lines: list[str]
     shown.add(digest)
     try:
         manifest = store.load(digest)
-    except StoreError:
+    except (ObjectMissing, UnknownArtifact, DamagedObject):
         lines.append(f"{indent}{stage}  {digest[:_SHORT]}  missing from this store")
         return
     lines.append(f"{indent}{stage}  {digest[:_SHORT]}  {manifest.kind}, {megabytes(manifest.size)}")

@@ -22,8 +22,10 @@ Worker = Callable[[Item], Item]
 WorkerFactory = Callable[[], Worker]
 ExecutorName = Literal["local", "ray"]
 
-TASK_RETRIES = 3
-"""How often an input is given to a new worker process after its worker died on it."""
+TASK_RETRIES = 5
+"""How often an input is given to a new worker process after its worker died. An input that waits in a worker's queue
+while the worker dies of another one loses a try too, so this is twice what one input may need (`stages.tokenize` finds
+the image that kills its worker at the third try), and one more for bad luck."""
 OBJECT_STORE_BYTES = 256 * 2**20
 """Shared memory of a cluster started here; items and results are small."""
 

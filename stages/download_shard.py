@@ -38,6 +38,9 @@ class DownloadShard:
     """Of the metadata, after those of its schema."""
 
     def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
+        # a worker can die between the receipt and its answer; then the item comes again
+        if self.store.receipt(self.action_key, item["shard"]) is not None:
+            return {"shard": item["shard"]}
         rows = read_slice(self.store.fetch(FileEntry.from_json(item["rows"])), item["start"], item["count"]).to_pylist()
         with self.store.attempt_dir() as scratch:
             shard = _Shard(scratch / "images")

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Generic, TypeVar
 from pydantic import NonNegativeFloat, PositiveInt
 
 from infra.executors import Executor
-from models.config import Config
+from models.config import Config, Fraction
 from storage.digests import digest_of
 from storage.manifest import FileEntry, Manifest
 from storage.store import Store
@@ -26,6 +26,7 @@ class DoesNotAffectResult:
 
 RuntimeInt = Annotated[PositiveInt, DoesNotAffectResult]
 RuntimeFloat = Annotated[NonNegativeFloat, DoesNotAffectResult]
+RuntimeFraction = Annotated[Fraction, DoesNotAffectResult]
 RuntimeBool = Annotated[bool, DoesNotAffectResult]
 RuntimeStr = Annotated[str, DoesNotAffectResult]
 

@@ -1,27 +1,52 @@
-"""Images to code tables: one Parquet file per image shard, made by workers that each hold the encoder once."""
+"""Images to code tables: one Parquet file per image shard, made by workers that each hold the encoder once.
+
+In a worker, threads decode images a little ahead of the encoder, so that it never waits for them. An image that the
+encoder cannot take is a row of `failures/`, not the end of the run.
+"""
 
 from __future__ import annotations
 
+import logging
+import time
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from itertools import islice
+from typing import Any, TypeVar
 
-import torch
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
 from pydantic import PositiveInt
-from torch import Tensor
 
 from models.config import Config
-from models.image_tokenizer import ImageTokenizer
-from models.transforms import ViewsConfig, load_image, normalise, random_view, to_tensor
+from models.transforms import TransformConfig, ViewsConfig, load_image
 from stages import external_codes
+from stages.encoding import Batch, Codes, Encoder, EncoderFactory
 from stages.image_data import ORIGINAL, table_columns
-from stages.loading import load_tokenizer
-from stages.stage import Outcome, RuntimeFloat, RuntimeInt, Stage, StageContext
+from stages.isolation import Sandbox, encode_or_isolate
+from stages.stage import Outcome, RuntimeFloat, RuntimeFraction, RuntimeInt, Stage, StageContext
 from stages.standalone import run_standalone
-from stages.training import autocast, mix_seed, tracked
-from storage.code_table import CodeTableInfo, write_code_shard
+from stages.training import progress
+from storage.code_table import CodeTableInfo, check_written, write_code_shard
 from storage.image_shards import ImageSample, read_image_shard
 from storage.manifest import FileEntry, Manifest
 from storage.store import Store
+from storage.tables import write_table
+
+logger = logging.getLogger(__name__)
+
+UNDECODABLE = "undecodable"
+DEATHS_BEFORE_ISOLATION = 2
+"""A shard on which so many workers died is encoded in a child process, and the images that bring it down are found. The
+first death is taken for chance: a machine that went away, memory that somebody else took."""
+AGREEMENT = 0.5
+"""Least part of the codes of a spot-checked row that a second encoding gives again. Other kernels may round a code to
+its neighbour, and a residual code with all that follow it; a row with another image's codes agrees by chance only."""
+_SPOT_CHECKS = 2
+"""Images of a shard that are encoded twice."""
+_T = TypeVar("_T")
 
 
 class TokenizeConfig(Config):
@@ -35,8 +60,13 @@ class TokenizeConfig(Config):
     batch_size: PositiveInt = 32
     """Images encoded at a time. Part of the identity of the result: on some devices the last bits of a convolution,
     and so now and then a code, depend on the batch."""
+    max_failed_fraction: RuntimeFraction = 0.01
+    """The stage stops when a larger part of the images cannot be decoded or encoded; what is done stays done, and a run
+    with a higher limit ends at once."""
     num_workers: RuntimeInt = 1
     """Encoders at a time."""
+    decode_threads: RuntimeInt = 2
+    """Threads beside each encoder that decode its next images."""
     gpus_per_worker: RuntimeFloat = 0.0
     """Share of a GPU that each encoder holds; 0 encodes on the CPU."""
     threads_per_worker: PositiveInt = 2
@@ -44,7 +74,11 @@ class TokenizeConfig(Config):
 
 
 def run(context: StageContext[TokenizeConfig]) -> Outcome:
-    """Make the `code_table` artifact: `codes/NNNNN.parquet`."""
+    """Make the `code_table` artifact: `codes/NNNNN.parquet`, and `failures/NNNNN.parquet` for shards that have any.
+
+    Raises:
+        ValueError: too many images failed.
+    """
     config, store, key = context.config, context.store, context.action_key
     download, tokenizer = context.inputs["download"], context.inputs["train_tokenizer"]
     if tokenizer.kind == external_codes.KIND:
@@ -55,15 +89,37 @@ def run(context: StageContext[TokenizeConfig]) -> Outcome:
     items = [{"shard": shard} for shard in plan["shards"] if shard not in done]
     factory = WorkerFactory(store, key, config, context.seed, download.digest, tokenizer.digest)
     results = context.executor.map(factory, items, num_workers=config.num_workers, num_gpus=config.gpus_per_worker)
-    for _ in tracked(results, len(items), "tokenize shards"):
-        pass
+    _follow(results, len(items))
     receipts = store.receipts(key, done)
     missing = [shard for shard in plan["shards"] if shard not in receipts]
     assert not missing, f"every shard was mapped, yet {missing} have no receipt"
     files = [FileEntry.from_json(entry) for shard in plan["shards"] for entry in receipts[shard]["files"]]
-    rows = sum(receipt["rows"] for receipt in receipts.values())
     metadata = {"tokenizer": tokenizer.digest, "code_shape": tokenizer.metadata["code_shape"]}
-    return Outcome("code_table", files, metrics={"num_rows": rows}, metadata=metadata)
+    return Outcome("code_table", files, metrics=_counts(config, list(receipts.values())), metadata=metadata)
+
+
+def _follow(results: Iterator[dict[str, Any]], total: int) -> None:
+    """Draw a progress bar over the shards, with rows a second."""
+    start, rows = time.monotonic(), 0
+    with progress(total, "tokenize shards") as bar:
+        for result in results:
+            rows += result["rows"]
+            bar.set_postfix_str(f"{rows / (time.monotonic() - start):.1f} images/s", refresh=False)
+            bar.update()
+
+
+def _counts(config: TokenizeConfig, receipts: list[dict[str, Any]]) -> dict[str, int]:
+    num_rows = sum(receipt["rows"] for receipt in receipts)
+    num_images = sum(receipt["images"] for receipt in receipts)
+    failures = [failure for receipt in receipts for failure in receipt["failures"]]
+    if len(failures) > config.max_failed_fraction * num_images:
+        first = "; ".join(f"{failure['key']}: {failure['error']}" for failure in failures[:3])
+        raise ValueError(
+            f"{len(failures)} of {num_images} images could not be tokenized, more than "
+            f"tokenize.max_failed_fraction={config.max_failed_fraction} (first: {first}); take them out of the "
+            "download, or raise the limit"
+        )
+    return {"num_rows": num_rows, "num_failed": len(failures)}
 
 
 @dataclass(frozen=True)
@@ -80,75 +136,190 @@ class WorkerFactory:
     def __call__(self) -> TokenizeWorker:
         return TokenizeWorker(self)
 
+    def encoder(self) -> EncoderFactory:
+        """What makes the encoder, here or in a child process."""
+        config, on_gpu = self.config, self.config.gpus_per_worker > 0
+        threads = config.threads_per_worker
+        return EncoderFactory(
+            self.store, self.tokenizer_digest, config.views, config.precision, on_gpu, threads, self.seed
+        )
+
+
+@dataclass(frozen=True)
+class _Decoded:
+    """One row to be encoded."""
+
+    sample: ImageSample
+    pixels: npt.NDArray[np.uint8]
+    """[3, H, W]"""
+    view: str
+
+
+@dataclass
+class _Rows:
+    """What a shard gives, as it grows."""
+
+    keys: list[str]
+    """Of the rows."""
+    columns: list[dict[str, str | None]]
+    codes: list[Codes]
+    """[N, D, h, w] each."""
+    failures: list[dict[str, str]]
+
+    def add(self, row: _Decoded, codes: Codes) -> None:
+        self.keys.append(row.sample.key if row.view == ORIGINAL else f"{row.sample.key}_{row.view}")
+        self.columns.append(table_columns(row.sample, row.view))
+        self.codes.append(codes)
+
+    def drop(self, images: set[str]) -> None:
+        """Take out the rows of images, with their views, which a failure of one of them hit after others were done."""
+        if not images:
+            return
+        suffixes = [f"_{column['view']}" for column in self.columns]
+        kept = [
+            at
+            for at, (key, suffix) in enumerate(zip(self.keys, suffixes, strict=True))
+            if key.removesuffix(suffix) not in images
+        ]
+        self.keys = [self.keys[at] for at in kept]
+        self.columns = [self.columns[at] for at in kept]
+        self.codes = [self.codes[at] for at in kept]
+
 
 class TokenizeWorker:
     """Holds one encoder; each call encodes one shard, stores it and writes its receipt."""
 
     def __init__(self, job: WorkerFactory) -> None:
         self.job = job
-        self.device = torch.device("cuda" if job.config.gpus_per_worker else "cpu")
-        torch.set_num_threads(job.config.threads_per_worker)
         self.download: Manifest = job.store.load(job.download_digest)
-        self.tokenizer: ImageTokenizer = load_tokenizer(job.store, job.tokenizer_digest).to(self.device)
-        if self.tokenizer.teacher is not None:
-            self.tokenizer.teacher.to(self.device)
-        self.transform = self.tokenizer.config.transform
+        self.encoder: Encoder = job.encoder()()
+        self.transform: TransformConfig = self.encoder.tokenizer.config.transform
 
     def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
-        shard, store = item["shard"], self.job.store
-        samples = list(read_image_shard(store.fetch(self.download.file(f"images/{shard}.tar"))))
-        keys: list[str] = []
-        rows: list[dict[str, str | None]] = []
-        codes: list[Tensor] = []
-        for start in range(0, len(samples), self.job.config.batch_size):
-            batch = samples[start : start + self.job.config.batch_size]
-            images = self._decode(batch)
-            for view, kept in self._views(batch):
-                shown = [batch[position] for position in kept]
-                keys += [sample.key if view == ORIGINAL else f"{sample.key}_{view}" for sample in shown]
-                rows += [table_columns(sample, view) for sample in shown]
-                codes.append(self._encode(images[kept], [sample.key for sample in shown], view))
-        entries = [self._store_table(shard, keys, rows, torch.cat(codes))] if keys else []  # every URL may have failed
-        receipt = {"files": [entry.to_json() for entry in entries], "rows": len(keys)}
-        store.write_receipt(self.job.action_key, shard, receipt)
-        return {"shard": shard, "rows": len(keys)}
+        shard, store, key = item["shard"], self.job.store, self.job.action_key
+        if (found := store.receipt(key, shard)) is not None:
+            # Another run was here, or this worker's predecessor died between its receipt and its answer
+            return {"shard": shard, "rows": found["rows"]}
+        with store.attempt_at(key, shard) as deaths:
+            if deaths < DEATHS_BEFORE_ISOLATION:
+                rows = self._encode_shard(shard, self.encoder)
+            else:
+                logger.warning("%d workers died on shard %s: looking for the image that did it", deaths, shard)
+                with Sandbox(self.job.encoder()) as sandbox:
+                    rows = self._encode_shard(shard, sandbox)
+            entries = self._store(shard, rows)
+            receipt: dict[str, Any] = {"files": [entry.to_json() for entry in entries], "rows": len(rows.keys)}
+            receipt["images"] = len(rows.failures) + sum(column["view"] == ORIGINAL for column in rows.columns)
+            receipt["failures"] = rows.failures
+            store.write_receipt(key, shard, receipt)
+        if deaths:
+            store.forget_attempts(key, shard)
+        return {"shard": shard, "rows": len(rows.keys)}
 
-    def _store_table(self, shard: str, keys: list[str], rows: list[dict[str, str | None]], codes: Tensor) -> FileEntry:
-        columns = {name: [row[name] for row in rows] for name in rows[0]}
-        info = CodeTableInfo(
-            code_shape=self.tokenizer.code_shape,
-            codebook_names=self.tokenizer.book_names,
-            codebook_sizes=self.tokenizer.codebook_sizes,
+    def _encode_shard(self, shard: str, encoder: Encoder | Sandbox) -> _Rows:
+        rows = _Rows([], [], [], [])
+        decoded = self._decoded(shard, rows.failures)
+        failed: set[str] = set()
+        while group := list(islice(decoded, self.job.config.batch_size)):
+            group = [row for row in group if row.sample.key not in failed]  # an image's views fall with it
+            if not group:
+                continue
+            pixels = np.stack([row.pixels for row in group])
+            batch = Batch(pixels, [row.sample.key for row in group], [row.view for row in group])
+            isolated = encode_or_isolate(encoder.encode, batch)
+            for slot, (status, error) in isolated.failures.items():
+                if group[slot].sample.key not in failed:
+                    rows.failures.append(_failure(group[slot].sample, status, error))
+                failed.add(group[slot].sample.key)
+            for slot, codes in zip(isolated.slots, isolated.codes, strict=True):
+                rows.add(group[slot], codes)
+        rows.drop(failed)
+        self._spot_check(shard, rows, encoder)
+        return rows
+
+    def _decoded(self, shard: str, failures: list[dict[str, str]]) -> Iterator[_Decoded]:
+        """The rows of a shard, each image followed by its views; decoded at most two batches ahead."""
+        samples = read_image_shard(self.job.store.fetch(self.download.file(f"images/{shard}.tar")))
+        views = [f"view_{number}" for number in range(1, self.job.config.views.count + 1)]
+        ahead = max(1, 2 * self.job.config.batch_size // (1 + len(views)))
+        with ThreadPoolExecutor(self.job.config.decode_threads, thread_name_prefix="decode") as pool:
+            pairs = ((sample, pool.submit(self._pixels, sample)) for sample in samples)
+            for sample, future in _ahead(pairs, ahead):
+                try:
+                    pixels = future.result()
+                except OSError as error:
+                    failures.append(_failure(sample, UNDECODABLE, str(error)))
+                    continue
+                is_train = (sample.json.get("split") or "train") == "train"
+                for view in [ORIGINAL, *(views if is_train else [])]:
+                    yield _Decoded(sample, pixels, view)
+
+    def _pixels(self, sample: ImageSample) -> npt.NDArray[np.uint8]:
+        """uint8 `[3, H, W]`."""
+        return np.array(load_image(sample.image, self.transform)).transpose(2, 0, 1)
+
+    def _spot_check(self, shard: str, rows: _Rows, encoder: Encoder | Sandbox) -> None:
+        """Encode a few images once more, found by their keys, and compare: no row may hold another image's codes.
+
+        Raises:
+            RuntimeError: a row differs.
+        """
+        originals = [at for at, column in enumerate(rows.columns) if column["view"] == ORIGINAL]
+        if not originals:
+            return
+        chosen = {rows.keys[at]: at for at in originals[:: -max(1, len(originals) // _SPOT_CHECKS)][:_SPOT_CHECKS]}
+        tar = self.job.store.fetch(self.download.file(f"images/{shard}.tar"))
+        samples = [sample for sample in read_image_shard(tar) if sample.key in chosen]
+        keys = [sample.key for sample in samples]
+        pixels = np.stack([self._pixels(sample) for sample in samples])
+        again = encoder.encode(Batch(pixels, keys, [ORIGINAL] * len(keys)), list(range(len(keys))))
+        for key, codes in zip(keys, again, strict=True):
+            agreement = float((codes == rows.codes[chosen[key]]).mean())
+            if agreement < AGREEMENT:
+                raise RuntimeError(
+                    f"shard {shard}: only {agreement:.0%} of the codes of image {key} come out again when it is "
+                    f"encoded once more (at least {AGREEMENT:.0%} must); a fault of the program or the device; "
+                    "nothing of the shard is stored"
+                )
+
+    def _store(self, shard: str, rows: _Rows) -> list[FileEntry]:
+        """Store the shard's tables: of codes, unless every image failed, and of failures, if there are any."""
+        store, entries = self.job.store, []
+        with store.attempt_dir() as scratch:
+            if rows.keys:
+                columns = {name: [row[name] for row in rows.columns] for name in rows.columns[0]}
+                codes = np.stack(rows.codes)
+                write_code_shard(scratch / "codes.parquet", self._info(), rows.keys, columns, codes)
+                check_written(scratch / "codes.parquet", rows.keys, codes)
+                entries.append(store.put_file(scratch / "codes.parquet", f"codes/{shard}.parquet"))
+            if rows.failures:
+                names = ("key", "status", "error")
+                table = pa.table({name: pa.array([row[name] for row in rows.failures], pa.string()) for name in names})
+                write_table(table, scratch / "failures.parquet")
+                entries.append(store.put_file(scratch / "failures.parquet", f"failures/{shard}.parquet"))
+        return entries
+
+    def _info(self) -> CodeTableInfo:
+        tokenizer = self.encoder.tokenizer
+        return CodeTableInfo(
+            code_shape=tokenizer.code_shape,
+            codebook_names=tokenizer.book_names,
+            codebook_sizes=tokenizer.codebook_sizes,
             tokenizer_digest=self.job.tokenizer_digest,
             transform=self.transform.model_dump(mode="json"),
         )
-        with self.job.store.attempt_dir() as scratch:
-            write_code_shard(scratch / "codes.parquet", info, keys, columns, codes.cpu().numpy())
-            return self.job.store.put_file(scratch / "codes.parquet", f"codes/{shard}.parquet")
 
-    def _views(self, batch: list[ImageSample]) -> list[tuple[str, list[int]]]:
-        """Each view and the positions in the batch of the samples that it is made of."""
-        everyone = list(range(len(batch)))
-        trained_on = [at for at in everyone if (batch[at].json.get("split") or "train") == "train"]
-        views = [(f"view_{number}", trained_on) for number in range(1, self.job.config.views.count + 1)]
-        return [(view, kept) for view, kept in [(ORIGINAL, everyone), *views] if kept]
 
-    def _decode(self, samples: list[ImageSample]) -> Tensor:
-        """float `[B, 3, H, W]` in [-1, 1] on the device."""
-        pixels = to_tensor([load_image(sample.image, self.transform) for sample in samples])
-        return normalise(pixels.to(self.device))
+def _failure(sample: ImageSample, status: str, error: str) -> dict[str, str]:
+    return {"key": sample.key, "status": status, "error": " ".join(error.split())[:200]}
 
-    @torch.no_grad()
-    def _encode(self, images: Tensor, keys: list[str], view: str) -> Tensor:
-        """Codes `[B, N, D, h, w]` of a view of the images with these keys."""
-        if view != ORIGINAL:
-            generators = [torch.Generator().manual_seed(mix_seed(self.job.seed, view, key)) for key in keys]
-            views = self.job.config.views
-            images = torch.stack(
-                [random_view(image, views, own) for image, own in zip(images, generators, strict=True)]
-            )
-        with autocast(self.device, self.job.config.precision):
-            return self.tokenizer.encode(images)
+
+def _ahead(futures: Iterator[tuple[ImageSample, Future[_T]]], count: int) -> Iterator[tuple[ImageSample, Future[_T]]]:
+    """The same in the same order, the next `count` being begun already."""
+    waiting = deque(islice(futures, count))
+    while waiting:
+        yield waiting.popleft()
+        waiting.extend(islice(futures, 1))
 
 
 STAGE = Stage(
@@ -157,6 +328,7 @@ STAGE = Stage(
     config_class=TokenizeConfig,
     inputs=("download", "prepare_teacher", "train_tokenizer"),
     run=run,
+    version=2,  # rows stand image by image, and images that fail are rows
 )
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from storage.digests import canonical_json, sha256_file
-from storage.errors import DamagedObject, StoreError
+from storage.errors import DamagedObject, ObjectMissing
 from storage.files import atomic_path
 from storage.manifest import FileEntry
 from storage.objects import ObjectStore
@@ -56,7 +56,8 @@ def load(objects: ObjectStore, action_key: str, folder: Path) -> int | None:
         try:
             _copy(objects, key, folder)
             return step
-        except (StoreError, ValueError, KeyError, TypeError) as error:
+        except (ObjectMissing, DamagedObject, ValueError, KeyError, TypeError) as error:
+            # Not every StoreError: a service that is down for a moment must not send a run back to its first step
             logger.warning("skipped the damaged checkpoint of step %d (%s): %s", step, key, error)
     return None
 

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from storage.digests import canonical_json
-from storage.errors import TokenizerMismatch
+from storage.errors import DamagedObject, TokenizerMismatch
 from storage.tables import read_table, write_table
 
 SCHEMA_VERSION = 1
@@ -137,6 +137,13 @@ def write_code_shard(
     texts = [pa.array(values, pa.string()) for values in columns.values()]
     schema = pa.schema(fields, metadata={_METADATA_KEY: info.to_bytes()})
     write_table(pa.table([pa.array(keys, pa.string()), *texts, code_lists], schema=schema), path)
+
+
+def check_written(path: str | Path, keys: Sequence[str], codes: npt.NDArray[np.integer[Any]]) -> None:
+    """Read a shard back and compare; DamagedObject unless its file gives the keys and codes that were written."""
+    table = read_code_table([path])
+    if table.keys != list(keys) or not np.array_equal(table.codes, codes):
+        raise DamagedObject(f"{path} does not give back the {len(keys)} rows that were written; check disk and memory")
 
 
 def read_info(path: str | Path) -> CodeTableInfo:

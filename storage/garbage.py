@@ -9,12 +9,12 @@ import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from storage.errors import StoreError
+from storage.errors import DamagedObject, ObjectMissing
 from storage.manifest import Manifest
 from storage.object_info import ObjectInfo
 from storage.objects import ObjectStore
 
-WORK_FOLDERS = ("plans", "receipts", "checkpoints")
+WORK_FOLDERS = ("plans", "receipts", "checkpoints", "attempts")
 """Where work in progress stands, by action key."""
 
 
@@ -42,7 +42,7 @@ def find_garbage(
         objects: of the store.
         roots: digests of the artifacts that actions and pins stand for.
         committed: keys of the actions that have a result.
-        read_manifest: of a digest; StoreError where it is missing or damaged.
+        read_manifest: of a digest; ObjectMissing or DamagedObject where that is so.
         cutoff: seconds since the epoch; what is younger stays.
     """
     live = _reachable(roots, read_manifest)
@@ -50,8 +50,8 @@ def find_garbage(
     for action_key, held in _work(objects).items():
         if action_key in committed:
             # Receipts stay: with them a damaged artifact is rebuilt shard by shard.
-            left = [item for item in held if item.key.startswith("checkpoints/")]
-            found += _old(left, cutoff, "checkpoint of a finished stage")
+            left = [item for item in held if item.key.startswith(("checkpoints/", "attempts/"))]
+            found += _old(left, cutoff, "left over from a finished stage")
         elif max(item.modified for item in held) >= cutoff:
             live |= _received(objects, held)
         else:
@@ -78,8 +78,8 @@ def _reachable(roots: Iterable[str], read_manifest: Callable[[str], Manifest]) -
         live.add(digest)
         try:
             manifest = read_manifest(digest)
-        except StoreError:
-            continue  # `verify` deals with it; its own blob, if any, stays
+        except (ObjectMissing, DamagedObject):
+            continue  # `verify` deals with it; its own blob, if any, stays. An outage ends the search instead
         live |= {entry.sha256 for entry in manifest.files}
         waiting += manifest.inputs.values()
     return live

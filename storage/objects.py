@@ -11,7 +11,8 @@ from storage.errors import ObjectMissing, StoreError
 from storage.manifest import check_relative_path
 from storage.object_info import ObjectInfo
 from storage.objects_local import TEMPORARY_FOLDER, LocalBackend
-from storage.objects_s3 import S3Backend, is_transport_error, one_line
+from storage.objects_s3 import S3Backend
+from storage.s3_retries import is_transport_error, one_line
 
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
@@ -81,8 +82,8 @@ class ObjectStore:
             data: at least one byte.
 
         Returns:
-            True if this call created it, False if it was there. After a lost answer S3's client asks again and then
-            finds its own object: False too, so read the object and compare where that matters.
+            True if this call created it, False if it was there. An object that this very call created, though the
+            service's answer was lost, counts as created.
         """
         if not data:
             raise ValueError(f"cannot create {key!r} without bytes; conditional puts need at least one")

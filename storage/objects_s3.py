@@ -1,24 +1,31 @@
 """Objects in an S3 bucket, through s3fs. Credentials and endpoint come from the standard AWS variables and files."""
 
+import io
 import os
-import random
-import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO, TypeVar, cast
 
 import fsspec
 
 from storage.errors import StoreError
 from storage.object_info import ObjectInfo
+from storage.s3_retries import QUICK_ATTEMPTS, one_line, s3_error, steadily
 
-_CONFLICT_ATTEMPTS = 8
-_FIRST_BACKOFF_S = 0.05
+_READ_BYTES = 8 << 20
+_WRITER = "musevl-writer"
+"""Metadata of a created object: which call made it."""
 _DEFAULT_OPTIONS: dict[str, Any] = {
     "use_listings_cache": False,
-    "config_kwargs": {"connect_timeout": 10, "retries": {"max_attempts": 3, "mode": "standard"}},
+    "config_kwargs": {
+        "connect_timeout": 10,
+        "read_timeout": 30,
+        "retries": {"total_max_attempts": 1, "mode": "standard"},  # `steadily` tries again
+    },
 }
+
+_Result = TypeVar("_Result")
 
 
 class S3Backend:
@@ -42,7 +49,7 @@ class S3Backend:
     def check_access(self) -> None:
         """Raise StoreError unless the bucket answers."""
         try:
-            self._fs.call_s3("head_bucket", Bucket=self._bucket)
+            self._steadily("head", "", lambda: self._fs.call_s3("head_bucket", Bucket=self._bucket), QUICK_ATTEMPTS)
         except Exception as error:
             raise StoreError(
                 f"cannot open the store s3://{self._base} at {self.endpoint}: {one_line(error)}; {_remedy(error)}"
@@ -69,47 +76,60 @@ class S3Backend:
             )
 
     def create(self, key: str, data: bytes) -> bool:
-        """Create the object; False when it exists, be it by an earlier try of this very call."""
-        for attempt in range(_CONFLICT_ATTEMPTS):
+        """Create the object; False when it exists.
+
+        A put whose answer is lost may have been done all the same; the next try then finds the object there. Each call
+        therefore signs its object with a number of its own, and knows it again.
+        """
+        writer = uuid.uuid4().hex
+
+        def put() -> bool:
             try:
-                self._fs.pipe_file(self._path(key), data, mode="create")
+                self._fs.pipe_file(self._path(key), data, mode="create", Metadata={_WRITER: writer})
                 return True
             except FileExistsError:
                 return False
             except OSError as error:
-                code, status = _s3_error(error)
+                code, status = s3_error(error)
                 if code == "PreconditionFailed" or status == 412:
                     return False
-                if status != 409 or attempt == _CONFLICT_ATTEMPTS - 1:
-                    raise
-            # 409: another conditional put is under way. Wait a little and ask again who won.
-            time.sleep(_FIRST_BACKOFF_S * 2**attempt * (1 + random.random()))
-        raise AssertionError("unreachable")
+                if status == 409:  # another conditional put is under way: wait a little and ask again who won
+                    raise ConnectionError(one_line(error)) from error
+                raise
+
+        return self._steadily("create", key, put) or self._writer_of(key) == writer
 
     def put(self, key: str, data: bytes) -> None:
         """Create or replace the object."""
-        self._fs.pipe_file(self._path(key), data)
+        self._steadily("put", key, lambda: self._fs.pipe_file(self._path(key), data))
 
     def put_file(self, key: str, local_path: Path, sha256: str | None) -> None:
         """Create the object from a file, or replace it; the caller checks that the file held still."""
-        self._fs.put_file(str(local_path), self._path(key))
+        self._steadily("put", key, lambda: self._fs.put_file(str(local_path), self._path(key)))
 
     def get_file(self, key: str, local_path: Path) -> None:
         """Copy the object to a local file."""
-        self._fs.get_file(self._path(key), str(local_path))
+        self._steadily("get", key, lambda: self._fs.get_file(self._path(key), str(local_path)))
 
     def read(self, key: str) -> bytes:
         """Return the object's bytes; FileNotFoundError when it is missing."""
-        return cast(bytes, self._fs.cat_file(self._path(key)))
+        return self._steadily("get", key, lambda: cast(bytes, self._fs.cat_file(self._path(key))))
 
     def open(self, key: str) -> BinaryIO:
         """Open the object for reading; FileNotFoundError when it is missing."""
-        return cast(BinaryIO, self._fs.open(self._path(key), "rb", block_size=8 << 20))
+        size = self.size(key)
+        if size is None:
+            raise FileNotFoundError(key)
+        return cast(BinaryIO, io.BufferedReader(_RangeReader(self, key, size), _READ_BYTES))
+
+    def read_range(self, key: str, start: int, end: int) -> bytes:
+        """Return the object's bytes from `start` to before `end`."""
+        return self._steadily("get", key, lambda: cast(bytes, self._fs.cat_file(self._path(key), start=start, end=end)))
 
     def size(self, key: str) -> int | None:
         """Return the object's size in bytes, None when it is missing."""
         try:
-            info = self._fs.info(self._path(key), refresh=True)
+            info = self._steadily("head", key, lambda: self._fs.info(self._path(key), refresh=True))
         except FileNotFoundError:
             return None
         return int(info["size"]) if info["type"] == "file" else None
@@ -123,7 +143,7 @@ class S3Backend:
 
     def details(self, prefix: str) -> Iterator[ObjectInfo]:
         """Yield the objects whose keys begin with `prefix`, in no order."""
-        found = self._fs.find(self._base, prefix=prefix, detail=True)
+        found = self._steadily("list", prefix, lambda: self._fs.find(self._base, prefix=prefix, detail=True))
         for path, info in found.items():
             if info["type"] == "file":
                 yield ObjectInfo(path[len(self._base) + 1 :], int(info["size"]), info["LastModified"].timestamp())
@@ -134,12 +154,12 @@ class S3Backend:
 
     def delete(self, key: str) -> None:
         """Remove the object if it is there."""
-        self._fs.rm_file(self._path(key))
+        self._steadily("delete", key, lambda: self._fs.rm_file(self._path(key)))
 
     def move(self, key: str, new_key: str) -> None:
         """Give the object another key."""
-        self._fs.cp_file(self._path(key), self._path(new_key))
-        self._fs.rm_file(self._path(key))
+        self._steadily("copy", key, lambda: self._fs.cp_file(self._path(key), self._path(new_key)))
+        self.delete(key)
 
     def local_path(self, key: str) -> Path | None:
         """Return None: objects in a bucket are no local files."""
@@ -148,30 +168,52 @@ class S3Backend:
     def _path(self, key: str) -> str:
         return f"{self._base}/{key}"
 
+    def _writer_of(self, key: str) -> str | None:
+        """The number of the `create` call that made the object; None where it is gone or was made otherwise."""
+        key_in_bucket = self._path(key).removeprefix(f"{self._bucket}/")
+        try:
+            head = self._steadily(
+                "head", key, lambda: self._fs.call_s3("head_object", Bucket=self._bucket, Key=key_in_bucket)
+            )
+        except FileNotFoundError:
+            return None
+        found: str | None = head.get("Metadata", {}).get(_WRITER)
+        return found
+
+    def _steadily(self, verb: str, key: str, call: Callable[[], _Result], attempts: int | None = None) -> _Result:
+        return steadily(f"{verb} {self._path(key)}", call, attempts=attempts)
+
     @property
     def _fs(self) -> Any:
         # A forked child must not use its parent's connections.
         if self._filesystem_pid != os.getpid():
             self._filesystem = fsspec.filesystem("s3", **self._options)
+            self._filesystem.retries = 1  # `steadily` tries again
             self._filesystem_pid = os.getpid()
         return self._filesystem
 
 
-def one_line(error: BaseException) -> str:
-    """Return an exception's message on one line, with its type where the message alone says little."""
-    return " ".join(f"{type(error).__name__}: {error}".split())
+class _RangeReader(io.RawIOBase):
+    """An object's bytes in ranges, each one asked for again where it fails."""
 
+    def __init__(self, backend: S3Backend, key: str, size: int) -> None:
+        self._backend, self._key, self._size, self._position = backend, key, size, 0
 
-def is_transport_error(error: BaseException) -> bool:
-    """Say whether an exception comes from the S3 client rather than from a mistake in the calling code."""
-    return type(error).__module__.partition(".")[0] in ("botocore", "aiobotocore", "aiohttp")
+    def readable(self) -> bool:
+        return True
 
+    def readall(self) -> bytes:
+        """The rest in one range; the inherited way would ask for 8 KiB at a time."""
+        data = self._backend.read_range(self._key, self._position, self._size) if self._position < self._size else b""
+        self._position += len(data)
+        return data
 
-def _s3_error(error: BaseException) -> tuple[str, int]:
-    """Return S3's error code and the HTTP status behind an exception of s3fs ('' and 0 when there is none)."""
-    response = getattr(error.__cause__, "response", None) or {}
-    code = response.get("Error", {}).get("Code", "")
-    return code, int(response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
+    def readinto(self, buffer: Any) -> int:
+        end = min(self._position + len(buffer), self._size)
+        data = self._backend.read_range(self._key, self._position, end) if end > self._position else b""
+        buffer[: len(data)] = data
+        self._position += len(data)
+        return len(data)
 
 
 def _remedy(error: Exception) -> str:

@@ -1,8 +1,8 @@
 """The artifact store: files by digest, artifacts by action key, and the records of work in progress.
 
 Layout under one URI: `cas/sha256/ab/...` blobs and manifests, `actions/KEY.json` the one point where a result becomes
-visible, `pins/`, `plans/`, `receipts/KEY/SHARD.json`, `checkpoints/KEY/STEP/`, `runs/` provenance, `quarantine/`
-damaged bytes.
+visible, `pins/`, `plans/`, `receipts/KEY/SHARD.json`, `attempts/KEY/SHARD/`, `checkpoints/KEY/STEP/`, `runs/`
+provenance, `quarantine/` damaged bytes.
 """
 
 import json
@@ -12,13 +12,13 @@ import re
 import tempfile
 import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from storage import checkpoints
+from storage import attempts, checkpoints
 from storage.blobs import Blobs, blob_key, default_cache_dir
 from storage.digests import canonical_json, digest_of, is_sha256, sha256_bytes
 from storage.errors import AmbiguousDigest, DamagedObject, ObjectMissing, StoreError, UnknownArtifact
@@ -193,7 +193,7 @@ class Store:
             digest = self._action_digest(key)
             try:
                 manifest = None if digest is None else self._read_manifest(digest)
-            except StoreError as error:
+            except (ObjectMissing, DamagedObject) as error:
                 logger.warning("skipped %s: %s", key, error)
                 return None
             if digest is None or manifest is None:
@@ -335,6 +335,19 @@ class Store:
             if receipt is not None:
                 found[shard] = receipt
         return dict(sorted(found.items()))
+
+    def receipt(self, action_key: str, shard: str) -> dict[str, Any] | None:
+        """Return the receipt of one shard, None when there is none or its blobs are not all there."""
+        key = f"receipts/{_checked_name(action_key, 'action key')}/{_checked_name(shard, 'shard')}.json"
+        return None if self._objects.size(key) is None else self._valid_receipt(key)
+
+    def attempt_at(self, action_key: str, shard: str) -> AbstractContextManager[int]:
+        """Mark a shard as being worked on; yields how many earlier attempts at it died (or are still running)."""
+        return attempts.attempt(self._objects, _checked_name(action_key, "action key"), _checked_name(shard, "shard"))
+
+    def forget_attempts(self, action_key: str, shard: str) -> None:
+        """Remove the marks of a shard that is done."""
+        attempts.forget(self._objects, _checked_name(action_key, "action key"), _checked_name(shard, "shard"))
 
     def save_checkpoint(self, action_key: str, step: int, folder: str | Path, *, keep: int = 1) -> None:
         """Store the files of `folder` as the checkpoint of `step`; older ones beyond the newest `keep` go."""

@@ -4,7 +4,7 @@ import uuid
 from dataclasses import dataclass
 
 from storage.blobs import Blobs, blob_key
-from storage.errors import StoreError
+from storage.errors import DamagedObject, ObjectMissing
 from storage.manifest import FileEntry, Manifest
 from storage.objects import ObjectStore
 
@@ -43,7 +43,7 @@ def verify_artifact(objects: ObjectStore, blobs: Blobs, digest: str, known: dict
         return [Problem(digest, "manifest", reason)]
     try:
         manifest = Manifest.from_bytes(blobs.read_bytes(entry))
-    except StoreError as error:
+    except (ObjectMissing, DamagedObject) as error:
         return [Problem(digest, "manifest", str(error))]
     problems = []
     for file in manifest.files:

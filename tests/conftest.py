@@ -2,9 +2,10 @@
 
 import pytest
 
+from tests.s3 import s3_endpoint, s3_uri, store_uri
 from tests.tiny import tiny_run
 
-__all__ = ["tiny_run"]
+__all__ = ["s3_endpoint", "s3_uri", "store_uri", "tiny_run"]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

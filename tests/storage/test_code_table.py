@@ -11,12 +11,13 @@ import pytest
 from storage.code_table import (
     CodeTableInfo,
     check_tokenizer,
+    check_written,
     read_code_table,
     read_info,
     write_code_shard,
 )
 from storage.digests import sha256_file
-from storage.errors import TokenizerMismatch
+from storage.errors import DamagedObject, TokenizerMismatch
 from storage.tables import read_table
 
 INFO = CodeTableInfo(
@@ -180,6 +181,15 @@ def test_a_parquet_file_that_is_no_code_table_is_refused(tmp_path: Path) -> None
 def test_an_info_that_cannot_be_is_refused(change: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="give|sizes lie|tokenize again|not JSON"):
         replace(INFO, **change)
+
+
+def test_a_shard_that_does_not_give_back_what_was_written_is_noticed(shard: Path) -> None:
+    check_written(shard, keys_of(7), random_codes(7))
+    changed = random_codes(7)
+    changed[3, 0, 0, 0, 0] ^= 1
+    for keys, codes in ((keys_of(7, 1), random_codes(7)), (keys_of(7), changed), (keys_of(6), random_codes(7)[:6])):
+        with pytest.raises(DamagedObject, match="does not give back"):
+            check_written(shard, keys, codes)
 
 
 def test_info_survives_the_round_trip() -> None:

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from storage import objects_s3
+from storage import objects_s3, s3_retries
 from storage.errors import ObjectMissing, StoreError
 from storage.objects import ObjectStore
 
@@ -116,10 +116,15 @@ class _ScriptedFilesystem:
     def __init__(self, script: list[OSError | None]) -> None:
         self.script = script
 
-    def pipe_file(self, path: str, data: bytes, mode: str) -> None:
+    def pipe_file(self, path: str, data: bytes, mode: str, Metadata: dict[str, str]) -> None:
         assert mode == "create"
         if (error := self.script.pop(0)) is not None:
             raise error
+
+    def call_s3(self, method: str, Bucket: str, Key: str) -> dict[str, Any]:
+        """Who made the object: somebody else."""
+        assert method == "head_object"
+        return {"Metadata": {}}
 
 
 def _s3_error(code: str, status: int) -> OSError:
@@ -143,13 +148,13 @@ def test_a_conflict_is_asked_again_and_a_failed_precondition_means_that_it_exist
 ) -> None:
     filesystem = _ScriptedFilesystem(script())
     monkeypatch.setattr(objects_s3.S3Backend, "_fs", filesystem)
-    monkeypatch.setattr(objects_s3, "_FIRST_BACKOFF_S", 0.0)
+    monkeypatch.setattr(s3_retries, "FIRST_BACKOFF_S", 0.0)
     assert ObjectStore(s3_uri).create("key", b"data") is created
     assert filesystem.script == []
 
 
 def test_endless_conflicts_and_other_errors_are_reported(s3_uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(objects_s3, "_FIRST_BACKOFF_S", 0.0)
+    monkeypatch.setattr(s3_retries, "FIRST_BACKOFF_S", 0.0)
     for error in (_s3_error("ConditionalRequestConflict", 409), _s3_error("AccessDenied", 403)):
         filesystem = _ScriptedFilesystem([error] * 100)
         monkeypatch.setattr(objects_s3.S3Backend, "_fs", filesystem)

@@ -318,3 +318,28 @@ def test_receipts_that_are_known_are_not_read_again(store_uri: str) -> None:
     store.write_receipt("key", "aa", {"files": [], "shard": "aa"})
     assert list(store.receipts("key", known)) == ["a", "aa", "b"]
     assert list(store.receipts("key")) == ["aa", "b"]
+
+
+def test_attempts_that_ended_leave_no_mark_and_those_that_died_do(store: Store) -> None:
+    with store.attempt_at("key", "0") as deaths:
+        assert deaths == 0
+    with pytest.raises(ValueError, match="failed"), store.attempt_at("key", "0"):
+        raise ValueError("failed")
+    assert store.objects.list("attempts/") == []
+    store.attempt_at("key", "0").__enter__()  # never ended
+    with store.attempt_at("key", "0") as deaths:
+        assert deaths == 1
+    with store.attempt_at("key", "00") as deaths:
+        assert deaths == 0
+    store.forget_attempts("key", "0")
+    assert store.objects.list("attempts/") == []
+
+
+def test_one_receipt_is_found_by_its_name_unless_its_blobs_are_gone(store: Store) -> None:
+    entry = store.put_bytes(b"data", "a")
+    receipt = {"files": [entry.to_json()], "rows": 1}
+    assert store.receipt("key", "0") is None
+    store.write_receipt("key", "0", receipt)
+    assert store.receipt("key", "0") == receipt
+    store.objects.delete(blob_key(entry.sha256))
+    assert store.receipt("key", "0") is None

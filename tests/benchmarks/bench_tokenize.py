@@ -1,0 +1,172 @@
+"""The tokenize stage, end to end, against a bare loop of the same encoder and against one `.npy` an image.
+
+    python -m tests.benchmarks.bench_tokenize [--images 1024] [--shard 64]
+
+An untrained convolutional encoder of 128 px images (what is measured does not depend on its weights), float32, PNGs of
+128 px. All sides use as many threads as the machine has cores: one worker with all of them, or two with half each.
+
+- ours: `stages.tokenize.run` on Ray with a local store: read, check, decode, encode, write Parquet, receipts. Steady
+  state is from the moment when every worker has delivered a shard; what comes before is a line of its own.
+- bare loop: the encoder alone on batches of the same size, all images decoded in memory before the clock starts.
+- one `.npy` an image: decode, encode at batch 1, `np.save`, as LlamaGen extracts codes.
+
+Each line is a cost (milliseconds an image), so `ratio` 0.9 means nine tenths of the peer's images a second.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from infra.executors import Executor, Item, RayExecutor, WorkerFactory
+from models.transforms import load_image
+from stages.encoding import Batch, Encoder
+from stages.execution import find_artifacts
+from stages.image_data import ORIGINAL
+from stages.stage import StageContext
+from stages.tokenize import STAGE
+from stages.tokenize import WorkerFactory as TokenizeFactory
+from storage.store import Store
+from tests.benchmarks.measuring import report
+from tests.light import LightRun, light_run
+
+BATCH = 32
+TOKENIZER: dict[str, Any] = {
+    "transform": {"image_size": 128},
+    "conv": {"channels": 64, "channel_multipliers": [1, 1, 2], "encoder_blocks": 1, "latent_channels": 64},
+    "quantizer": {"codebook_size": 4096, "code_dim": 8},
+}
+
+
+def main() -> None:
+    """Run all cases."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--images", type=int, default=1024)
+    parser.add_argument("--shard", type=int, default=64, help="images of a shard")
+    arguments = parser.parse_args()
+    cores = os.cpu_count() or 1
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        runs = {workers: _run(folder, workers, cores, arguments) for workers in (1, 2)}
+        loop = _bare_loop(runs[1], folder / "loop")
+        files = _one_file_an_image(runs[1], folder / "files")
+        for workers, run in runs.items():
+            executor = _Timed(RayExecutor())
+            try:
+                cost, start_up = _stage(run, folder / f"store{workers}", executor, workers, arguments.shard)
+            finally:
+                executor.close()
+            label = f"tokenize, {workers} worker{'s' if workers > 1 else ''} of {max(1, cores // workers)} threads"
+            report(f"{label}, against a bare loop of the encoder", cost, loop, "ms/img")
+            report(f"{label}, against one .npy an image at batch 1", cost, files, "ms/img")
+            report(f"{label}: start-up and first shards, against their images in a bare loop", *start_up, "s")
+
+
+def _run(folder: Path, workers: int, cores: int, arguments: argparse.Namespace) -> LightRun:
+    tokenize = {
+        "batch_size": BATCH,
+        "precision": "fp32",
+        "num_workers": workers,
+        "threads_per_worker": max(1, cores // workers),
+        "views": {"count": 0},
+    }
+    own = folder / f"run{workers}"
+    own.mkdir()
+    return light_run(
+        own,
+        num_images=arguments.images,
+        rows_per_shard=arguments.shard,
+        side=128,
+        tokenizer=TOKENIZER,
+        sections={"tokenize": tokenize},
+    )
+
+
+class _Timed:
+    """An executor that notes when each result comes."""
+
+    def __init__(self, inner: Executor) -> None:
+        self._inner = inner
+        self.times: list[float] = []
+
+    def map(
+        self, factory: WorkerFactory, items: list[Item], *, num_workers: int, num_gpus: float = 0
+    ) -> Iterator[Item]:
+        for result in self._inner.map(factory, items, num_workers=num_workers, num_gpus=num_gpus):
+            self.times.append(time.perf_counter())
+            yield result
+
+    def close(self) -> None:
+        self._inner.close()
+
+
+def _stage(
+    run: LightRun, folder: Path, executor: _Timed, workers: int, shard: int
+) -> tuple[float, tuple[float, float]]:
+    """Milliseconds an image in steady state; seconds before it, and those that a bare loop takes for as many images."""
+    store = run.store(str(folder))
+    found = find_artifacts(run.recipe, store, list(STAGE.inputs))
+    inputs = {name: manifest for name, manifest in found.items() if manifest is not None}
+    with store.attempt_dir() as scratch:
+        context: StageContext[Any] = StageContext(
+            run.recipe.tokenize, run.recipe.seed, inputs, store, run.action_key, executor, scratch
+        )
+        start = time.perf_counter()
+        STAGE.run(context)
+        end = time.perf_counter()
+    ready = executor.times[workers - 1]
+    cost = (end - ready) / (len(run.keys) - workers * shard) * 1e3
+    return cost, (ready - start, cost / 1e3 * workers * shard)
+
+
+def _encoder(run: LightRun, store: Store) -> Encoder:
+    tokenizer = find_artifacts(run.recipe, store, ["train_tokenizer"])["train_tokenizer"]
+    assert tokenizer is not None
+    factory = TokenizeFactory(store, run.action_key, run.recipe.tokenize, run.recipe.seed, "", tokenizer.digest)
+    return factory.encoder()()
+
+
+def _pixels(run: LightRun, encoder: Encoder, key: str) -> np.ndarray[Any, Any]:
+    data = (run.recipe_path.parent / f"{key}.png").read_bytes()
+    return np.array(load_image(data, encoder.tokenizer.config.transform)).transpose(2, 0, 1)
+
+
+def _bare_loop(run: LightRun, folder: Path) -> float:
+    """Milliseconds an image."""
+    encoder = _encoder(run, run.store(str(folder)))
+    pixels = np.stack([_pixels(run, encoder, key) for key in run.keys])
+    batches = [pixels[start : start + BATCH] for start in range(0, len(pixels), BATCH)]
+
+    def encode(images: np.ndarray[Any, Any]) -> None:
+        count = len(images)
+        encoder.encode(Batch(images, [""] * count, [ORIGINAL] * count), list(range(count)))
+
+    encode(batches[0])
+    start = time.perf_counter()
+    for images in batches:
+        encode(images)
+    return (time.perf_counter() - start) / len(pixels) * 1e3
+
+
+def _one_file_an_image(run: LightRun, folder: Path) -> float:
+    """Milliseconds an image, over a quarter of the images."""
+    encoder = _encoder(run, run.store(str(folder / "store")))
+    keys = run.keys[: max(1, len(run.keys) // 4)]
+    with torch.no_grad():
+        start = time.perf_counter()
+        for key in keys:
+            batch = Batch(_pixels(run, encoder, key)[None], [key], [ORIGINAL])
+            np.save(folder / f"{key}.npy", encoder.encode(batch, [0])[0])
+        return (time.perf_counter() - start) / len(keys) * 1e3
+
+
+if __name__ == "__main__":
+    main()

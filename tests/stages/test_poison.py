@@ -1,0 +1,152 @@
+"""Images that bring the encoder down: found, recorded, and nothing else lost."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from infra.executors import LocalExecutor
+from stages.encoding import Batch, Codes
+from stages.execution import run_stage
+from stages.image_data import ORIGINAL
+from stages.isolation import CRASHED, FAILED, TRIES, EncoderCrashed, EncoderUnusable, encode_or_isolate
+from storage.code_table import read_code_table
+from storage.manifest import Manifest
+from storage.store import Store
+from storage.tables import read_table
+from tests.light import LightRun, light_run
+
+ROOT = Path(__file__).parents[2]
+
+
+def _batch(count: int) -> Batch:
+    pixels = np.arange(count, dtype=np.uint8)[:, None, None, None] * np.ones((1, 3, 2, 2), np.uint8)
+    return Batch(pixels, [str(number) for number in range(count)], [ORIGINAL] * count)
+
+
+class _Picky:
+    """Codes are the pixels; fails while a bad image is among those asked for."""
+
+    def __init__(self, bad: set[int], error: Exception) -> None:
+        self.bad, self.error, self.calls = bad, error, 0
+
+    def encode(self, batch: Batch, slots: list[int]) -> Codes:
+        self.calls += 1
+        if self.bad & set(slots):
+            raise self.error
+        return batch.pixels[slots, :1, :1, :1].astype(np.int64)[:, :, None]
+
+
+@pytest.mark.parametrize("bad", [set(), {0}, {15}, {3, 4}, set(range(0, 16, 2)), set(range(15))])
+def test_bisection_loses_the_bad_images_and_no_other(bad: set[int]) -> None:
+    encoder = _Picky(bad, EncoderCrashed("died"))
+    found = encode_or_isolate(encoder.encode, _batch(16))
+    assert set(found.failures) == bad
+    assert all(status == CRASHED for status, _ in found.failures.values())
+    assert found.slots == [slot for slot in range(16) if slot not in bad]
+    assert found.codes.reshape(-1).tolist() == found.slots
+
+
+def test_one_bad_image_costs_a_logarithm_of_tries() -> None:
+    encoder = _Picky({9}, EncoderCrashed("died"))
+    encode_or_isolate(encoder.encode, _batch(32))
+    assert encoder.calls <= 1 + 2 * 5 + TRIES
+
+
+def test_what_strikes_once_is_no_poison() -> None:
+    encoder = _Picky({2}, EncoderCrashed("died"))
+
+    def once(batch: Batch, slots: list[int]) -> Codes:
+        try:
+            return encoder.encode(batch, slots)
+        finally:
+            if len(slots) == 1:
+                encoder.bad = set()
+
+    found = encode_or_isolate(once, _batch(4))
+    assert (found.failures, found.slots) == ({}, [0, 1, 2, 3])
+
+
+def test_an_encoder_that_fails_on_everything_is_no_row_but_an_error() -> None:
+    encoder = _Picky(set(range(8)), RuntimeError("out of memory"))
+    with pytest.raises(EncoderUnusable, match="none of 8 images.*out of memory.*tokenize.batch_size"):
+        encode_or_isolate(encoder.encode, _batch(8))
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> LightRun:
+    return light_run(
+        tmp_path, num_images=12, rows_per_shard=6, sections={"tokenize": {"batch_size": 4, "max_failed_fraction": 0.5}}
+    )
+
+
+def _tokenize(run: LightRun, store: Store, executor: str, *poison: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "tests.poison", str(run.recipe_path), store.uri, executor, *poison]
+    return subprocess.run(command, cwd=ROOT, env=os.environ, capture_output=True, text=True)
+
+
+def _failures(store: Store, table: Manifest) -> list[tuple[str, str]]:
+    rows = [row for entry in table.files_under("failures") for row in read_table(store.fetch(entry)).to_pylist()]
+    return [(row["key"], row["status"]) for row in rows]
+
+
+def _check_only_missing(run: LightRun, store: Store, table: Manifest, missing: list[str], folder: Path) -> None:
+    """The table is that of an undisturbed run without the rows of the missing images."""
+    plain_store = run.store(str(folder / "plain"))
+    plain = run_stage("tokenize", run.recipe, plain_store, LocalExecutor()).manifest
+    whole = read_code_table([plain_store.fetch(entry) for entry in plain.files_under("codes")])
+    found = read_code_table([store.fetch(entry) for entry in table.files_under("codes")])
+    kept = [at for at, key in enumerate(whole.keys) if key.split("_")[0] not in missing]
+    assert found.keys == [whole.keys[at] for at in kept]
+    assert np.array_equal(found.codes, whole.codes[kept])
+    assert table.metrics == {"num_rows": len(kept), "num_failed": len(missing)}
+
+
+@pytest.mark.slow
+def test_images_that_kill_ray_workers_end_as_rows(run: LightRun, tmp_path: Path) -> None:
+    """Bounded retries: two workers die on the shard, the third looks for the images."""
+    store, poison = run.store(str(tmp_path / "store")), ["000000002", "000000011"]
+    ended = _tokenize(run, store, "ray", ",".join(poison))
+    assert ended.returncode == 0, ended.stderr
+    table = store.lookup(run.action_key)
+    assert table is not None
+    assert _failures(store, table) == [(key, CRASHED) for key in poison]
+    _check_only_missing(run, store, table, poison, tmp_path)
+    assert store.objects.list("attempts/") == [], "the marks of dead workers are gone"
+
+
+@pytest.mark.slow
+def test_an_image_that_kills_the_run_itself_is_found_by_a_later_run(run: LightRun, tmp_path: Path) -> None:
+    store = run.store(str(tmp_path / "store"))
+    codes = [_tokenize(run, store, "local", "000000007").returncode for _ in range(3)]
+    assert codes[0] < 0 and codes[1] < 0 and codes[2] == 0
+    table = store.lookup(run.action_key)
+    assert table is not None
+    assert _failures(store, table) == [("000000007", CRASHED)]
+    _check_only_missing(run, store, table, ["000000007"], tmp_path)
+
+
+def test_an_image_that_the_encoder_refuses_ends_as_a_row_without_a_death(run: LightRun, tmp_path: Path) -> None:
+    store = run.store(str(tmp_path / "store"))
+    ended = _tokenize(run, store, "local", "000000001", "raise")
+    assert ended.returncode == 0, ended.stderr
+    table = store.lookup(run.action_key)
+    assert table is not None
+    assert _failures(store, table) == [("000000001", FAILED)]
+    _check_only_missing(run, store, table, ["000000001"], tmp_path)
+
+
+def test_too_many_failures_stop_the_stage_with_their_reasons(tmp_path: Path) -> None:
+    limits = {"tokenize": {"batch_size": 4, "max_failed_fraction": 0.4}}
+    run = light_run(tmp_path, num_images=12, rows_per_shard=6, sections=limits)
+    store = run.store(str(tmp_path / "store"))
+    ended = _tokenize(run, store, "local", ",".join(run.keys[::2]), "raise")
+    assert ended.returncode != 0
+    assert "6 of 12 images could not be tokenized" in ended.stderr
+    assert "tokenize.max_failed_fraction=0.4 (first: 000000000: ValueError: cannot take this one" in ended.stderr
+    assert store.lookup(run.action_key) is None
