@@ -6,6 +6,8 @@ Shape legend: B batch, C channels, H W pixels, h w code grid. Source: VQGAN (arX
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from pydantic import PositiveInt
@@ -41,7 +43,8 @@ class ConvConfig(Config):
 
 
 def _norm(channels: int) -> nn.GroupNorm:
-    return nn.GroupNorm(min(32, channels // 4), channels, eps=1e-6)
+    # a teacher's width need not be a multiple of 32
+    return nn.GroupNorm(math.gcd(min(32, channels // 4), channels), channels, eps=1e-6)
 
 
 class ResidualBlock(nn.Module):

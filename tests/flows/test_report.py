@@ -169,13 +169,19 @@ def bench(tmp_path: Path) -> Bench:
     return Bench(Store(str(tmp_path / "store")), tmp_path / "work")
 
 
+def _download_metrics(status: dict[str, int], errors: dict[str, int]) -> dict[str, Any]:
+    counts = {"num_rows": sum(status.values()), "num_ok": status.get("ok", 0)}
+    return counts | {"status": status, "errors": errors, "filters": {}, "hosts": {}}
+
+
 @pytest.fixture
 def full_bench(bench: Bench) -> Bench:
     """A store with an artifact of every stage."""
     emoji = _emoji(40)
-    errors = {"HTTP 404": 21, "connection timed out": 9, "cannot decode image": 4}
-    status = {"ok": 966, "failed_to_download": 30, "failed_to_decode": 4}
-    metadata = {"num_rows": 1000, "num_ok": 966, "status": status, "errors": errors}
+    errors = {"http_error: HTTP 404": 21, "timeout: connection timed out": 9, "undecodable: cannot decode image": 4}
+    status = {"ok": 960, "http_error": 21, "timeout": 9, "undecodable": 4, "filtered": 6}
+    metadata = {"num_rows": 1000, "num_ok": 960, "status": status, "errors": errors}
+    metadata |= {"filters": {"shorter side below 64 px": 6}, "hosts": {"rotten.example": {"rows": 40, "failed": 34}}}
     files = [bench.images(emoji), bench.sample_urls()]
     bench.commit("download", "image_shards", files, metadata)
     bench.commit("prepare_teacher", "teacher", [bench.store.put_bytes(b"w", "teacher.safetensors")], {"accuracy": 0.71})
@@ -244,12 +250,16 @@ def test_shares_of_choices_are_the_softmax_of_their_likelihoods(full_bench: Benc
 
 
 def test_text_from_data_is_escaped(bench: Bench) -> None:
-    bench.commit(
-        "download", "image_shards", [], {"num_rows": 1, "num_ok": 0, "status": {"<b>": 1}, "errors": {"<i>x": 1}}
-    )
+    bench.commit("download", "image_shards", [], _download_metrics({"<b>": 1}, {"<i>x": 1}))
     page = render_page(bench.data(description="<script>alert(1)</script>"))
     assert "<script" not in page
     assert "&lt;i&gt;x" in page
+
+
+def test_filters_and_hosts_of_the_download_are_shown(full_bench: Bench) -> None:
+    page = full_bench.page()
+    assert "shorter side below 64 px" in page
+    assert "rotten.example" in page
 
 
 def test_same_artifacts_give_the_same_page(full_bench: Bench) -> None:
@@ -334,7 +344,7 @@ def test_report_of_a_recipe_finds_its_artifacts_in_the_store(bench: Bench, tmp_p
     recipe = load_recipe("mini")
     stage = STAGES["download"]
     key = stage.action_key(recipe.section(stage), recipe.seed, {})
-    metrics = {"num_rows": 5, "num_ok": 4, "status": {"ok": 4, "failed": 1}, "errors": {"HTTP 418": 1}}
+    metrics = _download_metrics({"ok": 4, "failed": 1}, {"HTTP 418": 1})
     bench.commit("download", "image_shards", [bench.sample_urls()], metrics, key=key)
     page = write_report(recipe, bench.store, tmp_path / "report").read_text(encoding="utf-8")
     assert "HTTP 418" in page
