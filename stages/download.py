@@ -25,7 +25,7 @@ from stages.sources.conversations import ConversationFiles, Conversations
 from stages.sources.folder import FolderFiles, ImageFolder
 from stages.sources.guarded_http import Guard
 from stages.sources.parquet_images import ParquetFiles, ParquetImages
-from stages.sources.source import PLACE, URL, Source
+from stages.sources.source import OK, PLACE, URL, Source
 from stages.sources.url_list import SAMPLE, HttpConfig, UrlList
 from stages.sources.web_dataset import WebDataset, WebDatasetFiles
 from stages.stage import DoesNotAffectResult, Outcome, RuntimeInt, RuntimeStr, Stage, StageContext
@@ -245,6 +245,11 @@ def _check_failures(config: DownloadConfig, receipts: dict[str, dict[str, Any]])
             f"{config.max_failed_fraction} ({reasons}); mend the list, raise the limit, or fetch the failed ones again "
             f"with `--retry-failed` or `--set download.attempt={config.attempt + 1}`; what arrived is kept"
         )
+    if not status[OK]:
+        reasons = "; ".join(
+            f"{count} x {reason}" for reason, count in (errors + total(receipts.values(), "filters")).most_common(3)
+        )
+        raise ValueError(f"none of {num_rows} rows gave an image ({reasons}); mend the list or loosen download.filters")
 
 
 def _without_duplicates(

@@ -175,3 +175,8 @@ def test_near_duplicates_are_those_of_the_slow_search(max_bits: int) -> None:
         if not expected[-1]:
             kept.append(value)
     assert near_duplicates(values, max_bits).tolist() == expected
+
+
+def test_filters_that_leave_no_image_are_an_error(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"none of 2 rows gave an image \(2 x .*loosen download\.filters"):
+        run_download(tmp_path, [png("red", (9, 9)), png("blue", (9, 9))], filters={"min_side": 64})
