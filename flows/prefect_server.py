@@ -62,12 +62,22 @@ def prefect_server() -> Iterator[Callable[[], None]]:
             with temporary_settings({PREFECT_API_URL: url}):
                 yield lambda: _wait(url, process, printed)
         finally:
+            _deliver()
             process.terminate()
             try:
                 process.wait(_STOP_S)
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
+
+
+def _deliver() -> None:
+    """Have Prefect send the log lines and events that it still holds; at exit it would find no server."""
+    from prefect.events.worker import EventsWorker
+    from prefect.logging.handlers import APILogWorker
+
+    for worker in (APILogWorker, EventsWorker):
+        worker.drain_all(timeout=_STOP_S)
 
 
 def _wait(url: str, process: subprocess.Popen[bytes], printed: IO[bytes]) -> None:

@@ -47,6 +47,29 @@ def test_a_flow_runs_on_the_runs_own_server_and_the_server_ends_with_it(prefect_
     assert not _is_open(_address(url))
 
 
+def test_what_a_failed_flow_logged_arrives_before_the_server_ends(prefect_environment: dict[str, str]) -> None:
+    script = """
+import logging
+from flows.prefect_server import prefect_server
+from prefect import flow
+
+@flow
+def fails() -> None:
+    logging.getLogger("stages.trial").warning("the last words")
+    raise ValueError("no")
+
+with prefect_server() as wait:
+    wait()
+    fails()
+"""
+    environment = prefect_environment | {"PREFECT_LOGGING_EXTRA_LOGGERS": "stages"}
+    run = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 1
+    assert run.stderr.strip().endswith("ValueError: no"), "nothing is said after the error"
+
+
 def test_a_killed_run_leaves_no_server(prefect_environment: dict[str, str]) -> None:
     with subprocess.Popen(
         [sys.executable, "-c", _FLOW, "stay"], cwd=ROOT, env=prefect_environment, stdout=subprocess.PIPE, text=True
