@@ -28,6 +28,8 @@ ROOT = Path(__file__).parents[2]
 POINTS = int(os.environ.get("MUSEVL_KILL_POINTS", "2"))
 NUM_SHARDS = POINTS + 2
 _GIVE_UP_S = 240
+_ACTOR = "ray::MapWorker"
+"""How Ray titles the process of an actor that maps."""
 _NUM_SAMPLE_ROWS = 88
 """Images of birds among the sample data."""
 
@@ -161,16 +163,18 @@ def test_a_run_whose_ray_processes_are_killed_ends_as_if_nothing_had_been(
 
 
 def _kill_one(run: subprocess.Popen[str], victim: str) -> bool:
-    """Kill the process of the actor that does the stage's work, or another, idle, worker process of the raylet.
+    """Kill the process of the actor that does the stage's work, or any other worker process of the raylet.
 
-    Not the raylet's agents: it ends itself when one of them dies, which is the death of a machine.
+    Not before there is an actor: a cluster that loses a process while it starts does not come up. Not the raylet's
+    agents: it ends itself when one of them dies, which is the death of a machine.
     """
-    begins = {"actor": "ray::MapWorker", "worker": "ray::IDLE"}[victim]
     while run.poll() is None:
-        for pid, title in _descendants(run.pid).items():
-            if title.startswith(begins):
-                os.kill(pid, signal.SIGKILL)
-                return True
+        titles = {pid: title for pid, title in _descendants(run.pid).items() if title.startswith("ray::")}
+        actors = [pid for pid, title in titles.items() if title.startswith(_ACTOR)]
+        others = [pid for pid, title in titles.items() if pid not in actors and "Agent" not in title]
+        if actors and (found := actors if victim == "actor" else others):
+            os.kill(found[0], signal.SIGKILL)
+            return True
         time.sleep(0.02)
     return False
 
