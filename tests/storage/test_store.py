@@ -326,7 +326,8 @@ def test_attempts_that_ended_leave_no_mark_and_those_that_died_do(store: Store) 
     with pytest.raises(ValueError, match="failed"), store.attempt_at("key", "0"):
         raise ValueError("failed")
     assert store.objects.list("attempts/") == []
-    store.attempt_at("key", "0").__enter__()  # never ended
+    died = store.attempt_at("key", "0")  # held: a block that is collected ends
+    died.__enter__()
     with store.attempt_at("key", "0") as deaths:
         assert deaths == 1
     with store.attempt_at("key", "00") as deaths:
