@@ -27,7 +27,7 @@ _START_S = 120.0
 _STOP_S = 5.0
 _PR_SET_PDEATHSIG = 1  # of Linux' prctl
 
-_COMMAND = ["server", "start", "--no-ui", "--no-scheduler", "--no-late-runs", "--analytics-off", "--log-level", "ERROR"]
+_COMMAND = ["server", "start", "--no-ui", "--no-scheduler", "--no-late-runs", "--log-level", "ERROR"]
 
 
 @contextmanager

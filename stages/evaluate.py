@@ -29,7 +29,7 @@ from stages.evaluation_results import (
 from stages.evaluation_tasks import RANDOM, SAME_CATEGORY, TaskFactory
 from stages.image_data import fill
 from stages.loading import load_teacher
-from stages.measuring import FeatureSpace, feature_space, weights_inputs
+from stages.measuring import SetDistance, feature_space, weights_inputs
 from stages.stage import Outcome, RuntimeInt, RuntimeStr, Stage, StageContext
 from stages.standalone import run_standalone
 from stages.training import tracked
@@ -97,7 +97,8 @@ def run(context: StageContext[EvaluateConfig]) -> Outcome:
     check_tokenizer(rows.info, trained_on)
     count = len(rows) if config.max_rows is None else min(len(rows), config.max_rows)
     tasks = ["understanding"] if tokenizer.kind == external_codes.KIND else list(FILES)
-    space = _space(context) if "reconstruction" in tasks else None  # here, so that wrong weights end it at once
+    # here, so that wrong weights end it at once
+    distance = _set_distance(context) if "reconstruction" in tasks else None
     plan = store.create_plan(key, {"items": _items(tasks, count, config.rows_per_shard)})
     done = store.receipts(key)
     items = [item for item in plan["items"] if item["shard"] not in done]
@@ -110,8 +111,8 @@ def run(context: StageContext[EvaluateConfig]) -> Outcome:
     missing = [item["shard"] for item in plan["items"] if item["shard"] not in receipts]
     assert not missing, f"every shard was mapped, yet {missing} have no receipt"
     tables = gather(store, receipts)
-    metric_rows = _metric_rows(context, tables, rows, space)
-    if space is not None:
+    metric_rows = _metric_rows(context, tables, rows, distance)
+    if distance is not None:
         tables["reconstruction"] = tables["reconstruction"].drop_columns([ORIGINAL_FEATURES, DRAWN_FEATURES])
     files = []
     for name, table in {
@@ -126,9 +127,10 @@ def run(context: StageContext[EvaluateConfig]) -> Outcome:
     return Outcome("evaluation", files, metrics=headline)
 
 
-def _space(context: StageContext[EvaluateConfig]) -> FeatureSpace:
+def _set_distance(context: StageContext[EvaluateConfig]) -> SetDistance:
+    """What the workers' features end in; the networks that they are made with are not kept in this process."""
     teacher = load_teacher(context.store, context.inputs["prepare_teacher"])
-    return feature_space("evaluate", context.config.inception_weights, teacher, torch.device("cpu"))
+    return feature_space("evaluate", context.config.inception_weights, teacher, torch.device("cpu")).distance
 
 
 def _items(tasks: list[str], count: int, rows_per_shard: int) -> list[dict[str, Any]]:
@@ -140,16 +142,16 @@ def _items(tasks: list[str], count: int, rows_per_shard: int) -> list[dict[str, 
 
 
 def _metric_rows(
-    context: StageContext[EvaluateConfig], tables: dict[str, pa.Table], rows: CodedRows, space: FeatureSpace | None
+    context: StageContext[EvaluateConfig], tables: dict[str, pa.Table], rows: CodedRows, distance: SetDistance | None
 ) -> list[dict[str, Any]]:
     kind = context.inputs["train_tokenizer"].config["kind"]
     settings = {"crop": rows.info.transform["resize"], "image_size": rows.info.transform["image_size"], "format": "PNG"}
     common = {"model": kind, "benchmark": "reconstruction", "split": "test", "settings": settings}
     found = []
-    if space is not None:
+    if distance is not None:
         table = tables["reconstruction"]
         classes = len({fill(context.config.concept, rows.row(index)) for index in range(len(rows))})
-        found += [*_reconstruction_rows(common, table), *_frechet_rows(common, table, space)]
+        found += [*_reconstruction_rows(common, table), *_frechet_rows(common, table, distance)]
         found += _zero_shot_rows(common, table, classes, context.config.class_templates)
     found += [*_codebook_rows(common, rows), *_understanding_rows(kind, tables["understanding"], context.config)]
     return found + (_generation_rows(kind, tables["generation"], context) if "generation" in tables else [])
@@ -172,16 +174,16 @@ def _reconstruction_rows(common: dict[str, Any], table: pa.Table) -> list[dict[s
     return found
 
 
-def _frechet_rows(common: dict[str, Any], table: pa.Table, space: FeatureSpace) -> list[dict[str, Any]]:
+def _frechet_rows(common: dict[str, Any], table: pa.Table, distance: SetDistance) -> list[dict[str, Any]]:
     """A distance of the two sets of images; one image has no spread, so none."""
     if table.num_rows < 2:
         return []
     originals, drawn = (
         torch.from_numpy(np.stack(table[name].to_numpy())) for name in (ORIGINAL_FEATURES, DRAWN_FEATURES)
     )
-    settings = common["settings"] | space.settings | {"reference": "the held-out images as the tokenizer sees them"}
+    settings = common["settings"] | distance.settings | {"reference": "the held-out images as the tokenizer sees them"}
     noted = common | {"settings": settings}
-    return [measured(noted, space.metric, frechet_distance(drawn, originals), table.num_rows)]
+    return [measured(noted, distance.metric, frechet_distance(drawn, originals), table.num_rows)]
 
 
 def _zero_shot_rows(

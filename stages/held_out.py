@@ -67,9 +67,10 @@ class HeldOut:
                 if name in found:
                     metrics[f"{name}_top1"] = float((found[name] == 0).double().mean())
         if len(self.source) > 1:  # one image has no spread
-            metrics[self.space.metric] = frechet_distance(found["reconstructions"], found["originals"])
+            distance = self.space.distance
+            metrics[distance.metric] = frechet_distance(found["reconstructions"], found["originals"])
             size = self.source.transform.image_size
-            settings[self.space.metric] = self.space.settings | {"image_size": size, "format": "PNG"}
+            settings[distance.metric] = distance.settings | {"image_size": size, "format": "PNG"}
         return HeldOutResult(metrics, settings)
 
     def _batch(self, tokenizer: ImageTokenizer, rows: list[int]) -> dict[str, Tensor]:

@@ -25,14 +25,20 @@ from storage.digests import sha256_file
 RFID, FRECHET_TEACHER = "rfid", "frechet_teacher"
 
 
-@dataclass(frozen=True)
-class FeatureSpace:
-    """Where reconstructions are compared with originals as sets."""
+class SetDistance(NamedTuple):
+    """What a Fréchet distance in some space is called."""
 
     metric: str
     """`rfid` in Inception's space, else `frechet_teacher`, which compares between our runs but not with a paper."""
     settings: dict[str, Any]
     """What belongs beside the number: library, weights, features."""
+
+
+@dataclass(frozen=True)
+class FeatureSpace:
+    """Where reconstructions are compared with originals as sets."""
+
+    distance: SetDistance
     describe: Callable[[Tensor], Tensor]
     """uint8 `[B, 3, H, W]` on the CPU -> float32 `[B, F]` on the CPU."""
 
@@ -56,14 +62,14 @@ def feature_space(section: str, inception_weights: str, teacher: Teacher, device
             "weights": sha256_file(inception_weights),
             "features": "InceptionV3, last pooling, 2048",
         }
-        return FeatureSpace(RFID, settings, lambda pixels: network(pixels.to(device)).cpu())
+        return FeatureSpace(SetDistance(RFID, settings), lambda pixels: network(pixels.to(device)).cpu())
     if isinstance(teacher, BackboneTeacher):
         blocks = ", ".join(map(str, teacher.config.feature_blocks))
         what = f"{teacher.config.architecture}, blocks {blocks}, mean over positions"
     else:
         what = f"{type(teacher).__name__}, image embeddings"
     settings = {"features": what, "rule": "Fréchet distance in the teacher's space: no FID, compares with no paper"}
-    return FeatureSpace(FRECHET_TEACHER, settings, partial(_teacher_features, teacher, device))
+    return FeatureSpace(SetDistance(FRECHET_TEACHER, settings), partial(_teacher_features, teacher, device))
 
 
 @torch.no_grad()

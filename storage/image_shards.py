@@ -65,15 +65,11 @@ def read_image_shard(path: str | Path) -> Iterator[ImageSample]:
     _check_end(path)
     try:
         with tarfile.open(path, "r:") as tar:
-            for member in tar:
-                if not member.isfile():
-                    continue
-                folder, slash, name = member.name.rpartition("/")
-                stem, _, extension = name.partition(".")
-                if members and folder + slash + stem != key:
+            for own_key, extension, member in sample_members(tar):
+                if members and own_key != key:
                     yield _sample(path, key, members)
                     members = {}
-                key = folder + slash + stem
+                key = own_key
                 reader = tar.extractfile(member)
                 assert reader is not None, "regular members have data"
                 data = reader.read()
@@ -84,6 +80,15 @@ def read_image_shard(path: str | Path) -> Iterator[ImageSample]:
         raise ValueError(f"{path} is not a complete tar file: {error}; make or fetch it again") from error
     if members:
         yield _sample(path, key, members)
+
+
+def sample_members(tar: tarfile.TarFile) -> Iterator[tuple[str, str, tarfile.TarInfo]]:
+    """Yield the files of a WebDataset tar in order: key of the sample, extension without a dot, member."""
+    for member in tar:
+        if member.isfile():
+            folder, slash, name = member.name.rpartition("/")
+            stem, _, extension = name.partition(".")
+            yield folder + slash + stem, extension, member
 
 
 def _sample(path: str | Path, key: str, members: dict[str, bytes]) -> ImageSample:

@@ -14,6 +14,7 @@ from models.config import Config
 from stages.sources.images import is_image_name
 from stages.sources.source import PLACE, URL, Failure, Fetched, Row, check_columns, place, placed, strings
 from stages.stage import RuntimeStr
+from storage.image_shards import sample_members
 from storage.input_files import InputFiles
 
 _WHAT = "download.files.path"
@@ -89,15 +90,11 @@ class WebDataset:
         key, sample = "", self._empty()
         try:
             with self._files.open(name) as file, tarfile.open(fileobj=file, mode="r:") as tar:
-                for member in tar:
-                    if not member.isfile():
-                        continue
-                    folder, slash, basename = member.name.rpartition("/")
-                    stem, _, extension = basename.partition(".")
-                    if key and folder + slash + stem != key:
+                for own_key, extension, member in sample_members(tar):
+                    if key and own_key != key:
                         yield key, sample
                         sample = self._empty()
-                    key = folder + slash + stem
+                    key = own_key
                     self._add(sample, member, extension.lower(), tar)
         except (tarfile.TarError, OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
             raise ValueError(f"{self.what}: {name} is not readable as tar: {error}; make or fetch it again") from error
