@@ -81,3 +81,37 @@ def test_the_launcher_runs_any_command_with_the_settings(tmp_path: Path) -> None
     assert library.endswith("libjemalloc.so") and argument == "a b"
     usage = subprocess.run(command[:3], env=_environment(), cwd=tmp_path, capture_output=True, text=True, check=False)
     assert usage.returncode != 0 and "usage" in usage.stderr
+
+
+KEEPS_AND_GIVES = """
+import sys
+from infra.malloc import give_back_freed_memory, reexec_with_fast_malloc
+reexec_with_fast_malloc()
+
+def resident():
+    with open("/proc/self/statm") as sizes:
+        return int(sizes.read().split()[1]) * 4096 // 2**20
+
+buffers = [bytearray(b"1") * (2**15 * size) for size in range(1, 160)]  # up to 5 MB: what training makes
+full = resident()
+buffers.clear()
+kept = resident()
+give_back_freed_memory()
+print(full, kept, resident())
+"""
+
+
+@pytest.mark.parametrize("allocator", ["jemalloc", "glibc"])
+def test_freed_buffers_go_back_to_the_system_when_asked(tmp_path: Path, allocator: str) -> None:
+    (tmp_path / "program.py").write_text(KEEPS_AND_GIVES)
+    variables = {} if allocator == "jemalloc" else GLIBC_SETTINGS | {MARKER: "1"}
+    done = subprocess.run(
+        [sys.executable, str(tmp_path / "program.py")],
+        env=_environment(**variables),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    full, kept, given = (int(size) for size in done.stdout.split())
+    assert kept > full - 100, "the allocator gave it back by itself, so nothing needs to ask"
+    assert given < full - 350, (full, kept, given)
