@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -49,7 +50,7 @@ def inspect_code_table(store: Store, artifact: str, folder: Path, *, num_images:
             "download; "
             "`musevl artifacts ls` lists those that are"
         )
-    paths = [store.fetch(entry) for entry in manifest.files if entry.path.endswith(".parquet")]
+    paths = [store.fetch(entry) for entry in manifest.files_under("codes")]
     table = read_code_table(paths)
     schema = read_table(paths[0]).schema
     parts = [
@@ -59,6 +60,11 @@ def inspect_code_table(store: Store, artifact: str, folder: Path, *, num_images:
         _first_rows(table),
         _usage(table),
     ]
+    left_out = left_out_rows(store, manifest)
+    if left_out:
+        counts = Counter(row["status"] for row in left_out)
+        parts.append(text_table(["images without codes", "number"], [[k, str(n)] for k, n in counts.most_common()]))
+        parts.append(text_table(["key", "status", "error"], [list(row.values()) for row in left_out[:_FIRST_ROWS]]))
     if num_images and table.keys:
         parts.append(f"pictures of the first rows: {_contact_sheet(store, table, manifest, folder, num_images)}")
     return "\n\n".join(parts)
@@ -87,12 +93,17 @@ def inspect_codes(store: Store, artifact: str, folder: Path, codes: list[int]) -
     return f"{text_table(header, rows)}\npatches that carry these codes, in this order: {path}"
 
 
+def left_out_rows(store: Store, manifest: Manifest) -> list[dict[str, str]]:
+    """The images of a code table that have no codes: key, status, error."""
+    return [row for entry in manifest.files_under("left_out") for row in read_table(store.fetch(entry)).to_pylist()]
+
+
 def _facts(table: CodeTable, manifest: Manifest) -> str:
     info = table.info
     books, depth, height, width = info.code_shape
     return "\n".join(
         [
-            f"rows:      {len(table.keys)} in {len(manifest.files)} files, {manifest.size / 1e6:.1f} MB",
+            f"rows:      {len(table.keys)} in {len(manifest.files_under('codes'))} files, {manifest.size / 1e6:.1f} MB",
             f"codes:     {books} book(s) x depth {depth} x {height} x {width} positions, stored as {info.dtype}",
             f"tokenizer: {info.tokenizer_digest}",
             f"transform: {info.transform}",

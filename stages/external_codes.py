@@ -68,8 +68,13 @@ def join(context: StageContext[Any]) -> Outcome:
     """In place of encoding: the given rows as a code table of the recipe's images, shard by shard.
 
     Raises:
-        ValueError: an image of the download has no codes.
+        ValueError: an image of the download has no codes, or something is asked for that needs images.
     """
+    if context.config.min_caption_match is not None:
+        raise ValueError(
+            f"tokenize.min_caption_match={context.config.min_caption_match} does nothing for codes of another project; "
+            "take it out, and leave the images out of the download"
+        )
     store, download, given = context.store, context.inputs["download"], context.inputs["train_tokenizer"]
     table = read_code_table([store.fetch(entry) for entry in given.files_under(_FOLDER)])
     views = table.columns.get("view") or [ORIGINAL] * len(table.keys)

@@ -1,7 +1,8 @@
 """Images to code tables: one Parquet file per image shard, made by workers that each hold the encoder once.
 
 In a worker, threads decode images a little ahead of the encoder, so that it never waits for them. An image that the
-encoder cannot take is a row of `failures/`, not the end of the run.
+encoder cannot take is a row of `left_out/`, not the end of the run, and so is one that does not fit its caption where a
+least score is asked for.
 """
 
 from __future__ import annotations
@@ -13,19 +14,22 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-from pydantic import PositiveInt
+from pydantic import Field, PositiveInt
 
 from models.config import Config
 from models.transforms import TransformConfig, ViewsConfig, load_image
 from stages import external_codes
+from stages.caption_match import CaptionMatch
 from stages.encoding import Batch, Codes, Encoder, EncoderFactory
 from stages.image_data import ORIGINAL, table_columns
 from stages.isolation import Sandbox, encode_or_isolate
+from stages.loading import load_teacher
+from stages.sources.source import FILTERED
 from stages.stage import Outcome, RuntimeFloat, RuntimeFraction, RuntimeInt, Stage, StageContext
 from stages.standalone import run_standalone
 from stages.training import progress
@@ -60,6 +64,10 @@ class TokenizeConfig(Config):
     batch_size: PositiveInt = 32
     """Images encoded at a time. Part of the identity of the result: on some devices the last bits of a convolution,
     and so now and then a code, depend on the batch."""
+    min_caption_match: Annotated[float, Field(ge=-1, le=1)] | None = None
+    """Training images whose caption fits them less are left out: cosine similarity of image and caption in the space of
+    the recipe's teacher, which needs a text tower. Held-out images all stay. LAION-400M took 0.3 with CLIP ViT-B/32;
+    other teachers have other scales."""
     max_failed_fraction: RuntimeFraction = 0.01
     """The stage stops when a larger part of the images cannot be decoded or encoded; what is done stays done, and a run
     with a higher limit ends at once."""
@@ -74,20 +82,22 @@ class TokenizeConfig(Config):
 
 
 def run(context: StageContext[TokenizeConfig]) -> Outcome:
-    """Make the `code_table` artifact: `codes/NNNNN.parquet`, and `failures/NNNNN.parquet` for shards that have any.
+    """Make the `code_table` artifact: `codes/NNNNN.parquet`, and `left_out/NNNNN.parquet` for shards that have any.
 
     Raises:
-        ValueError: too many images failed.
+        ValueError: too many images failed, or captions are to be scored by what cannot.
     """
     config, store, key = context.config, context.store, context.action_key
     download, tokenizer = context.inputs["download"], context.inputs["train_tokenizer"]
     if tokenizer.kind == external_codes.KIND:
         return external_codes.join(context)
+    _check_scorer(config, context.inputs["prepare_teacher"])
     shards = [entry.path.removeprefix("images/").removesuffix(".tar") for entry in download.files_under("images")]
     plan = store.create_plan(key, {"shards": shards})
     done = store.receipts(key)
     items = [{"shard": shard} for shard in plan["shards"] if shard not in done]
-    factory = WorkerFactory(store, key, config, context.seed, download.digest, tokenizer.digest)
+    teacher = context.inputs["prepare_teacher"].digest
+    factory = WorkerFactory(store, key, config, context.seed, download.digest, teacher, tokenizer.digest)
     results = context.executor.map(factory, items, num_workers=config.num_workers, num_gpus=config.gpus_per_worker)
     _follow(results, len(items))
     receipts = store.receipts(key, done)
@@ -96,6 +106,14 @@ def run(context: StageContext[TokenizeConfig]) -> Outcome:
     files = [FileEntry.from_json(entry) for shard in plan["shards"] for entry in receipts[shard]["files"]]
     metadata = {"tokenizer": tokenizer.digest, "code_shape": tokenizer.metadata["code_shape"]}
     return Outcome("code_table", files, metrics=_counts(config, list(receipts.values())), metadata=metadata)
+
+
+def _check_scorer(config: TokenizeConfig, teacher: Manifest) -> None:
+    if config.min_caption_match is not None and not teacher.metadata["has_text"]:
+        raise ValueError(
+            f"tokenize.min_caption_match={config.min_caption_match} needs a teacher with a text tower; choose one in "
+            "teacher.model, or take the setting out"
+        )
 
 
 def _follow(results: Iterator[dict[str, Any]], total: int) -> None:
@@ -111,7 +129,8 @@ def _follow(results: Iterator[dict[str, Any]], total: int) -> None:
 def _counts(config: TokenizeConfig, receipts: list[dict[str, Any]]) -> dict[str, int]:
     num_rows = sum(receipt["rows"] for receipt in receipts)
     num_images = sum(receipt["images"] for receipt in receipts)
-    failures = [failure for receipt in receipts for failure in receipt["failures"]]
+    left_out = [row for receipt in receipts for row in receipt["left_out"]]
+    failures = [row for row in left_out if row["status"] != FILTERED]
     if len(failures) > config.max_failed_fraction * num_images:
         first = "; ".join(f"{failure['key']}: {failure['error']}" for failure in failures[:3])
         raise ValueError(
@@ -119,7 +138,7 @@ def _counts(config: TokenizeConfig, receipts: list[dict[str, Any]]) -> dict[str,
             f"tokenize.max_failed_fraction={config.max_failed_fraction} (first: {first}); take them out of the "
             "download, or raise the limit"
         )
-    return {"num_rows": num_rows, "num_failed": len(failures)}
+    return {"num_rows": num_rows, "num_filtered": len(left_out) - len(failures), "num_failed": len(failures)}
 
 
 @dataclass(frozen=True)
@@ -131,6 +150,7 @@ class WorkerFactory:
     config: TokenizeConfig
     seed: int
     download_digest: str
+    teacher_digest: str
     tokenizer_digest: str
 
     def __call__(self) -> TokenizeWorker:
@@ -164,7 +184,8 @@ class _Rows:
     columns: list[dict[str, str | None]]
     codes: list[Codes]
     """[N, D, h, w] each."""
-    failures: list[dict[str, str]]
+    left_out: list[dict[str, str]]
+    """Images without codes: key, status, error."""
 
     def add(self, row: _Decoded, codes: Codes) -> None:
         self.keys.append(row.sample.key if row.view == ORIGINAL else f"{row.sample.key}_{row.view}")
@@ -172,7 +193,7 @@ class _Rows:
         self.codes.append(codes)
 
     def drop(self, images: set[str]) -> None:
-        """Take out the rows of images, with their views, which a failure of one of them hit after others were done."""
+        """Take out the rows of images, with their views: some may have been done before one of them failed."""
         if not images:
             return
         suffixes = [f"_{column['view']}" for column in self.columns]
@@ -194,6 +215,7 @@ class TokenizeWorker:
         self.download: Manifest = job.store.load(job.download_digest)
         self.encoder: Encoder = job.encoder()()
         self.transform: TransformConfig = self.encoder.tokenizer.config.transform
+        self.caption_match = None if job.config.min_caption_match is None else self._caption_match()
 
     def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
         shard, store, key = item["shard"], self.job.store, self.job.action_key
@@ -209,8 +231,8 @@ class TokenizeWorker:
                     rows = self._encode_shard(shard, sandbox)
             entries = self._store(shard, rows)
             receipt: dict[str, Any] = {"files": [entry.to_json() for entry in entries], "rows": len(rows.keys)}
-            receipt["images"] = len(rows.failures) + sum(column["view"] == ORIGINAL for column in rows.columns)
-            receipt["failures"] = rows.failures
+            receipt["images"] = len(rows.left_out) + sum(column["view"] == ORIGINAL for column in rows.columns)
+            receipt["left_out"] = rows.left_out
             store.write_receipt(key, shard, receipt)
         if deaths:
             store.forget_attempts(key, shard)
@@ -218,26 +240,47 @@ class TokenizeWorker:
 
     def _encode_shard(self, shard: str, encoder: Encoder | Sandbox) -> _Rows:
         rows = _Rows([], [], [], [])
-        decoded = self._decoded(shard, rows.failures)
-        failed: set[str] = set()
+        decoded = self._decoded(shard, rows.left_out)
+        gone: set[str] = set()
         while group := list(islice(decoded, self.job.config.batch_size)):
-            group = [row for row in group if row.sample.key not in failed]  # an image's views fall with it
+            group = [row for row in group if row.sample.key not in gone]  # an image's views fall with it
             if not group:
                 continue
+            for sample, error in self._mismatched(group):
+                rows.left_out.append(_left_out(sample, FILTERED, error))
+                gone.add(sample.key)
             pixels = np.stack([row.pixels for row in group])
             batch = Batch(pixels, [row.sample.key for row in group], [row.view for row in group])
             isolated = encode_or_isolate(encoder.encode, batch)
             for slot, (status, error) in isolated.failures.items():
-                if group[slot].sample.key not in failed:
-                    rows.failures.append(_failure(group[slot].sample, status, error))
-                failed.add(group[slot].sample.key)
+                if group[slot].sample.key not in gone:
+                    rows.left_out.append(_left_out(group[slot].sample, status, error))
+                gone.add(group[slot].sample.key)
             for slot, codes in zip(isolated.slots, isolated.codes, strict=True):
                 rows.add(group[slot], codes)
-        rows.drop(failed)
+        rows.drop(gone)
         self._spot_check(shard, rows, encoder)
         return rows
 
-    def _decoded(self, shard: str, failures: list[dict[str, str]]) -> Iterator[_Decoded]:
+    def _caption_match(self) -> CaptionMatch:
+        """With the teacher that the tokenizer brings, where it has one."""
+        teacher = self.encoder.tokenizer.teacher
+        if teacher is None:
+            teacher = load_teacher(self.job.store, self.job.store.load(self.job.teacher_digest))
+        return CaptionMatch(teacher, self.encoder.device)
+
+    def _mismatched(self, group: list[_Decoded]) -> Iterator[tuple[ImageSample, str]]:
+        """The training images among these rows whose caption does not fit them, and why."""
+        least = self.job.config.min_caption_match
+        pairs = [row for row in group if row.view == ORIGINAL and _is_train(row.sample)]
+        if self.caption_match is None or least is None or not pairs:
+            return
+        scores = self.caption_match.scores(np.stack([row.pixels for row in pairs]), [r.sample.text for r in pairs])
+        for row, score in zip(pairs, scores, strict=True):
+            if score < least:
+                yield row.sample, f"image and caption match below {least:g} ({score:.3f})"
+
+    def _decoded(self, shard: str, left_out: list[dict[str, str]]) -> Iterator[_Decoded]:
         """The rows of a shard, each image followed by its views; decoded at most two batches ahead."""
         samples = read_image_shard(self.job.store.fetch(self.download.file(f"images/{shard}.tar")))
         views = [f"view_{number}" for number in range(1, self.job.config.views.count + 1)]
@@ -248,10 +291,9 @@ class TokenizeWorker:
                 try:
                     pixels = future.result()
                 except OSError as error:
-                    failures.append(_failure(sample, UNDECODABLE, str(error)))
+                    left_out.append(_left_out(sample, UNDECODABLE, str(error)))
                     continue
-                is_train = (sample.json.get("split") or "train") == "train"
-                for view in [ORIGINAL, *(views if is_train else [])]:
+                for view in [ORIGINAL, *(views if _is_train(sample) else [])]:
                     yield _Decoded(sample, pixels, view)
 
     def _pixels(self, sample: ImageSample) -> npt.NDArray[np.uint8]:
@@ -283,7 +325,7 @@ class TokenizeWorker:
                 )
 
     def _store(self, shard: str, rows: _Rows) -> list[FileEntry]:
-        """Store the shard's tables: of codes, unless every image failed, and of failures, if there are any."""
+        """Store the shard's tables: of codes, unless every image is left out, and of those that are."""
         store, entries = self.job.store, []
         with store.attempt_dir() as scratch:
             if rows.keys:
@@ -292,11 +334,11 @@ class TokenizeWorker:
                 write_code_shard(scratch / "codes.parquet", self._info(), rows.keys, columns, codes)
                 check_written(scratch / "codes.parquet", rows.keys, codes)
                 entries.append(store.put_file(scratch / "codes.parquet", f"codes/{shard}.parquet"))
-            if rows.failures:
+            if rows.left_out:
                 names = ("key", "status", "error")
-                table = pa.table({name: pa.array([row[name] for row in rows.failures], pa.string()) for name in names})
-                write_table(table, scratch / "failures.parquet")
-                entries.append(store.put_file(scratch / "failures.parquet", f"failures/{shard}.parquet"))
+                table = pa.table({name: pa.array([row[name] for row in rows.left_out], pa.string()) for name in names})
+                write_table(table, scratch / "left_out.parquet")
+                entries.append(store.put_file(scratch / "left_out.parquet", f"left_out/{shard}.parquet"))
         return entries
 
     def _info(self) -> CodeTableInfo:
@@ -310,7 +352,11 @@ class TokenizeWorker:
         )
 
 
-def _failure(sample: ImageSample, status: str, error: str) -> dict[str, str]:
+def _is_train(sample: ImageSample) -> bool:
+    return (sample.json.get("split") or "train") == "train"
+
+
+def _left_out(sample: ImageSample, status: str, error: str) -> dict[str, str]:
     return {"key": sample.key, "status": status, "error": " ".join(error.split())[:200]}
 
 

@@ -2,10 +2,11 @@
 
 import pytest
 
+from tests.fault_proxy import impatient, proxy, short_waits
 from tests.s3 import s3_endpoint, s3_uri, store_uri
 from tests.tiny import tiny_run
 
-__all__ = ["s3_endpoint", "s3_uri", "store_uri", "tiny_run"]
+__all__ = ["impatient", "proxy", "s3_endpoint", "s3_uri", "short_waits", "store_uri", "tiny_run"]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

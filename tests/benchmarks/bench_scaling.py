@@ -40,7 +40,7 @@ def main() -> None:
         name = f"{arguments.rows} rows in {len(shards)} shards"
         download = _download(store, shards)
         for shard, entry in zip(shards, _blobs(store, shards), strict=True):
-            counts = {"rows": arguments.rows_per_shard, "images": arguments.rows_per_shard, "failures": []}
+            counts = {"rows": arguments.rows_per_shard, "images": arguments.rows_per_shard, "left_out": []}
             store.write_receipt(KEY, shard, {"files": [entry.to_json()], **counts})
 
         start = time.perf_counter()

@@ -90,8 +90,8 @@ def _tokenize(run: LightRun, store: Store, executor: str, *poison: str) -> subpr
     return subprocess.run(command, cwd=ROOT, env=os.environ, capture_output=True, text=True)
 
 
-def _failures(store: Store, table: Manifest) -> list[tuple[str, str]]:
-    rows = [row for entry in table.files_under("failures") for row in read_table(store.fetch(entry)).to_pylist()]
+def _left_out(store: Store, table: Manifest) -> list[tuple[str, str]]:
+    rows = [row for entry in table.files_under("left_out") for row in read_table(store.fetch(entry)).to_pylist()]
     return [(row["key"], row["status"]) for row in rows]
 
 
@@ -104,7 +104,7 @@ def _check_only_missing(run: LightRun, store: Store, table: Manifest, missing: l
     kept = [at for at, key in enumerate(whole.keys) if key.split("_")[0] not in missing]
     assert found.keys == [whole.keys[at] for at in kept]
     assert np.array_equal(found.codes, whole.codes[kept])
-    assert table.metrics == {"num_rows": len(kept), "num_failed": len(missing)}
+    assert table.metrics == {"num_rows": len(kept), "num_filtered": 0, "num_failed": len(missing)}
 
 
 @pytest.mark.slow
@@ -115,7 +115,7 @@ def test_images_that_kill_ray_workers_end_as_rows(run: LightRun, tmp_path: Path)
     assert ended.returncode == 0, ended.stderr
     table = store.lookup(run.action_key)
     assert table is not None
-    assert _failures(store, table) == [(key, CRASHED) for key in poison]
+    assert _left_out(store, table) == [(key, CRASHED) for key in poison]
     _check_only_missing(run, store, table, poison, tmp_path)
     assert store.objects.list("attempts/") == [], "the marks of dead workers are gone"
 
@@ -127,7 +127,7 @@ def test_an_image_that_kills_the_run_itself_is_found_by_a_later_run(run: LightRu
     assert codes[0] < 0 and codes[1] < 0 and codes[2] == 0
     table = store.lookup(run.action_key)
     assert table is not None
-    assert _failures(store, table) == [("000000007", CRASHED)]
+    assert _left_out(store, table) == [("000000007", CRASHED)]
     _check_only_missing(run, store, table, ["000000007"], tmp_path)
 
 
@@ -137,7 +137,7 @@ def test_an_image_that_the_encoder_refuses_ends_as_a_row_without_a_death(run: Li
     assert ended.returncode == 0, ended.stderr
     table = store.lookup(run.action_key)
     assert table is not None
-    assert _failures(store, table) == [("000000001", FAILED)]
+    assert _left_out(store, table) == [("000000001", FAILED)]
     _check_only_missing(run, store, table, ["000000001"], tmp_path)
 
 

@@ -2,7 +2,7 @@
 
 import json
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,15 +10,14 @@ from typing import Any
 import pytest
 import s3fs
 
-from storage import objects_s3, s3_retries
+from storage import s3_retries
 from storage.errors import StoreError
 from storage.manifest import FileEntry, Manifest
 from storage.objects import ObjectStore
 from storage.store import Commit, Store
-from tests.storage.fault_proxy import FAULTS, Fault, FaultProxy
+from tests.fault_proxy import FAULTS, Fault, FaultProxy
 
 MakeManifest = Callable[..., Manifest]
-READ_TIMEOUT_S = 0.4
 
 
 @dataclass
@@ -30,25 +29,6 @@ class Sides:
     proxy: FaultProxy
     folder: Path
     manifest_of: MakeManifest
-
-
-@pytest.fixture
-def proxy(s3_endpoint: str) -> Iterator[FaultProxy]:
-    with FaultProxy(s3_endpoint).serving() as proxy:
-        yield proxy
-
-
-@pytest.fixture
-def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Waits between tries that suit a test; how often a call is tried stays as it is."""
-    monkeypatch.setattr(s3_retries, "FIRST_BACKOFF_S", 0.005)
-
-
-@pytest.fixture
-def impatient(short_waits: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same for the time that an answer may take."""
-    config = objects_s3._DEFAULT_OPTIONS["config_kwargs"] | {"read_timeout": READ_TIMEOUT_S}
-    monkeypatch.setitem(objects_s3._DEFAULT_OPTIONS, "config_kwargs", config)
 
 
 @pytest.fixture

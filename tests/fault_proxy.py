@@ -10,6 +10,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Literal
 from urllib.parse import urlsplit
 
+import pytest
+
+from storage import objects_s3, s3_retries
+
 Fault = Literal["500", "503", "timeout", "reset_request", "reset_response", "lost_response", "done_but_500"]
 FAULTS: tuple[Fault, ...] = (
     "500",  # InternalError; nothing was done
@@ -20,6 +24,8 @@ FAULTS: tuple[Fault, ...] = (
     "lost_response",  # done; the connection breaks before the answer
     "done_but_500",  # done; the answer says that it was not
 )
+READ_TIMEOUT_S = 0.4
+"""How long an impatient client waits for an answer."""
 _CODES = {"500": "InternalError", "503": "SlowDown", "done_but_500": "InternalError"}
 _HOP_BY_HOP = ("connection", "transfer-encoding", "keep-alive", "expect")
 
@@ -175,3 +181,23 @@ class _Handler(BaseHTTPRequestHandler):
         self.close_connection = True
         self.wfile.flush()
         self.connection.close()
+
+
+@pytest.fixture
+def proxy(s3_endpoint: str) -> Iterator[FaultProxy]:
+    """A proxy before the session's S3 server."""
+    with FaultProxy(s3_endpoint).serving() as proxy:
+        yield proxy
+
+
+@pytest.fixture
+def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Waits between tries that suit a test; how often a call is tried stays as it is."""
+    monkeypatch.setattr(s3_retries, "FIRST_BACKOFF_S", 0.005)
+
+
+@pytest.fixture
+def impatient(short_waits: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same for the time that an answer may take."""
+    config = objects_s3._DEFAULT_OPTIONS["config_kwargs"] | {"read_timeout": READ_TIMEOUT_S}
+    monkeypatch.setitem(objects_s3._DEFAULT_OPTIONS, "config_kwargs", config)
