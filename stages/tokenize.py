@@ -246,9 +246,6 @@ class TokenizeWorker:
             group = [row for row in group if row.sample.key not in gone]  # an image's views fall with it
             if not group:
                 continue
-            for sample, error in self._mismatched(group):
-                rows.left_out.append(_left_out(sample, FILTERED, error))
-                gone.add(sample.key)
             pixels = np.stack([row.pixels for row in group])
             batch = Batch(pixels, [row.sample.key for row in group], [row.view for row in group])
             isolated = encode_or_isolate(encoder.encode, batch)
@@ -258,6 +255,11 @@ class TokenizeWorker:
                 gone.add(group[slot].sample.key)
             for slot, codes in zip(isolated.slots, isolated.codes, strict=True):
                 rows.add(group[slot], codes)
+            # after the encoder, which may have found images that bring the teacher's tower down
+            encoded = [group[slot] for slot in isolated.slots if group[slot].sample.key not in gone]
+            for sample, error in self._mismatched(encoded):
+                rows.left_out.append(_left_out(sample, FILTERED, error))
+                gone.add(sample.key)
         rows.drop(gone)
         self._spot_check(shard, rows, encoder)
         return rows
