@@ -288,7 +288,8 @@ class TransformersTeacher(Teacher):
         make_torchvision_importable()
         from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 
-        self.model = AutoModel.from_pretrained(config.path)
+        # transformers 5 takes the dtype of the file otherwise: a copy in half precision cannot be trained
+        self.model = AutoModel.from_pretrained(config.path, dtype=torch.float32)
         self.tokenizer = AutoTokenizer.from_pretrained(config.path)
         processor = AutoImageProcessor.from_pretrained(config.path)
         vision = self.model.config.vision_config

@@ -46,7 +46,9 @@ def class_embeddings(teacher: Teacher, names: list[str], templates: Templates) -
 
 
 def class_ranks(images: Tensor, classes: Tensor, labels: Tensor) -> Tensor:
-    """How many classes are more similar to each image than its own: 0 is right, below 5 is among the first five.
+    """How many other classes are at least as similar to each image as its own: 0 is right, below 5 in the first five.
+
+    Equal ones count against it, or a decoder that says the same of everything would be right every time.
 
     Args:
         images: unit vectors `[B, E]`.
@@ -55,7 +57,14 @@ def class_ranks(images: Tensor, classes: Tensor, labels: Tensor) -> Tensor:
 
     Returns:
         `[B]` int64.
+
+    Raises:
+        ValueError: a similarity is not finite.
     """
     similarity = images.float() @ classes.float().T  # [B, K]
+    if not similarity.isfinite().all():
+        raise ValueError(
+            "similarities of images and classes are not finite; the tokenizer's features or the teacher's are"
+        )
     own = similarity.gather(1, labels[:, None])
-    return (similarity > own).sum(1)
+    return (similarity >= own).sum(1) - 1

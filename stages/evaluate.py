@@ -30,7 +30,7 @@ from stages.evaluation_tasks import RANDOM, SAME_CATEGORY, TaskFactory
 from stages.image_data import fill
 from stages.loading import load_teacher
 from stages.measuring import SetDistance, feature_space, weights_inputs
-from stages.stage import Outcome, RuntimeInt, RuntimeStr, Stage, StageContext
+from stages.stage import Outcome, RuntimeFloat, RuntimeInt, RuntimeStr, Stage, StageContext
 from stages.standalone import run_standalone
 from stages.training import tracked
 from stages.vlm_training import CodedRows, load_rows
@@ -51,7 +51,7 @@ class EvaluateConfig(Config):
     concept: str = "{concept}"
     """The name of what an image shows, a template over the code table's columns; `{caption}` is its text."""
     category_column: str = "category"
-    """Column from which same-category distractors are drawn."""
+    """Column from which same-category distractors are drawn; rows without a value get no such questions."""
     num_choices: int = 4
     """Choices of a question."""
     prompt: str = "Draw {caption}."
@@ -77,6 +77,8 @@ class EvaluateConfig(Config):
     """Autocast type."""
     num_workers: RuntimeInt = 1
     """Workers at a time."""
+    gpus_per_worker: RuntimeFloat = 0.0
+    """Share of a GPU that each worker holds; with 0 and `device: auto` all workers of a machine take its first GPU."""
     threads_per_worker: PositiveInt = 1
     """CPU threads of each worker; part of the identity of the result as in training."""
     device: RuntimeStr = "auto"
@@ -104,7 +106,9 @@ def run(context: StageContext[EvaluateConfig]) -> Outcome:
     items = [item for item in plan["items"] if item["shard"] not in done]
     factory = TaskFactory(store, key, config, context.seed, context.inputs)
     for _ in tracked(
-        context.executor.map(factory, items, num_workers=config.num_workers), len(items), "evaluate shards"
+        context.executor.map(factory, items, num_workers=config.num_workers, num_gpus=config.gpus_per_worker),
+        len(items),
+        "evaluate shards",
     ):
         pass
     receipts = store.receipts(key, done)
@@ -238,7 +242,9 @@ def _understanding_rows(kind: str, table: pa.Table, config: EvaluateConfig) -> l
         for model, column in models.items():
             rule = settings if column == "correct" else settings | {"rule": "nearest of the choices"}
             common = {"model": model, "benchmark": "understanding", "split": "test", "settings": rule}
-            found.append(measured_share(common, f"accuracy_{distractors}", [row[column] for row in asked]))
+            answered = [row[column] for row in asked if row[column] is not None]
+            if answered:
+                found.append(measured_share(common, f"accuracy_{distractors}", answered))
     return found
 
 
@@ -282,7 +288,7 @@ STAGE = Stage(
     config_class=EvaluateConfig,
     inputs=("download", "prepare_teacher", "train_tokenizer", "tokenize", "sft"),
     run=run,
-    version=2,
+    version=3,
     external_inputs=_external_inputs,
 )
 

@@ -25,6 +25,7 @@ _TYPES: dict[str, pa.DataType] = {
     "picked": pa.int32(),
     "choices": pa.list_(pa.string()),
     "log_likelihoods": pa.list_(pa.float64()),
+    "pixel_baseline_correct": pa.bool_(),
     RANK: pa.int32(),
     TEACHER_RANK: pa.int32(),
     ORIGINAL_FEATURES: pa.list_(pa.float32()),

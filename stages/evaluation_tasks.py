@@ -161,18 +161,20 @@ class EvaluationWorker:
     def images(self) -> ImageSource:
         """The held-out images; row for row those of `rows`."""
         source = ImageSource(self.job.store, self.job.inputs["download"], self.transform, split="test")
-        if source.keys != self.rows.keys:
+        positions = {key: position for position, key in enumerate(source.keys)}
+        if missing := [key for key in self.rows.keys if key not in positions]:
             raise ValueError(
-                "the code table and the download differ in their held-out rows; tokenize this download again"
+                f"the download lacks {len(missing)} held-out images of the code table, first key {missing[0]!r}; they "
+                "are of different runs: tokenize this download again"
             )
-        return source
+        return source.only([positions[key] for key in self.rows.keys])  # some could not be encoded
 
     @cached_property
     def concepts(self) -> Concepts:
         """Names and categories of the held-out rows."""
         names = [fill(self.config.concept, self.rows.row(index)) for index in range(len(self.rows))]
         categories = self.rows.columns.get(self.config.category_column) or [""] * len(names)
-        return Concepts(names, categories, self.job.seed)
+        return Concepts(names, [category or "" for category in categories], self.job.seed)
 
     @cached_property
     def space(self) -> FeatureSpace:
@@ -258,10 +260,14 @@ class EvaluationWorker:
 
     @torch.no_grad()
     def understand(self, rows: list[int]) -> list[dict[str, Any]]:
-        """Four-way questions: the answer with the highest mean log-likelihood a token is the model's pick."""
+        """Four-way questions: the answer with the highest mean log-likelihood a token is the model's pick.
+
+        Rows without a category have none with distractors of the same one.
+        """
         found = []
-        for distractors in (RANDOM, SAME_CATEGORY):
-            for batch in _batches(rows, max(1, _BATCH // self.config.num_choices)):
+        with_category = [row for row in rows if self.concepts.categories[row]]
+        for distractors, some in {RANDOM: rows, SAME_CATEGORY: with_category}.items():
+            for batch in _batches(some, max(1, _BATCH // self.config.num_choices)):
                 asked = [self.concepts.choices(row, self.config.num_choices, distractors) for row in batch]
                 choices = [names for names, _ in asked]
                 originals = self.images.pixels(batch)
@@ -270,7 +276,7 @@ class EvaluationWorker:
                 nearest = self._nearest_pixels(originals, choices)
                 pictures = to_pil(originals)
                 for position, (row, (names, answer)) in enumerate(zip(batch, asked, strict=True)):
-                    picked = int(scores[position].argmax())
+                    picked, pixels_say = int(scores[position].argmax()), nearest[position]
                     found.append(
                         {
                             "key": self.rows.keys[row],
@@ -282,7 +288,7 @@ class EvaluationWorker:
                             "correct": picked == answer,
                             "distractors": distractors,
                             "log_likelihoods": scores[position].tolist(),
-                            "pixel_baseline_correct": nearest[position] == answer,
+                            "pixel_baseline_correct": None if pixels_say is None else pixels_say == answer,
                             "teacher_correct": recognised[position] == answer,
                         }
                     )
@@ -344,6 +350,11 @@ class EvaluationWorker:
             if self.teacher.has_text:
                 known = self.teacher.embed_texts(list(names)).float()
             else:
+                if unknown := [name for name in names if name not in self.embedding_prototypes]:
+                    raise ValueError(
+                        f"no training image shows {unknown[0]!r}, so a teacher without text cannot recognise it; "
+                        "choose a teacher with a text tower, or an evaluate.concept that training images share"
+                    )
                 known = torch.stack([self.embedding_prototypes[name] for name in names]).to(seen.device)
             picks.append(int((known @ vector).argmax()))
         return picks
@@ -352,10 +363,16 @@ class EvaluationWorker:
         with torch.no_grad():
             return self.teacher.embed_images(images.to(self.device)).float()
 
-    def _nearest_pixels(self, pixels: Tensor, choices: Listing[Listing[str]]) -> list[int]:
-        """Position of the concept whose mean training image is nearest to each image of `[B, 3, H, W]` uint8."""
-        nearest = []
+    def _nearest_pixels(self, pixels: Tensor, choices: Listing[Listing[str]]) -> list[int | None]:
+        """Position of the concept whose mean training image is nearest to each image of `[B, 3, H, W]` uint8.
+
+        None where one of the concepts has no training image, as where captions stand for concepts.
+        """
+        nearest: list[int | None] = []
         for image, names in zip(_small(normalise(pixels)), choices, strict=True):
+            if any(name not in self.pixel_prototypes for name in names):
+                nearest.append(None)
+                continue
             known = torch.stack([self.pixel_prototypes[name] for name in names])
             nearest.append(int((known - image).square().sum(1).argmin()))
         return nearest

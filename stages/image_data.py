@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import tarfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,6 +75,16 @@ class ImageSource:
 
     def __len__(self) -> int:
         return len(self.keys)
+
+    def only(self, positions: list[int]) -> ImageSource:
+        """The same images in part or in another order; what is decoded already is not shared."""
+        chosen = copy.copy(self)
+        chosen.keys = [self.keys[position] for position in positions]
+        chosen.captions = [self.captions[position] for position in positions]
+        chosen._places = [self._places[position] for position in positions]
+        chosen.columns = {name: [values[position] for position in positions] for name, values in self.columns.items()}
+        chosen._cache = None if self._cache is None else {}
+        return chosen
 
     def row(self, index: int) -> dict[str, str]:
         """The text columns of an image, its caption as `text`."""

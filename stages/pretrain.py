@@ -52,7 +52,7 @@ def run(context: StageContext[PretrainConfig]) -> Outcome:
     history = train(context, training, config)
     files = [*put_vlm(context, training.vlm, tokenizer), history.save(context)]
     metadata = {"tokenizer": rows.info.tokenizer_digest, "vocabulary_size": vlm.vocabulary.size}
-    return Outcome("vlm", files, metrics={"loss": history.points[-1][2]}, metadata=metadata)
+    return Outcome("vlm", files, metrics={"loss": history.last("loss")}, metadata=metadata)
 
 
 def build_unified(config: PretrainConfig, store: Store, rows: CodedRows) -> tuple[UnifiedVlm, PreTrainedTokenizerFast]:
@@ -86,7 +86,7 @@ def _sequence_maker(config: PretrainConfig) -> SequenceMaker:
     return make
 
 
-STAGE = Stage(name="pretrain", section="pretrain", config_class=PretrainConfig, inputs=("tokenize",), run=run)
+STAGE = Stage("pretrain", "pretrain", PretrainConfig, inputs=("tokenize",), run=run, version=2)
 
 if __name__ == "__main__":
     raise SystemExit(run_standalone(STAGE.name))

@@ -66,7 +66,7 @@ def run(context: StageContext[SftConfig]) -> Outcome:
     history = train(context, training, config)
     files = [*put_vlm(context, training.vlm, builder.tokenizer), history.save(context)]
     metadata = {"tokenizer": rows.info.tokenizer_digest, "vocabulary_size": builder.vocabulary.size}
-    return Outcome("vlm", files, metrics={"loss": history.points[-1][2]}, metadata=metadata)
+    return Outcome("vlm", files, metrics={"loss": history.last("loss")}, metadata=metadata)
 
 
 def _sequence_maker(config: SftConfig) -> SequenceMaker:
@@ -102,7 +102,7 @@ def _partly_random(codes: Tensor, part: float, builder: SequenceBuilder) -> Tens
     return torch.where(torch.rand(codes.shape[-2:]) < part, noise, codes)
 
 
-STAGE = Stage(name="sft", section="sft", config_class=SftConfig, inputs=("tokenize", "pretrain"), run=run)
+STAGE = Stage("sft", "sft", SftConfig, inputs=("tokenize", "pretrain"), run=run, version=2)
 
 if __name__ == "__main__":
     raise SystemExit(run_standalone(STAGE.name))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,8 @@ from stages.training import (
     train,
 )
 from storage.digests import sha256_file
+
+logger = logging.getLogger(__name__)
 
 _EVALUATION_BATCH = 32
 _PICTURES = 8
@@ -324,6 +327,11 @@ def _held_out(context: StageContext[TrainTokenizerConfig], training: TokenizerTr
     config, teacher, device = context.config, training.teacher, training.device
     download = context.inputs["download"]
     split = "test" if "test" in download.metadata.get("splits", {}) else "train"
+    if split == "train":
+        logger.warning(
+            "the download holds nothing out: the tokenizer is measured on its training images, and evaluate will need "
+            "rows with `test` in a column `split` (download.extra_columns: [split])"
+        )
     source = ImageSource(context.store, download, config.transform, split=split)
     names = [fill(config.class_name, source.row(row)) for row in range(len(source))]
     space = feature_space("tokenizer", config.inception_weights, teacher, device)

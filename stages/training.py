@@ -112,6 +112,10 @@ class History:
         """Record one value."""
         self.points.append((step, name, value))
 
+    def last(self, name: str) -> float:
+        """The newest value of a name."""
+        return next(value for _, recorded, value in reversed(self.points) if recorded == name)
+
     def save(self, context: StageContext[Any]) -> FileEntry:
         """Write `history.parquet` (step, name, value) into the store."""
         steps, names, values = zip(*self.points, strict=True) if self.points else ((), (), ())
