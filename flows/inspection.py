@@ -83,6 +83,7 @@ def inspect_codes(store: Store, artifact: str, folder: Path, codes: list[int]) -
     sheet = Image.new("RGB", (width, len(strips) * (height + gap)), "white")
     for row, strip in enumerate(strips):
         sheet.paste(strip.strip, (0, row * (height + gap)))
+    folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{manifest.digest[:12]}-codes.png"
     sheet.save(path)
     rows = [

@@ -59,6 +59,7 @@ class Executor(Protocol):
             num_gpus: share of a GPU that each worker holds.
 
         Raises:
+            ValueError: there is no such share of a GPU, and there will be none.
             WorkerDied: an input took down every worker that it was given to.
         """
         ...
@@ -106,6 +107,11 @@ class RayExecutor:
         import ray
 
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        if num_gpus and not any(node.get("GPU", 0) >= num_gpus for node in nodes):
+            lacking = f"no machine of the Ray cluster has the {num_gpus:g} GPUs that each worker is to hold"
+            if self._started:
+                raise ValueError(f"{lacking}; set gpus_per_worker of the stage to 0 to work without")
+            logger.warning("%s; waiting for one", lacking)
         num_actors = max(1, min(num_workers, len(items)))
         if self._started:
             num_actors = min(num_actors, max(1, int(sum(node.get("CPU", 0) for node in nodes))))

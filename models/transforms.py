@@ -15,6 +15,9 @@ from torch import Tensor
 
 from models.config import Config, Fraction
 
+IMAGE_FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM")
+"""What is decoded. Of the others that Pillow knows some run programs on what strangers wrote (EPS: Ghostscript)."""
+
 
 class TransformConfig(Config):
     """How a stored image becomes a square tensor."""
@@ -49,7 +52,7 @@ def load_image(data: bytes, config: TransformConfig) -> Image.Image:
     """Decode and shape one image.
 
     Args:
-        data: an encoded image in any format that Pillow reads.
+        data: an encoded image in one of `IMAGE_FORMATS`.
         config: target size and resize mode.
 
     Returns:
@@ -59,7 +62,7 @@ def load_image(data: bytes, config: TransformConfig) -> Image.Image:
         OSError: the bytes are not an image, are damaged or cut off, or decode to more pixels than Pillow allows.
     """
     try:
-        with Image.open(io.BytesIO(data)) as opened:
+        with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as opened:
             return shape_image(opened, config)
     except OSError:
         raise
@@ -71,7 +74,7 @@ def shape_image(opened: Image.Image, config: TransformConfig) -> Image.Image:
     """`load_image` for an image that is open already."""
     upright = ImageOps.exif_transpose(opened)
     if upright.mode.startswith("I"):
-        upright = _eight_bit(upright)
+        upright = eight_bit(upright)
     if upright.mode in ("RGBA", "LA", "PA") or "transparency" in upright.info:
         rgba = upright.convert("RGBA")
         flat = Image.new("RGBA", rgba.size, (*config.background, 255))
@@ -88,7 +91,7 @@ def shape_image(opened: Image.Image, config: TransformConfig) -> Image.Image:
     return ImageOps.fit(image, size, Image.Resampling.BICUBIC)
 
 
-def _eight_bit(image: Image.Image) -> Image.Image:
+def eight_bit(image: Image.Image) -> Image.Image:
     """A 16-bit grey image scaled to 8 bits; Pillow's own conversion clips instead, which makes most of them white."""
     return Image.fromarray((np.asarray(image).clip(0, 65_535) / 257).round().astype(np.uint8))
 

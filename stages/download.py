@@ -141,10 +141,10 @@ def open_source(config: DownloadConfig) -> Source:
     if isinstance(files, ParquetFiles):
         return ParquetImages(files)
     if isinstance(files, WebDatasetFiles):
-        return WebDataset(files, config.caption_column)
+        return WebDataset(files, config.caption_column, config.max_bytes)
     if isinstance(files, FolderFiles):
-        return ImageFolder(files, config.caption_column)
-    return Conversations(files, config.caption_column)
+        return ImageFolder(files, config.caption_column, config.max_bytes)
+    return Conversations(files, config.caption_column, config.max_bytes)
 
 
 def read_rows(config: DownloadConfig) -> pa.Table:
@@ -294,6 +294,7 @@ STAGE = Stage(
     config_class=DownloadConfig,
     inputs=(),
     run=run,
+    version=2,  # other formats are refused
     external_inputs=_external_inputs,
 )
 

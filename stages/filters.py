@@ -9,6 +9,7 @@ from PIL import Image, ImageOps
 from pydantic import Field, PositiveInt
 
 from models.config import Config, Fraction
+from models.transforms import eight_bit
 
 if TYPE_CHECKING:
     import numpy as np
@@ -61,9 +62,15 @@ def caption_problem(caption: str, filters: FilterConfig) -> str:
 
 def script_fraction(text: str, scripts: tuple[str, ...]) -> float:
     """Part of the letters of a text that belong to some scripts; 0 where there are no letters."""
-    letters = [character for character in text if character.isalpha()]
-    of_script = sum(unicodedata.name(letter, "").split(" ")[0] in scripts for letter in letters)
+    letters = [character for character in unicodedata.normalize("NFKC", text) if character.isalpha()]
+    of_script = sum(not _scripts_of(letter).isdisjoint(scripts) for letter in letters)
     return of_script / len(letters) if letters else 0.0
+
+
+def _scripts_of(letter: str) -> set[str]:
+    """By its Unicode name; the mark of a long vowel belongs to both Japanese syllabaries, that of repetition to CJK."""
+    first = unicodedata.name(letter, "").split(" ")[0]
+    return {"CJK"} if first == "IDEOGRAPHIC" else {first, *first.split("-")}
 
 
 def image_problem(width: int, height: int, filters: FilterConfig) -> str:
@@ -81,6 +88,8 @@ def perceptual_hash(image: Image.Image) -> str:
     import imagehash
 
     upright = ImageOps.exif_transpose(image)
+    if upright.mode.startswith("I"):
+        upright = eight_bit(upright)
     if upright.mode in ("RGBA", "LA", "PA") or "transparency" in upright.info:
         rgba = upright.convert("RGBA")
         upright = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)

@@ -8,7 +8,7 @@ from typing import Any
 
 from PIL import Image, UnidentifiedImageError
 
-from models.transforms import TransformConfig, load_image
+from models.transforms import IMAGE_FORMATS, TransformConfig, load_image
 from stages.filters import PERCEPTUAL_HASH, FilterConfig, caption_problem, image_problem, perceptual_hash
 from stages.sources.source import (
     FILTERED,
@@ -80,7 +80,7 @@ def describe(
         return without_image(row, key, shard, failure)
     try:
         load_image(fetched, TransformConfig(image_size=8))  # it turns whatever Pillow raises into OSError
-        with Image.open(io.BytesIO(fetched)) as image:
+        with Image.open(io.BytesIO(fetched), formats=IMAGE_FORMATS) as image:
             width, height, extension = image.width, image.height, (image.format or "").lower()
             hashed = perceptual_hash(image) if filters.near_duplicate_bits is not None else None
     except OSError as error:
@@ -106,7 +106,7 @@ def _too_costly(data: bytes, limits: Limits) -> Failure | None:
         return Failure(TOO_LARGE, f"more than {limits.max_bytes} bytes")
     too_many = Failure(TOO_MANY_PIXELS, f"more than {limits.max_pixels} pixels")
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as image:
             return too_many if image.width * image.height > limits.max_pixels else None
     except Image.DecompressionBombError:
         return too_many
@@ -115,6 +115,6 @@ def _too_costly(data: bytes, limits: Limits) -> Failure | None:
         if not data:
             return Failure(NOT_AN_IMAGE, "empty")
         page = start.startswith((b"<!doctype", b"<html", b"<?xml", b"<svg", b"<head"))
-        return Failure(NOT_AN_IMAGE, "a web page or XML" if page else "no format that Pillow reads")
+        return Failure(NOT_AN_IMAGE, "a web page or XML" if page else f"none of {', '.join(IMAGE_FORMATS)}")
     except Exception as error:  # on damaged headers Pillow also raises SyntaxError, ValueError, struct.error, ...
         return Failure(UNDECODABLE, f"{type(error).__name__}: {error}"[:_LONGEST_REASON])

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import IO, Any, Protocol
 
 import numpy as np
+import torch
 
 from stages.encoding import Batch, Codes
 
@@ -45,7 +46,7 @@ class EncoderCrashed(RuntimeError):
 
 
 class EncoderUnusable(ValueError):
-    """Not one image of a batch can be encoded, so the images are not the cause."""
+    """Not one image of a batch can be encoded, or the encoder not even loaded, so the images are not the cause."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,7 @@ def encode_or_isolate(encode: Encode, batch: Batch) -> Isolated:
 
     Raises:
         EncoderUnusable: no image of a batch of SYSTEMIC or more can be encoded.
+        MemoryError: there is too little of it, for a batch that is of the same size whatever images are in it.
     """
     failures: dict[int, tuple[str, str]] = {}
 
@@ -76,6 +78,10 @@ def encode_or_isolate(encode: Encode, batch: Batch) -> Isolated:
         for _ in range(TRIES if len(slots) == 1 else 1):
             try:
                 return list(zip(slots, encode(batch, slots), strict=True))
+            except (EncoderUnusable, MemoryError):
+                raise
+            except torch.OutOfMemoryError as error:
+                raise MemoryError(f"{error}; lower tokenize.batch_size or tokenize.num_workers") from error
             except Exception as error:  # recorded below; a bug that hits every image is raised at the end
                 caught = error
         if len(slots) == 1:
@@ -118,6 +124,7 @@ class Sandbox:
 
         Raises:
             EncoderCrashed: the child died of it.
+            EncoderUnusable: the child died before.
         """
         child = self._child or self._start()
         assert child.stdin is not None and child.stdout is not None
@@ -143,9 +150,18 @@ class Sandbox:
             stdout=subprocess.PIPE,
             env=environment,
         )
-        assert self._child.stdin is not None
-        pickle.dump(self._factory, self._child.stdin)
-        return self._child
+        assert self._child.stdin is not None and self._child.stdout is not None
+        child = self._child
+        try:
+            pickle.dump(self._factory, self._child.stdin)
+            self._child.stdin.flush()
+            pickle.load(self._child.stdout)
+        except (EOFError, BrokenPipeError, pickle.UnpicklingError):
+            raise EncoderUnusable(
+                f"the process that was to look for a bad image ended with exit code {self._end()} before it had loaded "
+                "the encoder; it needs memory for a second one: lower tokenize.num_workers"
+            ) from None
+        return child
 
     def _end(self) -> int | None:
         if self._child is None:
@@ -166,6 +182,8 @@ class Sandbox:
 def serve(requests: IO[bytes], answers: IO[bytes]) -> None:
     """Be the child: make the encoder, then answer batch after batch until there are no more."""
     encoder = pickle.load(requests)()
+    pickle.dump("ready", answers)
+    answers.flush()
     while True:
         try:
             batch, slots = pickle.load(requests)
@@ -174,6 +192,8 @@ def serve(requests: IO[bytes], answers: IO[bytes]) -> None:
         answer: Codes | Exception
         try:
             answer = encoder.encode(batch, slots)
+        except (MemoryError, torch.OutOfMemoryError) as error:
+            answer = MemoryError(f"{type(error).__name__}: {error}")
         except Exception as error:  # raised again in the parent
             answer = RuntimeError(f"{type(error).__name__}: {error}")
         pickle.dump(answer, answers)

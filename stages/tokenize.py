@@ -138,6 +138,11 @@ def _counts(config: TokenizeConfig, receipts: list[dict[str, Any]]) -> dict[str,
             f"tokenize.max_failed_fraction={config.max_failed_fraction} (first: {first}); take them out of the "
             "download, or raise the limit"
         )
+    if not num_rows:
+        raise ValueError(
+            f"none of {num_images} images is left; lower tokenize.min_caption_match={config.min_caption_match}, whose "
+            "scale depends on the teacher"
+        )
     return {"num_rows": num_rows, "num_filtered": len(left_out) - len(failures), "num_failed": len(failures)}
 
 

@@ -48,6 +48,8 @@ def find_garbage(
     live = _reachable(roots, read_manifest)
     found: list[Garbage] = []
     for action_key, held in _work(objects).items():
+        if action_key in committed or max(item.modified for item in held) >= cutoff:
+            live |= _planned(objects, held)
         if action_key in committed:
             # Receipts stay: with them a damaged artifact is rebuilt shard by shard.
             left = [item for item in held if item.key.startswith(("checkpoints/", "attempts/"))]
@@ -93,6 +95,17 @@ def _work(objects: ObjectStore) -> dict[str, list[ObjectInfo]]:
             action_key = item.key.split("/")[1].removesuffix(".json")
             held.setdefault(action_key, []).append(item)
     return held
+
+
+def _planned(objects: ObjectStore, held: Iterable[ObjectInfo]) -> set[str]:
+    """Digests of the files that plans name (`rows`): without them no shard could be made again."""
+    digests: set[str] = set()
+    for data in objects.map(objects.read, [item.key for item in held if item.key.startswith("plans/")]):
+        try:
+            digests.add(json.loads(data)["rows"]["sha256"])
+        except (ValueError, KeyError, TypeError):
+            continue
+    return digests
 
 
 def _received(objects: ObjectStore, held: Iterable[ObjectInfo]) -> set[str]:

@@ -85,8 +85,8 @@ def read_image_shard(path: str | Path) -> Iterator[ImageSample]:
 def sample_members(tar: tarfile.TarFile) -> Iterator[tuple[str, str, tarfile.TarInfo]]:
     """Yield the files of a WebDataset tar in order: key of the sample, extension without a dot, member."""
     for member in tar:
-        if member.isfile():
-            folder, slash, name = member.name.rpartition("/")
+        folder, slash, name = member.name.rpartition("/")
+        if member.isfile() and not name.startswith("."):  # macOS puts `._NAME` beside each file
             stem, _, extension = name.partition(".")
             yield folder + slash + stem, extension, member
 

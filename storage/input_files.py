@@ -11,6 +11,7 @@ import hashlib
 import sqlite3
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,9 @@ from storage.digests import CHUNK_BYTES, digest_of
 _MAGIC = "*?["
 _FRESH_SECONDS = 2.0
 """A file that changed so recently may change again within the clock's resolution: its digest is not remembered."""
-_READ_TOGETHER = 256
+_READ_TOGETHER = 16
+_BATCH = 256
+"""Files whose bytes are held at a time."""
 
 
 class InputFiles:
@@ -63,22 +66,21 @@ class InputFiles:
         """A binary, seekable file."""
         return self._fs.open(self._full(name), "rb")
 
-    def read(self, name: str) -> bytes:
-        """The bytes of one file.
+    def read(self, name: str, max_bytes: int = -1) -> bytes:
+        """The bytes of one file, or the first `max_bytes` of them.
 
         Raises:
             OSError: it cannot be read.
         """
         with self.open(name) as file:
-            return bytes(file.read())
+            return bytes(file.read(max_bytes))
 
     def read_all(self, names: Sequence[str]) -> Iterator[bytes]:
         """The bytes of small files in this order; object stores are asked for many at a time."""
-        for start in range(0, len(names), _READ_TOGETHER):
-            paths = [self._full(name) for name in names[start : start + _READ_TOGETHER]]
-            found = self._fs.cat(paths)
-            # for a single path fsspec answers with its bytes in place of a dictionary
-            yield from [found] if isinstance(found, bytes) else [found[path] for path in paths]
+        # not fsspec's `cat`, which takes a name with a bracket for a pattern
+        with ThreadPoolExecutor(_READ_TOGETHER) as pool:
+            for start in range(0, len(names), _BATCH):
+                yield from pool.map(self.read, names[start : start + _BATCH])
 
     def digest(self, names: Sequence[str] | None = None) -> str:
         """One digest of names and contents of these files (default: all); a file that is not there counts as absent.
@@ -143,7 +145,22 @@ class InputFiles:
             found = self._fs.find(self._root, detail=True)
         else:
             found = {self._root: self._fs.info(self._root)} if self._fs.exists(self._root) else {}
+        found = {path: self._followed(path, info) for path, info in found.items()}
         return {path: info for path, info in found.items() if info["type"] == "file"}
+
+    def _followed(self, path: str, info: dict[str, Any]) -> dict[str, Any]:
+        """What a symbolic link leads to: a listing describes the link, a question by name its target."""
+        if not info.get("islink"):
+            return info
+        target: dict[str, Any] = self._fs.info(path)
+        if target["type"] == "directory":
+            raise ValueError(
+                f"{self._what}={self._path!r} holds the link {path} to a folder, which is not followed; name that "
+                "folder, or put its files there"
+            )
+        if target["type"] != "file":
+            raise ValueError(f"{self._what}={self._path!r} holds the link {path}, which leads to no file; mend it")
+        return target
 
 
 def read_input(path: str, what: str, expected: str) -> bytes:

@@ -4,6 +4,7 @@ import io
 import os
 import uuid
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar, cast
 
@@ -62,13 +63,14 @@ class S3Backend:
             first = self.create(key, b"first")
             second = self.create(key, b"second")
             holds = first and not second and self.read(key) == b"first"
+            self.delete(key)
         except Exception as error:
+            with suppress(Exception):  # the first reason counts
+                self.delete(key)
             raise StoreError(
                 f"create-only puts fail at {self.endpoint} (s3://{self._base}): {one_line(error)}; "
-                "allow writing there, or use an S3 service with If-None-Match"
+                "allow writing and deleting there, or use an S3 service with If-None-Match"
             ) from error
-        finally:
-            self.delete(key)
         if not holds:
             raise StoreError(
                 f"{self.endpoint} (s3://{self._base}) overwrites in spite of If-None-Match, so two writers could lose "

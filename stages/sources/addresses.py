@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import socket
+from collections.abc import Callable
 
 from stages.sources.failures import FetchFailed
 from stages.sources.source import CONNECTION_ERROR, REFUSED
@@ -44,8 +45,14 @@ def resolve(host: str, port: int, *, private_too: bool) -> list[tuple[socket.Add
     return allowed  # type: ignore[return-value]  # addresses of IPv6 have two more parts, which connect() takes
 
 
-def connect(host: str, port: int, timeout: float, *, private_too: bool) -> socket.socket:
+def connect(host: str, port: int, left: Callable[[], float], *, private_too: bool) -> socket.socket:
     """A connection to one of the host's addresses that may be connected to.
+
+    Args:
+        host: a name or an address.
+        port: TCP port.
+        left: seconds that are left for all of them together; raises TimeoutError when there are none.
+        private_too: as in `resolve`.
 
     Raises:
         FetchFailed: there is none.
@@ -53,6 +60,7 @@ def connect(host: str, port: int, timeout: float, *, private_too: bool) -> socke
     """
     last: OSError | None = None
     for family, address in resolve(host, port, private_too=private_too):
+        timeout = left()
         connection = socket.socket(family, socket.SOCK_STREAM)
         try:
             connection.settimeout(timeout)

@@ -40,12 +40,13 @@ class Conversations:
     Args:
         config: where they are.
         caption_column: name of the caption's column.
+        max_bytes: of an image; of larger ones no more is read.
     """
 
-    def __init__(self, config: ConversationFiles, caption_column: str) -> None:
+    def __init__(self, config: ConversationFiles, caption_column: str, max_bytes: int) -> None:
         self.what = f"conversations {config.path}"
         self._config, self._caption_column = config, caption_column
-        self._images = FolderImages(config.image_folder, "download.files.image_folder")
+        self._images = FolderImages(config.image_folder, "download.files.image_folder", max_bytes)
 
     def content(self) -> dict[str, str]:
         data = self._read()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import posixpath
 from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
@@ -31,6 +32,7 @@ from storage.digests import sha256_bytes
 from storage.input_files import InputFiles, read_input
 
 _LIST = "download.files.captions"
+_NO_SUCH_NAME = (errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL)
 
 
 class FolderFiles(Config):
@@ -52,12 +54,13 @@ class ImageFolder:
     Args:
         config: where they are.
         caption_column: name of the caption's column.
+        max_bytes: of an image; of larger ones no more is read.
     """
 
-    def __init__(self, config: FolderFiles, caption_column: str) -> None:
+    def __init__(self, config: FolderFiles, caption_column: str, max_bytes: int) -> None:
         self.what = f"list {config.captions}" if config.captions else f"folder {config.path}"
         self._config, self._caption_column = config, caption_column
-        self._images = FolderImages(config.path, "download.files.path")
+        self._images = FolderImages(config.path, "download.files.path", max_bytes)
 
     def content(self) -> dict[str, str]:
         captions = self._config.captions
@@ -124,10 +127,12 @@ class FolderImages:
     Args:
         path: of the folder.
         what: how messages name it.
+        max_bytes: no more than one byte beyond is read of an image.
     """
 
-    def __init__(self, path: str, what: str) -> None:
+    def __init__(self, path: str, what: str, max_bytes: int) -> None:
         self.files = InputFiles(path, what)
+        self._max_bytes = max_bytes
 
     def digest(self, names: Sequence[str | None]) -> str:
         """Of the names and contents of these images; a name that cannot be read counts as absent."""
@@ -138,10 +143,12 @@ class FolderImages:
         if _leads_outside(name):
             return Failure(REFUSED, "the image's path leads outside the folder")
         try:
-            return self.files.read(posixpath.normpath(name))
+            return self.files.read(posixpath.normpath(name), self._max_bytes + 1)
         except FileNotFoundError:
             return Failure(MISSING, "there is no such file")
         except OSError as error:
+            if error.errno not in _NO_SUCH_NAME:
+                raise  # the folder's service is in trouble, or the session over: no fault of the row
             return Failure(MISSING, error.strerror or type(error).__name__)
 
 

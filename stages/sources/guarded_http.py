@@ -8,6 +8,7 @@ the name resolves to on this machine.
 
 from __future__ import annotations
 
+import base64
 import http.client
 import io
 import random
@@ -182,14 +183,15 @@ class GuardedOpener:
         trusted: bool,
     ) -> urllib.response.addinfourl | str:
         assert parts.hostname is not None
-        connection, target = self._connection(parts, port, deadline, trusted=trusted)
+        connection, target, for_proxy = self._connection(parts, port, deadline, trusted=trusted)
         try:
-            connection.request("GET", target, headers=headers)
+            connection.request("GET", target, headers=headers | for_proxy)
             with connection.getresponse() as response:
                 if response.status in _REDIRECTS and response.headers.get("Location"):
                     return str(response.headers["Location"])
                 if not 200 <= response.status < 300:
                     raise self._refusal(response, parts.hostname)
+                self._gates.served(parts.hostname)
                 body = self._body(response, deadline)
                 return urllib.response.addinfourl(io.BytesIO(body), response.headers, parts.geturl(), response.status)
         finally:
@@ -197,8 +199,8 @@ class GuardedOpener:
 
     def _connection(
         self, parts: urllib.parse.SplitResult, port: int, deadline: _Deadline, *, trusted: bool
-    ) -> tuple[http.client.HTTPConnection, str]:
-        """An open connection for a URL, and what to ask it for."""
+    ) -> tuple[http.client.HTTPConnection, str, dict[str, str]]:
+        """An open connection for a URL, what to ask it for, and headers that a proxy wants."""
         host = str(parts.hostname)
         query = f"?{parts.query}" if parts.query else ""
         path = urllib.parse.quote((parts.path or "/") + query, safe=_SAFE)
@@ -209,32 +211,36 @@ class GuardedOpener:
         if proxy is not None:
             self._check_behind_proxy(host, port, private_too=private_too)
             return self._through_proxy(proxy, host, port, path, deadline, tls=tls)
-        raw = connect(host, port, deadline.left(), private_too=private_too)
+        raw = connect(host, port, deadline.left, private_too=private_too)
         deadline.watch(raw)
         left = deadline.left()
         if tls:
             secure = http.client.HTTPSConnection(host, port, timeout=left, context=self._tls)
             secure.sock = self._tls.wrap_socket(raw, server_hostname=host)
-            return secure, path
+            return secure, path, {}
         plain = http.client.HTTPConnection(host, port, timeout=left)
         plain.sock = raw
-        return plain, path
+        return plain, path, {}
 
     def _through_proxy(
         self, proxy: str, host: str, port: int, path: str, deadline: _Deadline, *, tls: bool
-    ) -> tuple[http.client.HTTPConnection, str]:
+    ) -> tuple[http.client.HTTPConnection, str, dict[str, str]]:
         where = urllib.parse.urlsplit(proxy if "://" in proxy else f"http://{proxy}")
         address = str(where.hostname), where.port or 80
+        authorization = {}
+        if where.username:
+            pair = f"{urllib.parse.unquote(where.username)}:{urllib.parse.unquote(where.password or '')}"
+            authorization = {"Proxy-Authorization": f"Basic {base64.b64encode(pair.encode()).decode()}"}
         if tls:
             connection: http.client.HTTPConnection = http.client.HTTPSConnection(
                 *address, timeout=deadline.left(), context=self._tls
             )
-            connection.set_tunnel(host, port)
+            connection.set_tunnel(host, port, headers=authorization)
         else:
             connection = http.client.HTTPConnection(*address, timeout=deadline.left())
         connection.connect()
         deadline.watch(connection.sock)
-        return connection, path if tls else f"http://{host}:{port}{path}"
+        return (connection, path, {}) if tls else (connection, f"http://{host}:{port}{path}", authorization)
 
     def _check_behind_proxy(self, host: str, port: int, *, private_too: bool) -> None:
         try:
@@ -260,7 +266,9 @@ class GuardedOpener:
         return bytes(body)
 
     def _refusal(self, response: http.client.HTTPResponse, host: str) -> FetchFailed:
-        reason = f"HTTP Error {response.status}: {response.reason}"
+        # not the server's own words, which may be anything and go into tables and terminals
+        phrase = http.client.responses.get(response.status, "of no standard meaning")
+        reason = f"HTTP Error {response.status}: {phrase}"
         if response.status not in _WORTH_A_RETRY:
             return FetchFailed(HTTP_ERROR, reason)
         wait_s = _retry_after(response.headers)

@@ -36,9 +36,11 @@ class WebDataset:
     Args:
         config: where they are.
         caption_column: name of the caption's column.
+        max_bytes: of an image; of larger ones no more is read.
     """
 
-    def __init__(self, config: WebDatasetFiles, caption_column: str) -> None:
+    def __init__(self, config: WebDatasetFiles, caption_column: str, max_bytes: int) -> None:
+        self._max_bytes = max_bytes
         self.what = f"WebDataset {config.path}"
         self._files = InputFiles(config.path, _WHAT)
         self._caption_column = caption_column
@@ -76,7 +78,7 @@ class WebDataset:
             with self._files.open(tar) as file:
                 for position, offset, size in members:
                     file.seek(offset)
-                    yield position, bytes(file.read(size))
+                    yield position, bytes(file.read(min(size, self._max_bytes + 1)))
 
     def _tars(self) -> list[str]:
         names = self._files.names()
