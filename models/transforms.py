@@ -15,7 +15,7 @@ from torch import Tensor
 
 from models.config import Config, Fraction
 
-IMAGE_FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM")
+IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM")
 """What is decoded. Of the others that Pillow knows some run programs on what strangers wrote (EPS: Ghostscript)."""
 
 

@@ -1,4 +1,4 @@
-"""How drawings become a metric row."""
+"""How rows become metrics, and which rows are asked about."""
 
 from __future__ import annotations
 
@@ -7,8 +7,12 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
+import torch
 
-from stages.evaluate import EvaluateConfig, _generation_rows
+from stages.evaluate import EvaluateConfig, _generation_rows, _understanding_rows
+from stages.evaluation_tasks import RANDOM, SAME_CATEGORY, EvaluationWorker, TaskFactory
+from stages.vlm_training import CodedRows
+from tests.tiny import TinyRun
 
 
 def rows_of(images_per_prompt: int, correct: list[bool]) -> list[dict[str, Any]]:
@@ -31,3 +35,50 @@ def test_several_drawings_of_a_prompt_are_one_sample() -> None:
     assert own["value"] == pytest.approx((1 + 0.5 + 0 + 0) / 4)
     assert (own["num_samples"], ceiling["num_samples"], ceiling["value"]) == (4, 4, 0.75)
     assert own["settings"]["interval"] == "over prompts" and own["settings"]["images_per_prompt"] == 2
+
+
+def _worker(run: TinyRun, **changes: Any) -> EvaluationWorker:
+    inputs = {name: result.manifest for name, result in run.results.items()}
+    config = run.recipe.evaluate.model_copy(update=changes)
+    return EvaluationWorker(TaskFactory(run.store, "key", config, 0, inputs))
+
+
+def test_captions_may_stand_for_concepts_and_categories_may_lack(tiny_run: TinyRun) -> None:
+    rows = _worker(tiny_run, concept="{caption}", category_column="nosuch").understand([0, 1, 2])
+    assert [row["distractors"] for row in rows] == [RANDOM] * 3
+    assert {row["pixel_baseline_correct"] for row in rows} == {None}, "no training image has such a caption"
+    table = pa.table({name: [row[name] for row in rows] for name in rows[0]})
+    found = _understanding_rows("sde", table, EvaluateConfig())
+    assert {(row["model"], row["metric"]) for row in found} == {
+        ("sde", "accuracy_random"),
+        ("ceiling: teacher", "accuracy_random"),
+    }
+
+
+def test_rows_without_a_category_get_no_questions_within_it(tiny_run: TinyRun) -> None:
+    worker = _worker(tiny_run)
+    worker.concepts.categories[1] = ""
+    asked = [(row["key"], row["distractors"]) for row in worker.understand([0, 1])]
+    keys = worker.rows.keys
+    assert asked == [(keys[0], RANDOM), (keys[1], RANDOM), (keys[0], SAME_CATEGORY)]
+
+
+def test_a_held_out_image_without_codes_is_left_out_of_the_evaluation(tiny_run: TinyRun) -> None:
+    whole, partly = _worker(tiny_run), _worker(tiny_run)
+    keys = whole.rows.keys
+    kept = [*range(3), *range(4, len(keys))]
+    without = CodedRows(
+        whole.rows.info,
+        [keys[at] for at in kept],
+        {name: [values[at] for at in kept] for name, values in whole.rows.columns.items()},
+        whole.rows.codes[kept],
+    )
+    partly.__dict__["rows"] = without
+    assert partly.images.keys == without.keys
+    assert torch.equal(partly.images.pixels([2, 3]), whole.images.pixels([2, 4]))
+    (row,) = partly.reconstruct([3])
+    assert row == {**whole.reconstruct([4])[0], **{name: row[name] for name in row if name.endswith("features")}}
+    partly.__dict__.pop("images")
+    partly.rows.keys[0] = "of another download"
+    with pytest.raises(ValueError, match="lacks 1 held-out images of the code table"):
+        _ = partly.images

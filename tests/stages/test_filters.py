@@ -82,6 +82,8 @@ def scene(seed: int, size: int = 160) -> Image.Image:
         ("картина", {"caption_scripts": ("LATIN", "CYRILLIC")}, ""),
         ("图片 photo", {"caption_scripts": ("CJK",)}, "caption not in CJK"),
         ("图片 photo", {"caption_scripts": ("CJK",), "min_script_fraction": 0.2}, ""),
+        ("ラーメン 々", {"caption_scripts": ("CJK", "KATAKANA"), "min_script_fraction": 1.0}, ""),
+        ("ＡＢＣ ｶﾒﾗ", {"caption_scripts": ("LATIN", "KATAKANA"), "min_script_fraction": 1.0}, ""),
         ("2024 !!", {"caption_scripts": ("LATIN",)}, "caption not in LATIN"),
     ],
 )
@@ -180,3 +182,9 @@ def test_near_duplicates_are_those_of_the_slow_search(max_bits: int) -> None:
 def test_filters_that_leave_no_image_are_an_error(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"none of 2 rows gave an image \(2 x .*loosen download\.filters"):
         run_download(tmp_path, [png("red", (9, 9)), png("blue", (9, 9))], filters={"min_side": 64})
+
+
+def test_sixteen_bit_images_are_hashed_by_what_is_in_them() -> None:
+    ramps = [np.linspace(300, 60_000, 64 * 64).reshape(64, 64).astype(np.uint16) for _ in range(2)]
+    hashes = {perceptual_hash(Image.fromarray(ramp)) for ramp in (ramps[0], ramps[1].T)}
+    assert len(hashes) == 2

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import http.client
 import socket
 import subprocess
 import sys
@@ -15,6 +17,7 @@ import pytest
 from stages.sources import addresses
 from stages.sources.failures import FetchFailed, read_failure
 from stages.sources.guarded_http import Guard, GuardedOpener
+from stages.sources.host_gates import MOST_CLOSINGS, HostGates
 from stages.sources.source import (
     CONNECTION_ERROR,
     HTTP_ERROR,
@@ -218,3 +221,56 @@ def test_failure_survives_the_way_through_img2dataset(message: str | None, statu
     failure = read_failure(message)
     assert failure.status == status
     assert reason in failure.reason
+
+
+def test_all_addresses_of_a_name_share_one_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[float] = []
+
+    def left() -> float:
+        asked.append(0.01)
+        if len(asked) > 2:
+            raise TimeoutError
+        return 0.01
+
+    dead = [(socket.AF_INET, ("127.0.0.1", port)) for port in range(1, 9)]  # nothing listens there
+    monkeypatch.setattr(addresses, "resolve", lambda *_, **__: dead)
+    with pytest.raises(TimeoutError):
+        addresses.connect("pictures.example", 80, left, private_too=True)
+    assert len(asked) == 3
+
+
+def test_a_host_that_only_ever_asks_to_wait_is_given_up() -> None:
+    gates = HostGates(1)
+    for _ in range(MOST_CLOSINGS - 1):
+        gates.close_for("shut", 0)
+    gates.served("shut")
+    for _ in range(MOST_CLOSINGS):
+        with gates.through("shut"):
+            gates.close_for("shut", 0)
+    with pytest.raises(FetchFailed, match="only ever asked to wait"), gates.through("shut"):
+        pass
+    with gates.through("another"):
+        pass
+
+
+def test_requests_that_are_refused_together_count_once() -> None:
+    gates = HostGates(4)
+    for _ in range(3 * MOST_CLOSINGS):
+        gates.close_for("busy", 0.05)
+    with gates.through("busy"):
+        pass
+
+
+def test_a_proxy_gets_its_user_and_password(server: MisbehavingServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("http_proxy", f"http://me:p%40ss@{server.address}")
+    monkeypatch.delenv("no_proxy", raising=False)
+    sent: list[dict[str, str]] = []
+    request = http.client.HTTPConnection.request
+
+    def noted(self: http.client.HTTPConnection, *arguments: object, headers: dict[str, str]) -> None:
+        sent.append(headers)
+        request(self, *arguments, headers=headers)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(http.client.HTTPConnection, "request", noted)
+    assert get(opener(server, allow_private_addresses=True), "http://203.0.113.7/red.png") == png("red")
+    assert sent[0]["Proxy-Authorization"] == f"Basic {base64.b64encode(b'me:p@ss').decode()}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from infra.executors import LocalExecutor
 from stages.encoding import Batch, Codes
 from stages.execution import run_stage
 from stages.image_data import ORIGINAL
-from stages.isolation import CRASHED, FAILED, TRIES, EncoderCrashed, EncoderUnusable, encode_or_isolate
+from stages.isolation import CRASHED, FAILED, TRIES, EncoderCrashed, EncoderUnusable, Sandbox, encode_or_isolate
 from storage.code_table import read_code_table
 from storage.manifest import Manifest
 from storage.store import Store
@@ -150,3 +151,22 @@ def test_too_many_failures_stop_the_stage_with_their_reasons(tmp_path: Path) -> 
     assert "6 of 12 images could not be tokenized" in ended.stderr
     assert "tokenize.max_failed_fraction=0.4 (first: 000000000: ValueError: cannot take this one" in ended.stderr
     assert store.lookup(run.action_key) is None
+
+
+def test_too_little_memory_is_no_fault_of_an_image() -> None:
+    encoder = _Picky({2}, MemoryError("a batch of four"))
+    with pytest.raises(MemoryError, match="a batch of four"):
+        encode_or_isolate(encoder.encode, _batch(4))
+
+
+@dataclass(frozen=True)
+class _CannotLoad:
+    """A factory whose process dies."""
+
+    def __call__(self) -> _Picky:
+        os._exit(7)
+
+
+def test_an_encoder_that_dies_while_it_loads_blames_no_image() -> None:
+    with Sandbox(_CannotLoad()) as sandbox, pytest.raises(EncoderUnusable, match="exit code 7 before it had loaded"):
+        encode_or_isolate(sandbox.encode, _batch(4))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
@@ -17,6 +18,7 @@ import pytest
 
 from infra.executors import LocalExecutor
 from stages.download import STAGE, DownloadConfig, open_source, read_rows
+from stages.sources.folder import FolderImages
 from stages.stage import Outcome, StageContext
 from storage.image_shards import ImageSample, read_image_shard, write_image_shard
 from storage.store import Store
@@ -291,3 +293,56 @@ def test_unknown_kind_of_files_lists_those_that_there_are(tmp_path: Path) -> Non
 def test_column_of_our_own_tables_cannot_be_an_extra_one() -> None:
     with pytest.raises(ValueError, match="columns status are of our own tables"):
         DownloadConfig(extra_columns=("status",))
+
+
+@pytest.mark.parametrize("kind", ["folder", "webdataset"])
+def test_no_more_of_a_huge_file_is_read_than_is_allowed(
+    tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    huge = IMAGES[0] + bytes(1_000_000)
+    (tmp_path / "files").mkdir()
+    if kind == "folder":
+        (tmp_path / "files" / "a.png").write_bytes(huge)
+        (tmp_path / "files" / "a.txt").write_text("a")
+    else:
+        write_tar(tmp_path / "files" / "a.tar", {"1.png": huge, "1.txt": b"one"})
+    files = {"kind": kind, "path": str(tmp_path / "files")}
+    config = DownloadConfig(files=files, max_bytes=5000, max_failed_fraction=1)
+    source = open_source(config)
+    rows = read_rows(config).to_pylist()
+    ((_, fetched),) = source.fetch(rows, tmp_path)
+    assert isinstance(fetched, bytes) and len(fetched) == 5001
+    with pytest.raises(ValueError, match="too_large"):
+        run_download(config, tmp_path)
+
+
+def test_a_folder_in_trouble_is_no_missing_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_folder(tmp_path)
+    images = FolderImages(str(tmp_path / "images"), "path", 10**6)
+
+    def fail(*_: object) -> bytes:
+        raise OSError(errno.EIO, "the service does not answer")
+
+    monkeypatch.setattr(images.files, "read", fail)
+    with pytest.raises(OSError, match="does not answer"):
+        images.read("a.png")
+
+
+def test_shadow_files_of_macos_are_no_samples(tmp_path: Path) -> None:
+    members = {"._1.png": b"shadow", "1.png": IMAGES[0], "._1.txt": b"shadow", "1.txt": b"one"}
+    write_tar(tmp_path / "a.tar", members)
+    rows, samples, _ = run_download(
+        DownloadConfig(files={"kind": "webdataset", "path": str(tmp_path / "a.tar")}), tmp_path
+    )
+    assert [(row["caption"], row["status"]) for row in rows] == [("one", "ok")]
+    assert [sample.image for sample in samples] == [IMAGES[0]]
+
+
+def test_a_file_that_a_program_would_be_run_for_is_no_image(tmp_path: Path) -> None:
+    make_folder(tmp_path)
+    eps = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n"
+    (tmp_path / "images" / "a.png").write_bytes(eps)
+    (tmp_path / "list.csv").write_text("file_name,caption\na.png,x\n")
+    files = {"kind": "folder", "path": str(tmp_path / "images"), "captions": str(tmp_path / "list.csv")}
+    with pytest.raises(ValueError, match="not_an_image"):
+        run_download(DownloadConfig(files=files, max_failed_fraction=1), tmp_path)

@@ -137,3 +137,17 @@ def _age(path: Path) -> None:
     """Make a file a day old."""
     old = path.stat().st_mtime - 86_400
     os.utime(path, (old, old))
+
+
+@pytest.mark.parametrize("finished", [False, True])
+def test_rows_that_a_plan_names_stay_while_its_shards_may_be_made_again(tmp_path: Path, finished: bool) -> None:
+    store = Store(str(tmp_path / "store"))
+    rows = store.put_bytes(b"what is to be fetched", "rows.parquet")
+    name = "key-first" if finished else "going"
+    store.create_plan(name, {"rows": rows.to_json(), "shards": ["a"]})
+    if finished:
+        commit(store, "first")
+        _age(tmp_path / "store" / "plans" / f"{name}.json")
+    _age(tmp_path / "store" / blob_key(rows.sha256))
+    assert keys(store, timedelta(hours=1), delete=True) == set()
+    assert store.read_bytes(rows) == b"what is to be fetched"

@@ -79,3 +79,35 @@ def test_cache_that_cannot_be_used_is_named(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setenv("MUSEVL_CACHE", str(tmp_path / "cache"))
     with pytest.raises(ValueError, match=r"input-digests\.sqlite: .*remove it, or set MUSEVL_CACHE"):
         InputFiles(str(tmp_path / "given"), "path").digest()
+
+
+def test_names_that_look_like_patterns_are_read_as_they_are(tmp_path: Path) -> None:
+    write(str(tmp_path), {"cat [1].txt": b"one", "cat 1.txt": b"other", "what?.txt": b"two"})
+    assert list(InputFiles(str(tmp_path), "path").read_all(["what?.txt", "cat [1].txt"])) == [b"two", b"one"]
+
+
+def test_no_more_is_read_than_asked_for(folder: str) -> None:
+    assert InputFiles(folder, "path").read("a-1.tar", 3) == b"sec"
+
+
+def test_a_link_counts_as_what_it_leads_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MUSEVL_CACHE", str(tmp_path / "cache"))
+    write(str(tmp_path), {"blobs/1": b"first", "plain/a.tar": b"first", "linked/readme": b"r", "plain/readme": b"r"})
+    (tmp_path / "linked" / "a.tar").symlink_to(tmp_path / "blobs" / "1")
+    linked = str(tmp_path / "linked")
+    assert InputFiles(linked, "path").names() == ["a.tar", "readme"]
+    assert InputFiles(f"{linked}/*.tar", "path").names() == ["a.tar"]
+    before = InputFiles(linked, "path").digest()
+    assert before == InputFiles(str(tmp_path / "plain"), "path").digest()
+    write(str(tmp_path), {"blobs/1": b"FIRST"})
+    assert InputFiles(linked, "path").digest() != before
+
+
+@pytest.mark.parametrize(
+    ("target", "reason"), [("blobs", "link .* to a folder, which is not followed"), ("gone", "gone|link")]
+)
+def test_a_link_that_cannot_be_followed_is_named(tmp_path: Path, target: str, reason: str) -> None:
+    write(str(tmp_path), {"blobs/1": b"first", "given/a": b"a"})
+    (tmp_path / "given" / "link").symlink_to(tmp_path / target)
+    with pytest.raises(ValueError, match=reason):
+        InputFiles(str(tmp_path / "given"), "path").names()
