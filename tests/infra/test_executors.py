@@ -210,3 +210,13 @@ def test_executors_have_names() -> None:
     assert isinstance(build_executor("ray"), RayExecutor)
     with pytest.raises(ValueError, match="use ray or local"):
         build_executor("spark")  # type: ignore[arg-type]
+
+
+@pytest.mark.slow
+def test_a_share_of_a_gpu_that_no_machine_has_ends_the_run() -> None:
+    executor = RayExecutor(num_cpus=1)
+    try:
+        with pytest.raises(ValueError, match="no machine of the Ray cluster has the 999 GPUs .* gpus_per_worker"):
+            list(executor.map(lambda: lambda item: item, [{"a": 1}], num_workers=1, num_gpus=999))
+    finally:
+        executor.close()
