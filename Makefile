@@ -1,8 +1,6 @@
 # `make mini` and `make test` are all that a fresh machine with Python 3.11+ and a package index needs.
 
 PYTHON ?= python3
-# each trains with two threads; OMP_WAIT_POLICY below lets those that wait give way to the other process
-TEST_PROCESSES ?= 2
 BIN := .venv/bin
 STAMP := .venv/.installed
 
@@ -25,8 +23,7 @@ mini: $(STAMP) ## run the whole pipeline on sample data and write its report
 
 test: lint ## linters, types, import rules and all tests
 	@bash infra/install-browser.sh
-	OMP_WAIT_POLICY=passive $(BIN)/python -m infra.malloc $(BIN)/python -m pytest \
-		-n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder $(ARGS)
+	$(BIN)/python -m infra.malloc $(BIN)/python -m pytest $(ARGS)
 
 lint: $(STAMP) ## ruff, mypy and import-linter
 	$(BIN)/ruff check .
