@@ -86,7 +86,14 @@ def _sequence_maker(config: PretrainConfig) -> SequenceMaker:
     return make
 
 
-STAGE = Stage("pretrain", "pretrain", PretrainConfig, inputs=("tokenize",), run=run, version=2)
+STAGE = Stage(
+    name="pretrain",
+    section="pretrain",
+    config_class=PretrainConfig,
+    inputs=("tokenize",),
+    run=run,
+    version=2,  # the metric `loss` is the loss
+)
 
 if __name__ == "__main__":
     raise SystemExit(run_standalone(STAGE.name))

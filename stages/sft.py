@@ -102,7 +102,14 @@ def _partly_random(codes: Tensor, part: float, builder: SequenceBuilder) -> Tens
     return torch.where(torch.rand(codes.shape[-2:]) < part, noise, codes)
 
 
-STAGE = Stage("sft", "sft", SftConfig, inputs=("tokenize", "pretrain"), run=run, version=2)
+STAGE = Stage(
+    name="sft",
+    section="sft",
+    config_class=SftConfig,
+    inputs=("tokenize", "pretrain"),
+    run=run,
+    version=2,  # the metric `loss` is the loss
+)
 
 if __name__ == "__main__":
     raise SystemExit(run_standalone(STAGE.name))
