@@ -94,6 +94,9 @@ class RayExecutor:
         num_cpus: size of a cluster started here; None takes every core.
     """
 
+    # Of the process: executors share the one cluster that a process can be in, and only one of them started it
+    _cluster_is_ours = False
+
     def __init__(self, num_cpus: int | None = None) -> None:
         self._num_cpus = num_cpus
         self._started = False
@@ -109,11 +112,11 @@ class RayExecutor:
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         if num_gpus and not any(node.get("GPU", 0) >= num_gpus for node in nodes):
             lacking = f"no machine of the Ray cluster has the {num_gpus:g} GPUs that each worker is to hold"
-            if self._started:
+            if RayExecutor._cluster_is_ours:
                 raise ValueError(f"{lacking}; set gpus_per_worker of the stage to 0 to work without")
             logger.warning("%s; waiting for one", lacking)
         num_actors = max(1, min(num_workers, len(items)))
-        if self._started:
+        if RayExecutor._cluster_is_ours:
             num_actors = min(num_actors, max(1, int(sum(node.get("CPU", 0) for node in nodes))))
         unfinished = dict(enumerate(items))
         replacements: set[int] = set()
@@ -139,7 +142,7 @@ class RayExecutor:
             import ray
 
             ray.shutdown()
-            self._started = False
+            self._started = RayExecutor._cluster_is_ours = False
 
     def _connect(self) -> None:
         # Ray reads these when it is imported or first used, so they stay for the life of the process.
@@ -181,7 +184,7 @@ class RayExecutor:
                 log_to_driver=False,
                 logging_level=logging.ERROR,
             )
-        self._started = True
+        self._started = RayExecutor._cluster_is_ours = True
         logger.info("started a local Ray cluster")
 
 

@@ -213,10 +213,10 @@ def test_executors_have_names() -> None:
 
 
 @pytest.mark.slow
-def test_a_share_of_a_gpu_that_no_machine_has_ends_the_run() -> None:
-    executor = RayExecutor(num_cpus=1)
-    try:
-        with pytest.raises(ValueError, match="no machine of the Ray cluster has the 999 GPUs .* gpus_per_worker"):
-            list(executor.map(lambda: lambda item: item, [{"a": 1}], num_workers=1, num_gpus=999))
-    finally:
-        executor.close()
+@pytest.mark.parametrize("joins", [False, True])
+def test_a_share_of_a_gpu_that_no_machine_has_ends_the_run(ray_executor: RayExecutor, joins: bool) -> None:
+    # `ray_executor` has started this process's cluster, and the second one is in the same
+    assert list(ray_executor.map(lambda: lambda item: item, [{"a": 1}], num_workers=1)) == [{"a": 1}]
+    executor = RayExecutor() if joins else ray_executor
+    with pytest.raises(ValueError, match="no machine of the Ray cluster has the 999 GPUs .* gpus_per_worker"):
+        list(executor.map(lambda: lambda item: item, [{"a": 1}], num_workers=1, num_gpus=999))
