@@ -21,6 +21,10 @@ from storage.store import Store
 
 Codes = npt.NDArray[np.int64]
 
+CPU_CHUNK = 8
+"""Images that a CPU encodes at a time, blank ones included, whatever the batch size: other numbers take other kernels,
+which round a code otherwise now and then. Faster than the batches that suit a GPU."""
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -84,12 +88,18 @@ class Encoder:
         if any(view != ORIGINAL for view in batch.views):
             pairs = enumerate(zip(batch.keys, batch.views, strict=True))
             images = torch.stack([self._shown(images[at], key, view) for at, (key, view) in pairs])
-        if len(images) == 1:  # one image alone takes other kernels, which round a code otherwise now and then
-            images = torch.cat([images, torch.zeros_like(images)])
         with autocast(self.device, self._job.precision):
-            codes = self.tokenizer.encode(images)
+            codes = self._codes(images)
         found: Codes = codes[slots].cpu().numpy()
         return found
+
+    def _codes(self, images: Tensor) -> Tensor:
+        """Codes `[b, N, D, h, w]` of images `[b, 3, H, W]`."""
+        if self.device.type != "cpu":
+            return self.tokenizer.encode(images)
+        blank = images.new_zeros(-len(images) % CPU_CHUNK, *images.shape[1:])
+        chunks = torch.cat([images, blank]).split(CPU_CHUNK)
+        return torch.cat([self.tokenizer.encode(chunk) for chunk in chunks])[: len(images)]
 
     def _shown(self, image: Tensor, key: str, view: str) -> Tensor:
         """A view of an image `[3, H, W]`; which one follows from seed, view and key alone."""

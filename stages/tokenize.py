@@ -62,8 +62,9 @@ class TokenizeConfig(Config):
     precision: str = "bf16"
     """Autocast type of the encoder, `bf16` or `fp32`; distances to the codebook are float32 in both."""
     batch_size: PositiveInt = 32
-    """Images encoded at a time. Part of the identity of the result: on some devices the last bits of a convolution,
-    and so now and then a code, depend on the batch."""
+    """Images encoded at a time on a GPU. Part of the identity of the result: there the last bits of a convolution, and
+    so now and then a code, depend on the batch. A CPU takes eight at a time whatever is said here, so that the same
+    images have the same codes."""
     min_caption_match: Annotated[float, Field(ge=-1, le=1)] | None = None
     """Training images whose caption fits them less are left out: cosine similarity of image and caption in the space of
     the recipe's teacher, which needs a text tower. Held-out images all stay. LAION-400M took 0.3 with CLIP ViT-B/32;
@@ -381,7 +382,7 @@ STAGE = Stage(
     config_class=TokenizeConfig,
     inputs=("download", "prepare_teacher", "train_tokenizer"),
     run=run,
-    version=2,  # rows stand image by image, and images that fail are rows
+    version=3,  # a CPU encodes eight images at a time
 )
 
 if __name__ == "__main__":
