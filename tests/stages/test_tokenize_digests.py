@@ -1,4 +1,4 @@
-"""What must not change a code: hash seeds, workers, batches, shards, threads that decode; in processes of their own."""
+"""What must not change a code: hash seeds, workers, batches, shards, threads that decode."""
 
 from __future__ import annotations
 
@@ -9,27 +9,26 @@ from pathlib import Path
 
 import pytest
 
+from infra.executors import LocalExecutor
+from stages.execution import run_stage
 from storage.code_table import read_code_table
 from storage.digests import sha256_bytes
 from storage.store import Store
-from tests.light import light_run
+from tests.light import LightRun, light_run
 
 ROOT = Path(__file__).parents[2]
 NUM_IMAGES = 12
 
 
-def tokenize(
-    folder: Path, tokenize: dict[str, int], *, rows_per_shard: int = 6, hash_seed: str = "0"
-) -> tuple[str, str]:
-    """Digest of the artifact, and of keys and codes alone, from a child process."""
+def light(folder: Path, tokenize: dict[str, int], rows_per_shard: int = 6) -> tuple[LightRun, Store]:
     folder.mkdir()
-    run = light_run(
-        folder,
-        num_images=NUM_IMAGES,
-        rows_per_shard=rows_per_shard,
-        sections={"tokenize": {"batch_size": 4} | tokenize},
-    )
-    store = run.store(str(folder / "store"))
+    sections = {"tokenize": {"batch_size": 4} | tokenize}
+    run = light_run(folder, num_images=NUM_IMAGES, rows_per_shard=rows_per_shard, sections=sections)
+    return run, run.store(str(folder / "store"))
+
+
+def in_a_process(folder: Path, tokenize: dict[str, int], hash_seed: str) -> tuple[str, str]:
+    run, store = light(folder, tokenize)
     executor = "ray" if tokenize.get("num_workers", 1) > 1 else "local"
     command = [sys.executable, "-m", "stages.tokenize", "--recipe", str(run.recipe_path)]
     command += ["--store", store.uri, "--executor", executor]
@@ -40,7 +39,14 @@ def tokenize(
     return digests(store, run.action_key)
 
 
+def here(folder: Path, tokenize: dict[str, int], rows_per_shard: int = 6) -> tuple[str, str]:
+    run, store = light(folder, tokenize, rows_per_shard)
+    run_stage("tokenize", run.recipe, store, LocalExecutor())
+    return digests(store, run.action_key)
+
+
 def digests(store: Store, action_key: str) -> tuple[str, str]:
+    """Of the artifact, and of keys and codes alone."""
     table = store.lookup(action_key)
     assert table is not None
     rows = read_code_table([store.fetch(entry) for entry in table.files_under("codes")])
@@ -49,19 +55,17 @@ def digests(store: Store, action_key: str) -> tuple[str, str]:
 
 @pytest.mark.slow
 def test_nothing_that_only_says_how_to_run_changes_the_artifact(tmp_path: Path) -> None:
-    expected = tokenize(tmp_path / "plain", {})
-    assert tokenize(tmp_path / "seed", {"decode_threads": 7}, hash_seed="123") == expected
-    assert tokenize(tmp_path / "workers", {"num_workers": 2}, hash_seed="7") == expected
+    expected = here(tmp_path / "plain", {})
+    assert in_a_process(tmp_path / "seed", {"decode_threads": 7}, hash_seed="123") == expected
+    assert in_a_process(tmp_path / "workers", {"num_workers": 2}, hash_seed="7") == expected
 
 
-@pytest.mark.slow
-def test_neither_batches_nor_shards_change_a_code(tmp_path: Path) -> None:
-    """They are in the key, since kernels of other devices may round otherwise."""
-    codes = {
-        tokenize(tmp_path / "plain", {})[1],
-        tokenize(tmp_path / "batches", {"batch_size": 5})[1],
-        tokenize(tmp_path / "small", {"batch_size": 3})[1],
-        tokenize(tmp_path / "one", {"batch_size": 1})[1],
-        tokenize(tmp_path / "shards", {}, rows_per_shard=5)[1],
-    }
-    assert len(codes) == 1
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 5, 16])
+def test_no_batch_size_changes_a_code(batch_size: int, tmp_path: Path) -> None:
+    """It is in the key, since other devices may round otherwise."""
+    codes = {size: here(tmp_path / str(size), {"batch_size": size})[1] for size in (4, batch_size)}
+    assert codes[4] == codes[batch_size]
+
+
+def test_no_size_of_shards_changes_a_code(tmp_path: Path) -> None:
+    assert here(tmp_path / "of five", {}, rows_per_shard=5)[1] == here(tmp_path / "of six", {})[1]
