@@ -6,14 +6,14 @@ Shape legend: B batch, h w code grid, C channels.
 from __future__ import annotations
 
 import re
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
 from pydantic import PositiveInt
 from torch import Tensor, nn
 
-from models.config import Config, Fraction
+from models.config import Config, CountsByContent, Fraction
 from models.teachers import PixelNormalisation, Teacher, check_layers, folded, resized, standardised
 from models.torchvision_compat import make_torchvision_importable
 
@@ -37,7 +37,7 @@ class BackboneTeacherConfig(Config):
     """Selects this teacher."""
     architecture: str = "tf_efficientnet_lite0"
     """timm model name."""
-    weights: str = "package:efficientnet-lite0"
+    weights: Annotated[str, CountsByContent()] = "package:efficientnet-lite0"
     """`package:efficientnet-lite0` (ImageNet weights that install from the package index), `hub` (timm's own
     download), or the path of a state dict (`.safetensors`, or `.pth` read with `weights_only`)."""
     input_size: PositiveInt = 128

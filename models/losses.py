@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +10,7 @@ from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt
 from torch import Tensor, nn
 
 from models.backbone_teacher import BackboneTeacher
-from models.config import Config, Fraction
+from models.config import Config, CountsByContent, Fraction
 from models.convolutional import gradient_norm
 
 
@@ -28,7 +28,7 @@ class LossConfig(Config):
     """Weight of the perceptual distance."""
     perceptual_fraction: Fraction = 1.0
     """Part of each batch that the perceptual distance looks at: an unbiased saving where it dominates a step."""
-    lpips_vgg_weights: str | None = None
+    lpips_vgg_weights: Annotated[str | None, CountsByContent()] = None
     """Path of torchvision's VGG16 state dict for machines without a hub; `null` lets `lpips` download it."""
     semantic_weight: NonNegativeFloat = 1.0
     """`1 - cos(Dec_s(z_q), T)`; DualToken: 5."""

@@ -10,13 +10,13 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.config import Config
+from models.config import Config, CountsByContent
 from models.torchvision_compat import make_torchvision_importable
 
 
@@ -25,9 +25,9 @@ class OpenClipTeacherConfig(Config):
 
     kind: Literal["open_clip"] = "open_clip"
     """Selects this teacher."""
-    name: str = "ViT-SO400M-14-SigLIP-384"
+    name: Annotated[str, CountsByContent("local-dir:")] = "ViT-SO400M-14-SigLIP-384"
     """open_clip architecture name, or `hf-hub:...`, or `local-dir:...`."""
-    pretrained: str | None = "webli"
+    pretrained: Annotated[str | None, CountsByContent()] = "webli"
     """open_clip tag or path of a checkpoint; `null` for random weights (tests)."""
 
 
@@ -36,7 +36,7 @@ class TransformersTeacherConfig(Config):
 
     kind: Literal["transformers"] = "transformers"
     """Selects this teacher."""
-    path: str = "google/siglip-so400m-patch14-384"
+    path: Annotated[str, CountsByContent()] = "google/siglip-so400m-patch14-384"
     """Hub id or local folder."""
 
 

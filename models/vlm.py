@@ -5,14 +5,14 @@ Shape legend: B batch, T tokens, H channels, V visual positions, N books, D dept
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from pydantic import PositiveInt
 from torch import Tensor, nn
 
-from models.config import Config, Fraction
+from models.config import Config, CountsByContent, Fraction
 from models.sampling import SamplingConfig, guided, pick
 from models.torchvision_compat import make_torchvision_importable
 from models.visual_codes import VisualCodes
@@ -29,7 +29,7 @@ LossAverage = Literal["token", "sequence"]
 class LlmConfig(Config):
     """The base language model: any causal LM of transformers, or a small Qwen2 with random weights."""
 
-    base: str = "small"
+    base: Annotated[str, CountsByContent()] = "small"
     """`small`, or the hub id or folder of a causal LM (Qwen/Qwen2.5-7B, 01-ai/Yi-1.5-9B, ...); only `small` reads the
     fields below."""
     hidden_size: PositiveInt = 256

@@ -23,6 +23,7 @@ from models.backbone_teacher import (
     convert_efficientnet_lite0,
     split_words,
 )
+from models.config import Config
 from models.teachers import OpenClipTeacher, OpenClipTeacherConfig, TransformersTeacher, TransformersTeacherConfig
 from models.transforms import TransformConfig, normalise
 from stages.image_data import ImageSource
@@ -32,6 +33,7 @@ from stages.standalone import run_standalone
 from stages.training import EpochSampler, LoopConfig, OptimiserConfig, build_optimiser, mix_seed, optimise, train
 from storage.digests import sha256_file
 from storage.manifest import FileEntry
+from storage.store import Store
 
 TeacherConfig = Annotated[
     BackboneTeacherConfig | OpenClipTeacherConfig | TransformersTeacherConfig, Field(discriminator="kind")
@@ -68,7 +70,7 @@ def run(context: StageContext[PrepareTeacherConfig]) -> Outcome:
     else:
         teacher, words, files = _backbone_teacher(context, model)
     files += [
-        put_json(context.store, {"config": model.model_dump(mode="json"), "words": words}, "teacher.json"),
+        _description(context.store, model, words),
         put_weights(context, teacher),
     ]
     return Outcome("teacher", files, metadata={"feature_dim": teacher.feature_dim, "has_text": teacher.has_text})
@@ -86,8 +88,13 @@ def _snapshot_transformers(
     AutoImageProcessor.from_pretrained(model.path).save_pretrained(folder)
     names = sorted(path for path in folder.rglob("*") if path.is_file())
     files = [context.store.put_file(path, f"model/{path.relative_to(folder).as_posix()}") for path in names]
-    description = {"config": model.model_dump(mode="json"), "words": []}
-    return [*files, put_json(context.store, description, "teacher.json")], teacher.feature_dim
+    return [*files, _description(context.store, model, [])], teacher.feature_dim
+
+
+def _description(store: Store, model: Config, words: list[str]) -> FileEntry:
+    """What builds the teacher again around its stored weights, without saying where they came from."""
+    config = model.model_dump(mode="json", exclude={"path", "pretrained", "weights"})
+    return put_json(store, {"config": config, "words": words}, "teacher.json")
 
 
 def _backbone_teacher(

@@ -14,8 +14,9 @@ from typing import Annotated, Any, Generic, TypeVar
 from pydantic import NonNegativeFloat, PositiveInt
 
 from infra.executors import Executor
-from models.config import Config, Fraction
-from storage.digests import digest_of
+from models.config import Config, CountsByContent, Fraction
+from storage.digests import digest_of, sha256_file
+from storage.input_files import InputFiles
 from storage.manifest import FileEntry, Manifest
 from storage.store import Store
 
@@ -104,7 +105,11 @@ class Stage(Generic[C]):
 
 
 def normalised_config(config: Config) -> dict[str, Any]:
-    """The config as JSON without the fields, at any depth, that do not affect the result."""
+    """The config as JSON without the fields, at any depth, that do not affect the result; digests stand for paths.
+
+    Raises:
+        OSError: a file whose content counts cannot be read.
+    """
     values: dict[str, Any] = {}
     dumped = config.model_dump(mode="json")
     for name, info in type(config).model_fields.items():
@@ -112,4 +117,14 @@ def normalised_config(config: Config) -> dict[str, Any]:
             continue
         value = getattr(config, name)
         values[name] = normalised_config(value) if isinstance(value, Config) else dumped[name]
+        marks = [mark for mark in info.metadata if isinstance(mark, CountsByContent)]
+        if marks and isinstance(value, str):
+            values[name] = _content(marks[0].path(value), name) or value
     return values
+
+
+def _content(path: str | None, what: str) -> str | None:
+    """The digest of a file or folder; None where there is none, as where a hub's name is given."""
+    if not path or not Path(path).exists():
+        return None
+    return f"sha256:{InputFiles(path, what).digest() if Path(path).is_dir() else sha256_file(path)}"

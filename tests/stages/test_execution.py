@@ -11,6 +11,11 @@ import pytest
 import torch
 
 from infra.executors import LocalExecutor
+from models.backbone_teacher import BackboneTeacherConfig
+from models.config import Config
+from models.losses import LossConfig
+from models.teachers import OpenClipTeacherConfig, TransformersTeacherConfig
+from models.vlm import LlmConfig
 from stages.execution import MissingInput, find_artifacts, run_stage
 from stages.recipe import STAGES, load_recipe
 from stages.stage import normalised_config
@@ -53,6 +58,44 @@ def test_runtime_fields_stay_out_of_the_key() -> None:
     changed = config.model_copy(update={"checkpoint_every": 3, "device": "cpu", "tensorboard": "events"})
     assert normalised_config(config) == normalised_config(changed)
     assert normalised_config(config) != normalised_config(config.model_copy(update={"steps": 31}))
+
+
+@pytest.mark.parametrize("place", ["file", "folder"])
+@pytest.mark.parametrize(
+    ("config_class", "field", "before"),
+    [
+        (TransformersTeacherConfig, "path", ""),
+        (OpenClipTeacherConfig, "pretrained", ""),
+        (OpenClipTeacherConfig, "name", "local-dir:"),
+        (BackboneTeacherConfig, "weights", ""),
+        (LossConfig, "lpips_vgg_weights", ""),
+        (LlmConfig, "base", ""),
+    ],
+)
+def test_given_weights_count_by_their_content_and_not_by_their_place(
+    config_class: type[Config], field: str, before: str, place: str, tmp_path: Path
+) -> None:
+    def put(name: str, content: bytes) -> Path:
+        path = tmp_path / name / "weights" if place == "folder" else tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(content)
+        return tmp_path / name
+
+    def key(value: Path) -> object:
+        return normalised_config(config_class(**{field: f"{before}{value}"}))
+
+    one, same, other = put("one", b"weights"), put("same", b"weights"), put("other", b"others")
+    assert key(one) == key(same) != key(other)
+    first = key(one)
+    put("one", b"edited")
+    assert key(one) != first
+    assert str(tmp_path) not in str(first)
+
+
+def test_names_of_a_hub_count_as_they_stand() -> None:
+    names = ["google/siglip2-base-patch16-256", "google/siglip-base-patch16-256"]
+    keys = [normalised_config(TransformersTeacherConfig(path=name)) for name in names]
+    assert [key["path"] for key in keys] == names
 
 
 @pytest.mark.parametrize("ambient", [1, 2])
