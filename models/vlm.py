@@ -96,7 +96,7 @@ def extend_llm(model: PreTrainedModel, vocabulary: Vocabulary) -> None:
 def start_from_codebook(model: PreTrainedModel, vocabulary: Vocabulary, codebook: Tensor) -> None:
     """Set the visual rows of embedding and head to a random linear image of the codebook.
 
-    The rows get the spread of the rows that are there, so the rest of the model sees what it would see otherwise.
+    They get the spread of the rows of text, so the rest of the model sees what it would see otherwise.
 
     Args:
         model: over the extended vocabulary, changed in place.
@@ -108,7 +108,8 @@ def start_from_codebook(model: PreTrainedModel, vocabulary: Vocabulary, codebook
         if layer is model.get_output_embeddings() and layer.weight is model.get_input_embeddings().weight:
             continue  # tied: one table
         rows = layer.weight[vocabulary.first_code : vocabulary.first_code + vocabulary.num_code_tokens]
-        rows.copy_(rows.std() * directions @ torch.randn(codebook.shape[1], rows.shape[1]))
+        text = layer.weight[: vocabulary.first_code]
+        rows.copy_(text.std() * directions @ torch.randn(codebook.shape[1], rows.shape[1]))
 
 
 class ImageCodes(NamedTuple):
@@ -158,13 +159,14 @@ class UnifiedVlm(nn.Module):
         inputs: Tensor = self.llm.get_input_embeddings()(token_ids)
         if self.visual is None or codes is None:
             return inputs
-        visual = self.visual.embed(codes)
-        return inputs.to(visual.dtype).masked_scatter(self._is_visual(token_ids)[..., None], visual)
+        # autocast ends in half precision, which the sum over all layers that begins here must not be
+        visual = self.visual.embed(codes).to(inputs.dtype)
+        return inputs.masked_scatter(self._is_visual(token_ids)[..., None], visual)
 
     def embed_codes(self, codes: Tensor) -> Tensor:
         """Codes `[V, N, D]` to inputs `[V, H]`."""
         if self.visual is not None:
-            return self.visual.embed(codes)
+            return self.visual.embed(codes).to(self.llm.get_input_embeddings().weight.dtype)
         inputs: Tensor = self.llm.get_input_embeddings()(self.vocabulary.code_ids(codes[:, 0, 0]))
         return inputs
 

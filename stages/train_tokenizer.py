@@ -266,13 +266,11 @@ class TokenizerTraining:
     def _average_weights(self) -> None:
         if self.average is None:
             return
-        current = self.tokenizer.state_dict()
-        for name, value in self.average.state_dict().items():
-            # the codebook is a moving average already; lagging it behind would break the pair of encoder and codes
-            if value.is_floating_point() and not name.startswith("quantizer"):
-                value.lerp_(current[name], 1 - self.config.ema_decay)
-            else:
-                value.copy_(current[name])
+        for mean, current in zip(self.average.parameters(), self.tokenizer.parameters(), strict=True):
+            mean.lerp_(current, 1 - self.config.ema_decay)
+        # a codebook that is a buffer is a moving average already
+        for buffer, current_buffer in zip(self.average.buffers(), self.tokenizer.buffers(), strict=True):
+            buffer.copy_(current_buffer)
 
     def final_tokenizer(self) -> ImageTokenizer:
         """The tokenizer whose weights the artifact holds."""

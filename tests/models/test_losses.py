@@ -10,6 +10,7 @@ from models.losses import (
     BackbonePerceptualDistance,
     LpipsDistance,
     adaptive_weight,
+    contrastive_loss,
     generator_loss,
     hinge_discriminator_loss,
     semantic_loss,
@@ -20,6 +21,14 @@ def test_hinge_loss_equals_its_formula() -> None:
     real, fake = torch.tensor([2.0, 0.5, -1.0]), torch.tensor([-2.0, 0.0, 3.0])
     expected = ((0 + 0.5 + 2) / 3 + (0 + 1 + 4) / 3) / 2
     assert float(hinge_discriminator_loss(real, fake)) == pytest.approx(expected)
+
+
+def test_contrastive_loss_keeps_its_precision_under_autocast() -> None:
+    images, texts = (torch.nn.functional.normalize(torch.randn(16, 32), dim=1) for _ in range(2))
+    scale = torch.tensor(100.0).log()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = contrastive_loss(images, texts, scale)
+    torch.testing.assert_close(found, contrastive_loss(images, texts, scale))
 
 
 def test_hinge_loss_asks_nothing_more_of_sure_logits() -> None:

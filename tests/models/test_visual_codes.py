@@ -140,6 +140,14 @@ def test_every_part_learns_and_codebooks_do_not(vlm: UnifiedVlm) -> None:
     assert not any("codebook" in name for name, _ in vlm.named_parameters())
 
 
+def test_the_sum_over_the_layers_begins_in_full_precision_under_autocast(vlm: UnifiedVlm) -> None:
+    codes = image().flatten(2).permute(2, 0, 1)
+    positions = torch.full((1, len(codes)), vlm.vocabulary.first_code)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert vlm.embed(positions, codes).dtype == torch.float32
+        assert vlm.embed_codes(codes).dtype == torch.float32
+
+
 def test_a_batch_without_images_has_a_text_loss(vlm: UnifiedVlm) -> None:
     token_ids = torch.tensor([vlm.builder.text("a red fox")])
     losses, rows = vlm.losses(

@@ -10,6 +10,18 @@ from models.vlm import LlmConfig, build_small_llm, start_from_codebook
 from models.vocabulary import extend_tokenizer, train_bpe
 
 
+def test_rows_that_all_began_at_the_mean_get_the_spread_of_text() -> None:
+    """As those of a published model do, whose table was grown."""
+    torch.manual_seed(0)
+    vocabulary = extend_tokenizer(train_bpe(["a fox"], 300), (16,), (1, 1, 2, 2))
+    model = build_small_llm(LlmConfig(hidden_size=64, num_layers=1, num_heads=2, intermediate_size=64), vocabulary)
+    table = model.get_input_embeddings().weight.detach()
+    text = table[: vocabulary.first_code]
+    table[vocabulary.first_code :] = text.mean(dim=0)
+    start_from_codebook(model, vocabulary, F.normalize(torch.randn(16, 8), dim=1))
+    assert table[vocabulary.first_code :].std().item() == pytest.approx(text.std().item(), rel=0.3)
+
+
 def test_codes_that_look_alike_begin_alike_and_text_rows_stay() -> None:
     torch.manual_seed(0)
     tokenizer = train_bpe(["a fox"], 300)
