@@ -15,6 +15,7 @@ from prefect.cache_policies import NO_CACHE
 
 from flows.interrupts import catch_signals
 from infra.executors import ExecutorName, WorkerDied, WorkerFailed, build_executor
+from infra.malloc import give_back_freed_memory
 from stages.execution import run_stage
 from stages.recipe import STAGES, load_recipe
 from stages.standalone import default_store
@@ -86,6 +87,8 @@ def stage_tasks(
             if is_infrastructure_error(error):
                 executor.close()  # so that the next try starts or joins a living cluster
             raise
+        if not result.hit:
+            give_back_freed_memory()  # the next stage's workers need it while this process waits for them
         create_markdown_artifact(
             key=artifact_key(recipe.name, name),
             markdown=summary_markdown(result),

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 
 from infra.executors import Executor
-from infra.malloc import give_back_freed_memory
 from models.config import Config
 from stages.recipe import STAGES, Recipe
 from stages.stage import Stage, StageContext, normalised_config
@@ -79,7 +78,6 @@ def run_stage(name: str, recipe: Recipe, store: Store, executor: Executor, *, ru
             context: StageContext[Any] = StageContext(config, recipe.seed, inputs, store, key, executor, scratch)
             with _thread_count(config):
                 outcome = stage.run(context)
-        give_back_freed_memory()  # the next stage's workers need it while this process waits for them
         manifest = Manifest(
             kind=outcome.kind,
             schema_version=outcome.schema_version,

@@ -77,6 +77,8 @@ def test_all_kinds_run_end_to_end_and_a_second_comparison_trains_nothing(
     write_codes(given, tmp_path / "theirs")
     kinds = ["vqgan", "semantic", "sde", "dualtoken-deep", "dualtoken-reconstruction", "dualtoken", "external=theirs"]
     command = ["compare-tokenizers", "--recipe", "tiny", "--store", "store", "--executor", "local"]
+    for setting in ("tokenizer.steps=18", "pretrain.steps=4", "sft.steps=4"):
+        command += ["--set", setting]
     command += ["--kinds", ",".join(kinds)]
     first = musevl(*command)
     assert first.returncode == 0, first.stderr

@@ -111,7 +111,7 @@ def _check_only_missing(run: LightRun, store: Store, table: Manifest, missing: l
 @pytest.mark.slow
 def test_images_that_kill_ray_workers_end_as_rows(run: LightRun, tmp_path: Path) -> None:
     """Bounded retries: two workers die on the shard, the third looks for the images."""
-    store, poison = run.store(str(tmp_path / "store")), ["000000002", "000000011"]
+    store, poison = run.store(str(tmp_path / "store")), ["000000007", "000000011"]
     ended = _tokenize(run, store, "ray", ",".join(poison))
     assert ended.returncode == 0, ended.stderr
     table = store.lookup(run.action_key)
