@@ -13,12 +13,13 @@ from typing import Annotated, Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
-from pydantic import Field, NonNegativeInt, PositiveInt, field_validator
+from pydantic import Field, NonNegativeInt, PositiveInt, field_validator, model_validator
 
 from models.config import Config, Fraction
 from stages.download_shard import DownloadShard
 from stages.duplicates import LeaveOut, ShardFiles, find_duplicates
 from stages.filters import PERCEPTUAL_HASH, FilterConfig
+from stages.held_out_rows import SPLIT, hold_out
 from stages.image_rows import Limits
 from stages.shard_counts import metrics_of, num_failed, total
 from stages.sources.conversations import ConversationFiles, Conversations
@@ -56,6 +57,8 @@ class DownloadConfig(Config):
     """Column with its text."""
     extra_columns: tuple[str, ...] = ()
     """Further columns to keep, as strings. `split` (values `train`, `test`) decides what is held out."""
+    held_out_fraction: Fraction = 0.0
+    """Part of the rows that is held out where no column `split` says which; an image's address decides."""
     keep: dict[str, tuple[str, ...]] = {}
     """Only rows whose column has one of these values, for example `{category: [food & drink]}`."""
     max_rows: PositiveInt | None = None
@@ -91,6 +94,19 @@ class DownloadConfig(Config):
         if taken:
             raise ValueError(f"columns {', '.join(sorted(taken))} are of our own tables; rename them in the list")
         return value
+
+    @model_validator(mode="after")
+    def _one_split(self) -> DownloadConfig:
+        if self.held_out_fraction and SPLIT in self.extra_columns:
+            raise ValueError(
+                "held_out_fraction and a column `split` in extra_columns both say what is held out; keep one"
+            )
+        return self
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """What is kept of a row beside its image and caption."""
+        return (*self.extra_columns, SPLIT) if self.held_out_fraction else self.extra_columns
 
 
 def run(context: StageContext[DownloadConfig]) -> Outcome:
@@ -162,7 +178,8 @@ def read_rows(config: DownloadConfig) -> pa.Table:
         reason = f" after download.keep={config.keep}" if config.keep else ""
         raise ValueError(f"{source.what} has no rows{reason}; give at least one image")
     wanted = {URL: URL, "caption": config.caption_column, PLACE: PLACE} | {name: name for name in config.extra_columns}
-    return pa.table({name: pc.fill_null(pc.cast(table[column], pa.string()), "") for name, column in wanted.items()})
+    rows = pa.table({name: pc.fill_null(pc.cast(table[column], pa.string()), "") for name, column in wanted.items()})
+    return hold_out(rows, config.held_out_fraction) if config.held_out_fraction else rows
 
 
 def next_attempt(config: DownloadConfig, seed: int, store: Store) -> int:
@@ -213,8 +230,8 @@ def _worker(store: Store, action_key: str, config: DownloadConfig) -> DownloadSh
         source=partial(open_source, config),
         filters=config.filters,
         limits=Limits(config.max_bytes, config.max_pixels),
-        extra_columns=config.extra_columns,
-        metadata_columns=(*config.extra_columns, *hashed),
+        extra_columns=config.columns,
+        metadata_columns=(*config.columns, *hashed),
     )
 
 

@@ -328,7 +328,7 @@ def _held_out(context: StageContext[TrainTokenizerConfig], training: TokenizerTr
     if split == "train":
         logger.warning(
             "the download holds nothing out: the tokenizer is measured on its training images, and evaluate will need "
-            "rows with `test` in a column `split` (download.extra_columns: [split])"
+            "some: set download.held_out_fraction, or give the rows a column `split` (download.extra_columns: [split])"
         )
     source = ImageSource(context.store, download, config.transform, split=split)
     names = [fill(config.class_name, source.row(row)) for row in range(len(source))]

@@ -55,7 +55,7 @@ def job_server(environment: dict[str, str], tmp_path_factory: pytest.TempPathFac
     finally:
         head.terminate()  # it ends its children
         with contextlib.suppress(subprocess.TimeoutExpired):
-            head.wait(20)
+            head.wait(5)
         with contextlib.suppress(ProcessLookupError):
             os.killpg(head.pid, signal.SIGKILL)
         head.wait()

@@ -202,6 +202,27 @@ def test_lists_of_all_formats_give_the_same_rows(tmp_path: Path) -> None:
         assert read_rows(config).drop_columns(PLACE).to_pylist() == rows, suffix
 
 
+def test_part_of_the_rows_is_held_out_by_their_address_alone(tmp_path: Path) -> None:
+    def splits(numbers: range) -> dict[str, str]:
+        path = tmp_path / "list.csv"
+        path.write_text("url,caption\n" + "".join(f"http://a/{number},{number}\n" for number in numbers))
+        rows = read_rows(DownloadConfig(url_list=str(path), held_out_fraction=0.2)).to_pylist()
+        return {row["url"]: row["split"] for row in rows}
+
+    few, many = splits(range(1000)), splits(range(5000, -1, -1))
+    assert list(few.values()).count("test") == pytest.approx(200, abs=40)
+    assert all(many[url] == split for url, split in few.items())
+
+
+def test_what_is_held_out_is_said_once(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="both say what is held out"):
+        DownloadConfig(held_out_fraction=0.1, extra_columns=("split",))
+    path = tmp_path / "list.csv"
+    path.write_text("url,caption\nhttp://a/1,one\nhttp://a/2,two\n")
+    with pytest.raises(ValueError, match=r"held_out_fraction=1e-09 leaves all 2 rows in 'train'"):
+        read_rows(DownloadConfig(url_list=str(path), held_out_fraction=1e-9))
+
+
 @pytest.mark.parametrize(
     ("content", "changes", "message"),
     [

@@ -153,6 +153,8 @@ def test_killed_drivers_end_with_the_digest_of_an_uninterrupted_run(case: Case, 
 def test_a_run_whose_ray_processes_are_killed_ends_as_if_nothing_had_been(
     victim: str, case: Case, tmp_path: Path
 ) -> None:
+    if (case.name, victim) == ("download", "worker") and POINTS == 1:
+        pytest.skip("an idle worker matters to no stage more than to another: MUSEVL_KILL_POINTS=2 or more")
     process = case.start()
     kills = 0
     for num_receipts, delay in _points(f"{victim} of {case.name}"):

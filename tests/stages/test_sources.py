@@ -106,6 +106,15 @@ Maker = Callable[[Path], dict[str, Any]]
 
 
 @pytest.mark.parametrize("make", MAKERS)
+def test_part_of_any_source_is_held_out(tmp_path: Path, make: Maker) -> None:
+    config = DownloadConfig(files=make(tmp_path), held_out_fraction=0.5, rows_per_shard=2)
+    splits = [row["split"] for row in read_rows(config).to_pylist()]
+    assert len(splits) == 3 and set(splits) == {"train", "test"}, "chosen so that three rows fall on both sides"
+    *_, outcome = run_download(config, tmp_path)
+    assert outcome.metadata["splits"] == {split: splits.count(split) for split in set(splits)}
+
+
+@pytest.mark.parametrize("make", MAKERS)
 def test_every_source_gives_one_schema_in_the_order_of_its_rows(tmp_path: Path, make: Maker) -> None:
     config = DownloadConfig(files=make(tmp_path), extra_columns=("style",), rows_per_shard=2)
     rows, samples, outcome = run_download(config, tmp_path)
