@@ -35,6 +35,7 @@ COLUMNS: tuple[tuple[str, str, str, float, str], ...] = (
     ("reconstruction", FRECHET_TEACHER, "Fréchet, teacher", 1, ".3f"),
     ("reconstruction", "semantic_cosine", "cosine", 1, ".3f"),
     ("reconstruction", "codebook_usage", "codebook %", 100, ".0f"),
+    ("reconstruction", "bits_per_image", "bits an image", 1, ",.0f"),
 )
 """Benchmark, metric, heading, factor and format of each column."""
 _ONE_OF_TWO = {RFID, FRECHET_TEACHER}

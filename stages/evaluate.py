@@ -218,6 +218,7 @@ def _codebook_rows(common: dict[str, Any], rows: CodedRows) -> list[dict[str, An
         found.append(
             measured(common | {"settings": total | {"book": "the least used"}}, "codebook_usage", least, len(rows))
         )
+    found.append(measured(common, "bits_per_image", info.bits_per_image, len(rows)))
     for name, (usage, perplexity) in books.items():
         found.append(measured(common | {"settings": total}, f"codebook_usage{name}", usage, len(rows)))
         found.append(measured(common | {"settings": total}, f"codebook_perplexity{name}", perplexity, len(rows)))
@@ -288,7 +289,7 @@ STAGE = Stage(
     config_class=EvaluateConfig,
     inputs=("download", "prepare_teacher", "train_tokenizer", "tokenize", "sft"),
     run=run,
-    version=3,
+    version=4,  # bits an image
     external_inputs=_external_inputs,
 )
 
