@@ -35,6 +35,8 @@ from storage.digests import sha256_file
 from storage.manifest import FileEntry
 from storage.store import Store
 
+_PACKAGE = "package:efficientnet-lite0"
+
 TeacherConfig = Annotated[
     BackboneTeacherConfig | OpenClipTeacherConfig | TransformersTeacherConfig, Field(discriminator="kind")
 ]
@@ -187,7 +189,7 @@ def _weights_file(model: BackboneTeacherConfig) -> Path | None:
     """The file with the backbone's weights, or None for timm's own download."""
     if model.weights == "hub":
         return None
-    path = _package_weights() if model.weights == "package:efficientnet-lite0" else Path(model.weights)
+    path = _package_weights() if model.weights == _PACKAGE else Path(model.weights)
     if not path.is_file():
         raise ValueError(
             f"teacher.model.weights={model.weights!r} is not a file; give a .safetensors or .pth path, or `hub`"
@@ -209,11 +211,11 @@ def _backbone_state(model: BackboneTeacherConfig) -> dict[str, Tensor]:
 
 
 def _external_inputs(config: PrepareTeacherConfig) -> dict[str, str]:
-    """Weights that a path names count by their bytes, not by their path."""
+    """Packaged weights count by their bytes; those that a path names do so in the config already."""
     if not isinstance(config.model, BackboneTeacherConfig):
         return {}
     path = _weights_file(config.model)
-    return {} if path is None else {"backbone_weights": sha256_file(path)}
+    return {"backbone_weights": sha256_file(path)} if path and config.model.weights == _PACKAGE else {}
 
 
 STAGE = Stage(
@@ -222,6 +224,7 @@ STAGE = Stage(
     config_class=PrepareTeacherConfig,
     inputs=("download",),
     run=run,
+    version=2,  # teacher.json does not say where weights came from
     external_inputs=_external_inputs,
 )
 

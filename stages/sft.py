@@ -108,7 +108,7 @@ STAGE = Stage(
     config_class=SftConfig,
     inputs=("tokenize", "pretrain"),
     run=run,
-    version=2,  # the metric `loss` is the loss
+    version=3,  # sums over the layers are float32
 )
 
 if __name__ == "__main__":

@@ -356,7 +356,7 @@ STAGE = Stage(
     config_class=TrainTokenizerConfig,
     inputs=("download", "prepare_teacher"),
     run=run,
-    version=2,
+    version=3,  # averages hold gradient codebooks; contrastive logits are float32
     external_inputs=_external_inputs,
 )
 
