@@ -167,12 +167,14 @@ def recipes() -> None:
 
 @app.command()
 def results(
-    recipe: Annotated[str | None, typer.Option("--recipe", help="Only runs of this recipe.")] = None,
+    recipe: Annotated[str | None, typer.Option("--recipe", help="Only runs of this recipe: name, or path.")] = None,
     store: StoreOption = DEFAULT_STORE,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, one object a metric.")] = False,
 ) -> None:
     """Print the metrics of the last completed run."""
     opened = _open(store)
+    if recipe and Path(recipe).suffix in (".yaml", ".yml"):
+        recipe = _load(recipe, None).name  # what the record of a run holds
     for record in opened.runs():
         if record.get("stage") == "evaluate" and "artifact" in record and recipe in (None, record.get("recipe")):
             break
@@ -208,6 +210,24 @@ def artifacts_show(artifact: DigestArgument, store: StoreOption = DEFAULT_STORE)
     """Print the manifest of an artifact as JSON."""
     manifest = _open(store).load(artifact)
     print(json.dumps({"digest": manifest.digest, **manifest.to_json()}, indent=2))
+
+
+@artifacts_app.command("export")
+def artifacts_export(
+    artifact: DigestArgument,
+    folder: Annotated[Path, typer.Argument(help="Where to; made if needed, files of the same names are replaced.")],
+    only: Annotated[str, typer.Option(help="Only this folder of the artifact, for example model or codes.")] = "",
+    store: StoreOption = DEFAULT_STORE,
+) -> None:
+    """Copy an artifact's files out of the store, under their names in the artifact, each one checked."""
+    opened = _open(store)
+    manifest = opened.load(artifact)
+    files = manifest.files_under(only)
+    if not files:
+        folders = ", ".join(sorted({entry.path.split("/")[0] for entry in manifest.files}))
+        raise ValueError(f"artifact {manifest.digest[:12]} has no folder {only!r}; it has {folders}")
+    opened.materialise(manifest, folder, only)
+    print(f"{len(files)} files in {folder}")
 
 
 @artifacts_app.command("verify")

@@ -111,7 +111,7 @@ def _required(
     if manifest is None:
         raise MissingInput(
             f"{needed_by} needs the artifact of {name}, which the store {store.uri} does not hold for recipe "
-            f"{recipe.name!r}; run `musevl stage {name} --recipe {recipe.name}` with the same store and overrides first"
+            f"{recipe.name!r}; run `musevl stage {name}` with the same recipe, store and overrides first"
         )
     return manifest
 

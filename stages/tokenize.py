@@ -78,8 +78,8 @@ class TokenizeConfig(Config):
     """Threads beside each encoder that decode its next images."""
     gpus_per_worker: RuntimeFloat = 0.0
     """Share of a GPU that each encoder holds; 0 encodes on the CPU."""
-    threads_per_worker: PositiveInt = 2
-    """CPU threads of each encoder; part of the identity of the result as in training."""
+    threads_per_worker: RuntimeInt = 2
+    """CPU threads of each encoder, each with images of its own."""
 
 
 def run(context: StageContext[TokenizeConfig]) -> Outcome:

@@ -13,7 +13,7 @@ from typing import TypeVar
 logger = logging.getLogger(__name__)
 
 ATTEMPTS = 7
-"""How often a call is made before its failure is final: about 25 s of waiting, longer than a usual hiccup."""
+"""How often a call is made before its failure is final: 6 to 19 s of waiting, longer than a usual hiccup."""
 QUICK_ATTEMPTS = 3
 """The same at the start, where a wrong address is likelier than a hiccup."""
 FIRST_BACKOFF_S = 0.2

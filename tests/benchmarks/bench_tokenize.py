@@ -154,6 +154,7 @@ def _codes(encoder: Encoder, pixels: np.ndarray[Any, Any]) -> np.ndarray[Any, An
 def _bare_loop(run: LightRun, folder: Path) -> float:
     """Milliseconds an image."""
     encoder = _encoder(run, run.store(str(folder)))
+    torch.set_num_threads(os.cpu_count() or 1)  # after the encoder, which has threads of its own
     pixels = np.stack([_pixels(run, encoder, key) for key in run.keys])
     batches = [pixels[start : start + CPU_CHUNK] for start in range(0, len(pixels), CPU_CHUNK)]
     _codes(encoder, batches[0])
@@ -167,6 +168,7 @@ def _bare_loop(run: LightRun, folder: Path) -> float:
 def _one_file_an_image(run: LightRun, folder: Path) -> float:
     """Milliseconds an image, over a quarter of the images."""
     encoder = _encoder(run, run.store(str(folder / "store")))
+    torch.set_num_threads(os.cpu_count() or 1)
     keys = run.keys[: max(1, len(run.keys) // 4)]
     start = time.perf_counter()
     for key in keys:

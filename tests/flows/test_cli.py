@@ -79,16 +79,16 @@ def test_help_needs_no_heavy_library(arguments: list[str], prefect_environment: 
         ("run --store /proc/nowhere", "/proc/nowhere"),
         ("run --store ftp://host/store", "ftp://host/store"),
         ("stage nosuch", "unknown stage 'nosuch'"),
-        ("stage tokenize", "run `musevl stage download --recipe mini`"),
+        ("stage tokenize", "run `musevl stage download`"),
         ("results", "run `musevl run --recipe mini` first"),
         (f"artifacts show {UNKNOWN_DIGEST}", UNKNOWN_DIGEST),
         ("artifacts show xyz", "'xyz' is no artifact digest"),
         (f"inspect {UNKNOWN_DIGEST}", UNKNOWN_DIGEST),
         ("ask nosuch.png what?", "no image file nosuch.png"),
         ("ask text.txt what?", "text.txt cannot be read as an image"),
-        ("ask image.png what?", "run `musevl stage sft --recipe mini`"),
+        ("ask image.png what?", "run `musevl stage sft`"),
         ("generate bird --out picture.doc", "picture.doc has no known image suffix"),
-        ("generate bird", "run `musevl stage sft --recipe mini`"),
+        ("generate bird", "run `musevl stage sft`"),
     ],
 )
 def test_bad_input_gives_one_line_and_exit_code_2(arguments: str, words: str, musevl: Command, tmp_path: Path) -> None:
@@ -131,6 +131,22 @@ def test_artifacts_are_listed_and_shown(musevl: Command, store: Store, evaluated
     shown = json.loads(musevl("artifacts", "show", evaluated[1][:10], "--store", store.uri).stdout)
     assert shown["digest"] == evaluated[1]
     assert [file["path"] for file in shown["files"]] == ["metrics.parquet"]
+
+
+def test_results_take_the_path_of_a_recipe(musevl: Command, store: Store, evaluated: list[str], tmp_path: Path) -> None:
+    recipe = tmp_path / "other.yaml"
+    recipe.write_text("extends: tiny")
+    done = musevl("results", "--recipe", str(recipe), "--store", store.uri)
+    assert evaluated[2][:12] in done.stdout
+
+
+def test_export_lays_the_files_out(musevl: Command, store: Store, evaluated: list[str], tmp_path: Path) -> None:
+    done = musevl("artifacts", "export", evaluated[0], str(tmp_path / "out"), "--store", store.uri)
+    assert done.stdout == f"1 files in {tmp_path / 'out'}\n"
+    assert (tmp_path / "out" / "metrics.parquet").is_file()
+    done = musevl("artifacts", "export", evaluated[0], str(tmp_path), "--only", "model", "--store", store.uri)
+    assert done.returncode == 2
+    assert "has no folder 'model'; it has metrics.parquet" in done.stderr
 
 
 def test_verify_finds_damage_sets_it_aside_and_says_what_next(

@@ -67,5 +67,12 @@ def test_no_batch_size_changes_a_code(batch_size: int, tmp_path: Path) -> None:
     assert codes[4] == codes[batch_size]
 
 
+@pytest.mark.parametrize("threads", [2, 3])
+def test_no_number_of_threads_changes_the_artifact(threads: int, tmp_path: Path) -> None:
+    """Twelve images are two lots of eight, so two threads have work."""
+    alone = here(tmp_path / "alone", {"batch_size": 16, "threads_per_worker": 1})
+    assert here(tmp_path / "beside", {"batch_size": 16, "threads_per_worker": threads}) == alone
+
+
 def test_no_size_of_shards_changes_a_code(tmp_path: Path) -> None:
     assert here(tmp_path / "of five", {}, rows_per_shard=5)[1] == here(tmp_path / "of six", {})[1]
