@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
 import torch
 from PIL import Image
 
 from flows.code_pictures import code_strips
 from flows.text import text_table
 from models.transforms import to_pil, to_pixels
+from stages import external_codes
 from stages.loading import load_tokenizer
-from storage.code_table import CodeTable, check_tokenizer, read_code_table
+from storage.code_table import CodeTable, CodeTableInfo, check_tokenizer, read_code_table
 from storage.tables import read_table
 
 if TYPE_CHECKING:
@@ -24,6 +29,7 @@ if TYPE_CHECKING:
 
 _FIRST_ROWS = 5
 _LONGEST_CELL = 48
+_LONGEST_BAR = 40
 _COLUMNS = 6
 _BATCH = 16
 
@@ -50,23 +56,25 @@ def inspect_code_table(store: Store, artifact: str, folder: Path, *, num_images:
             "download; "
             "`musevl artifacts ls` lists those that are"
         )
-    paths = [store.fetch(entry) for entry in manifest.files_under("codes")]
-    table = read_code_table(paths)
-    schema = read_table(paths[0]).schema
+    found = _look(store, manifest, max(num_images, _FIRST_ROWS))
     parts = [
         f"code table {manifest.digest}",
-        text_table(["column", "type"], [[field.name, str(field.type)] for field in schema]),
-        _facts(table, manifest),
-        _first_rows(table),
-        _usage(table),
+        text_table(["column", "type"], [[field.name, str(field.type)] for field in found.schema]),
+        _facts(found, manifest),
+        _first_rows(found.first),
+        _usage(found),
+        _histogram(found),
     ]
     left_out = left_out_rows(store, manifest)
     if left_out:
         counts = Counter(row["status"] for row in left_out)
         parts.append(text_table(["images without codes", "number"], [[k, str(n)] for k, n in counts.most_common()]))
         parts.append(text_table(["key", "status", "error"], [list(row.values()) for row in left_out[:_FIRST_ROWS]]))
-    if num_images and table.keys:
-        parts.append(f"pictures of the first rows: {_contact_sheet(store, table, manifest, folder, num_images)}")
+    if store.load(manifest.inputs["train_tokenizer"]).kind == external_codes.KIND:
+        parts.append("no pictures: the codes are of another project's tokenizer, and nothing here decodes them")
+    elif num_images and found.num_rows:
+        sheet = _contact_sheet(store, found.first, manifest, folder, num_images)
+        parts.append(f"pictures of the first rows: {sheet}")
     return "\n\n".join(parts)
 
 
@@ -99,12 +107,54 @@ def left_out_rows(store: Store, manifest: Manifest) -> list[dict[str, str]]:
     return [row for entry in manifest.files_under("left_out") for row in read_table(store.fetch(entry)).to_pylist()]
 
 
-def _facts(table: CodeTable, manifest: Manifest) -> str:
-    info = table.info
+@dataclass
+class _Found:
+    """What is told of a code table, which may be larger than memory: one file of it is held at a time."""
+
+    schema: pa.Schema
+    info: CodeTableInfo
+    counts: npt.NDArray[np.int64]
+    """How often each code occurs, `[N, D, size of the largest codebook]`."""
+    first: CodeTable
+    """Its first rows."""
+    num_rows: int
+
+
+def _look(store: Store, manifest: Manifest, num_first: int) -> _Found:
+    found: _Found | None = None
+    for entry in manifest.files_under("codes"):
+        path = store.fetch(entry)
+        table = read_code_table([path])
+        if found is None:
+            books, depth, *_ = table.info.code_shape
+            counts = np.zeros((books, depth, max(table.info.codebook_sizes)), np.int64)
+            found = _Found(read_table(path).schema, table.info, counts, _rows(table, num_first), 0)
+        elif len(found.first.keys) < num_first:
+            found.first = _joined(found.first, _rows(table, num_first - len(found.first.keys)))
+        found.num_rows += len(table.keys)
+        for book, level in np.ndindex(found.counts.shape[:2]):
+            codes = table.codes[:, book, level].ravel().astype(np.int64)
+            found.counts[book, level] += np.bincount(codes, minlength=found.counts.shape[2])
+    assert found is not None, "a code table has a file of codes"
+    return found
+
+
+def _rows(table: CodeTable, number: int) -> CodeTable:
+    columns = {name: values[:number] for name, values in table.columns.items()}
+    return CodeTable(table.info, table.keys[:number], columns, table.codes[:number])
+
+
+def _joined(one: CodeTable, other: CodeTable) -> CodeTable:
+    columns = {name: values + other.columns[name] for name, values in one.columns.items()}
+    return CodeTable(one.info, one.keys + other.keys, columns, np.concatenate([one.codes, other.codes]))
+
+
+def _facts(found: _Found, manifest: Manifest) -> str:
+    info = found.info
     books, depth, height, width = info.code_shape
     return "\n".join(
         [
-            f"rows:      {len(table.keys)} in {len(manifest.files_under('codes'))} files, {manifest.size / 1e6:.1f} MB",
+            f"rows:      {found.num_rows} in {len(manifest.files_under('codes'))} files, {manifest.size / 1e6:.1f} MB",
             f"codes:     {books} book(s) x depth {depth} x {height} x {width} positions, stored as {info.dtype}",
             f"tokenizer: {info.tokenizer_digest}",
             f"transform: {info.transform}",
@@ -126,16 +176,36 @@ def _cell(value: object) -> str:
     return text if len(text) <= _LONGEST_CELL else text[: _LONGEST_CELL - 3] + "..."
 
 
-def _usage(table: CodeTable) -> str:
+def _books(found: _Found) -> Iterator[tuple[str, int, npt.NDArray[np.int64]]]:
+    """Name, depth, and how often each code of it occurs."""
+    for book, (name, size) in enumerate(zip(found.info.codebook_names, found.info.codebook_sizes, strict=True)):
+        for level in range(found.info.code_shape[1]):
+            yield name, level, found.counts[book, level, :size]
+
+
+def _usage(found: _Found) -> str:
     rows = []
-    for book, (name, size) in enumerate(zip(table.info.codebook_names, table.info.codebook_sizes, strict=True)):
-        for level in range(table.info.code_shape[1]):
-            counts = np.bincount(table.codes[:, book, level].ravel().astype(np.int64), minlength=size)
-            used = int(np.count_nonzero(counts))
-            top = 100 * counts.max() / max(1, counts.sum())
-            cells = [name, str(level), str(size), f"{used} ({100 * used / size:.1f} %)", f"{perplexity(counts):.1f}"]
-            rows.append([*cells, f"{top:.1f} %"])
+    for name, level, counts in _books(found):
+        size, used = len(counts), int(np.count_nonzero(counts))
+        top = 100 * counts.max() / max(1, counts.sum())
+        cells = [name, str(level), str(size), f"{used} ({100 * used / size:.1f} %)", f"{perplexity(counts):.1f}"]
+        rows.append([*cells, f"{top:.1f} %"])
     return text_table(["book", "depth", "size", "codes used", "perplexity", "commonest code"], rows)
+
+
+def _histogram(found: _Found) -> str:
+    """How many codes occur never, and once, 2 to 3 times, 4 to 7 times and so on where there are any: a bar a line."""
+    rows = []
+    for name, level, counts in _books(found):
+        powers = np.bincount(np.frexp(counts.astype(np.float64))[1])  # 0 for 0, 1 for 1, 2 for 2 and 3, ...
+        for power, number in enumerate(powers.tolist()):
+            if power and not number:
+                continue
+            low, high = 2**power // 2, 2**power - 1
+            times = str(low) if low >= high else f"{low} to {high}"
+            bar = "#" * math.ceil(_LONGEST_BAR * number / powers.max())
+            rows.append([name, str(level), times, str(number), bar])
+    return text_table(["book", "depth", "occurs", "codes", ""], rows)
 
 
 def perplexity(counts: np.ndarray) -> float:

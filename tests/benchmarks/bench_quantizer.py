@@ -5,7 +5,9 @@
 
 Sizes are those of MUSE-VL (32,768 codes x 8) and DualToken (depth 8, 16,384 codes x 32) on 32 images of 27 x 27 codes.
 Each case prints a line for time and one for memory, and how many codes both sides agree on, which shows that they did
-the same work.
+the same work. Two more lines set our time against what the device can do, measured in the same run: its distances as
+multiplications at the rate of a large float32 product, and as bytes if the matrix of distances were written and read
+once at the rate of a large copy. There `ratio` is the share of that ceiling; chunks that stay in a cache pass the second.
 """
 
 from __future__ import annotations
@@ -44,7 +46,7 @@ def _single(device: torch.device, count: int, repeats: int) -> None:
     peer = peer.to(device).train()
     peer._codebook.embed.data.copy_(ours.codebook[None])
     vectors = torch.randn(1, count, 8, device=device)
-    _compare("quantizer 32768x8", ours, peer, vectors, device, repeats)
+    _compare("quantizer 32768x8", ours, peer, vectors, count * 32_768, repeats)
 
 
 def _residual(device: torch.device, count: int, repeats: int) -> None:
@@ -58,10 +60,11 @@ def _residual(device: torch.device, count: int, repeats: int) -> None:
     for layer in peer.layers:
         layer._codebook.embed.data.copy_(ours.book(0).codebook[None])
     vectors = torch.randn(1, count, 32, device=device)
-    _compare("quantizer residual 8x16384x32", ours, peer, vectors, device, repeats)
+    _compare("quantizer residual 8x16384x32", ours, peer, vectors, 8 * count * 16_384, repeats)
 
 
-def _compare(name: str, ours: nn.Module, peer: nn.Module, vectors: Tensor, device: torch.device, repeats: int) -> None:
+def _compare(name: str, ours: nn.Module, peer: nn.Module, vectors: Tensor, num_distances: int, repeats: int) -> None:
+    device = vectors.device
     name = f"{name}, {vectors.shape[1]} vectors, {_name_of(device)}"
     same = _codes(ours.eval(), vectors) == _codes(peer.eval(), vectors)
     report(f"{name}: codes that agree", float(same.float().mean()), 1.0, "part")
@@ -69,6 +72,24 @@ def _compare(name: str, ours: nn.Module, peer: nn.Module, vectors: Tensor, devic
     other = measure(_training_call(peer, vectors), device, repeats=repeats)
     report(f"{name}: time", own.seconds, other.seconds, "s")
     report(f"{name}: extra memory", own.extra_bytes / 2**20, other.extra_bytes / 2**20, "MiB")
+    limit = 2 * num_distances * vectors.shape[2] / _flops(device)
+    report(f"{name}: time against its multiplications at the device's rate", own.seconds, limit, "s")
+    limit = 2 * num_distances * vectors.element_size() / _bandwidth(device)
+    report(f"{name}: time against its distances written and read once", own.seconds, limit, "s")
+
+
+def _flops(device: torch.device) -> float:
+    """Floating-point operations a second of a large float32 product."""
+    side = 8192 if device.type == "cuda" else 2048
+    one = torch.randn(side, side, device=device)
+    return 2 * side**3 / measure(lambda: one @ one, device, repeats=5).seconds
+
+
+def _bandwidth(device: torch.device) -> float:
+    """Bytes a second, read and written, of a large copy."""
+    source = torch.zeros(2**30 // 4, device=device)
+    target = torch.empty_like(source)
+    return 2 * 2**30 / measure(lambda: target.copy_(source), device, repeats=5).seconds
 
 
 @torch.no_grad()

@@ -73,7 +73,8 @@ def _blobs(store: Store, shards: list[str]) -> Iterator[FileEntry]:
 
 def _context(store: Store, download: Manifest, scratch: Path) -> StageContext[Any]:
     tokenizer = Manifest("tokenizer", 1, "train_tokenizer", {}, {}, (), {}, {"code_shape": [1, 1, 27, 27]})
-    inputs = {"download": download, "train_tokenizer": tokenizer}
+    teacher = Manifest("teacher", 1, "prepare_teacher", {}, {}, (), {}, {"has_text": False})
+    inputs = {"download": download, "prepare_teacher": teacher, "train_tokenizer": tokenizer}
     return StageContext(TokenizeConfig(), 0, inputs, store, KEY, LocalExecutor(), scratch)
 
 

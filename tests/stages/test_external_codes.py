@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from flows.inspection import inspect_code_table
 from infra.executors import LocalExecutor
 from stages.execution import run_stage
 from stages.loading import load_tokenizer
@@ -45,6 +47,11 @@ def test_a_model_is_trained_and_asked_on_given_codes(tiny_run: TinyRun, theirs: 
     assert not any("psnr" in name or "generation" in name for name in metrics)
     with pytest.raises(ValueError, match="neither encoded nor drawn"):
         load_tokenizer(store, results["train_tokenizer"].digest)
+
+    shown = inspect_code_table(store, results["tokenize"].digest, tmp_path)
+    assert "no pictures: the codes are of another project's tokenizer" in shown
+    most = np.bincount(joined.codes.ravel()).max()
+    assert f"{1 << (int(most).bit_length() - 1)} to " in shown, "the histogram reaches the commonest code"
 
     moved = tmp_path / "moved"
     (tmp_path / "codes").rename(moved)

@@ -81,6 +81,7 @@ def test_training_images_that_do_not_fit_their_caption_are_left_out(
         assert float(score) == pytest.approx(scores[row["key"]], abs=2e-3)
     shown = inspect_code_table(store, table.digest, tmp_path, num_images=0)
     assert f"filtered              {len(unfit)}" in shown
+    assert f"rows:      {len(rows) + len(held_out)} in " in shown
 
 
 def test_captions_are_not_scored_by_a_teacher_without_text(tiny_run: TinyRun, tmp_path: Path) -> None:
