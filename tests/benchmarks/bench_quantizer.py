@@ -7,7 +7,8 @@ Sizes are those of MUSE-VL (32,768 codes x 8) and DualToken (depth 8, 16,384 cod
 Each case prints a line for time and one for memory, and how many codes both sides agree on, which shows that they did
 the same work. Two more lines set our time against what the device can do, measured in the same run: its distances as
 multiplications at the rate of a large float32 product, and as bytes if the matrix of distances were written and read
-once at the rate of a large copy. There `ratio` is the share of that ceiling; chunks that stay in a cache pass the second.
+once at the rate of a large copy. There `ratio` is the share of that ceiling; chunks that stay in a cache
+pass the second.
 """
 
 from __future__ import annotations
