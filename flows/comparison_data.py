@@ -45,7 +45,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "dualtoken-deep": ("tokenizer.kind=dualtoken", "tokenizer.pixel_layers=[]", "tokenizer.pixel_layer_weights=[]"),
     "dualtoken-reconstruction": (
         "tokenizer.kind=dualtoken",
-        "tokenizer.loss.semantic_weight=0",
+        "tokenizer.semantic_book=false",
         "tokenizer.loss.pooled_weight=0",
     ),
 }

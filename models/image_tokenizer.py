@@ -52,6 +52,8 @@ class TokenizerConfig(Config):
     semantic_layer: PositiveInt | None = 26
     """Layer whose features are `dualtoken`'s semantic features, taken as they are, so that the rest of the tower can
     read their decoded form; `null`: the teacher's final features, standardised."""
+    semantic_book: bool = True
+    """`false`: `dualtoken` without its semantic book, DualToken's ablation with the reconstruction loss alone."""
     released_layout: bool = False
     """Details of `dualtoken` as its released code has them, which its public weights need: causal attention behind the
     quantizers, one more LayerNorm in each projection, and a first 1x1 convolution behind the resizing of the grid."""
@@ -105,7 +107,7 @@ class ImageTokenizer(nn.Module):
     A kind says what is quantized and how, and which channels of a code each decoder reads.
     """
 
-    book_names: ClassVar[tuple[str, ...]]
+    book_names: tuple[str, ...]
     needs_teacher: ClassVar[bool] = True
     teacher: Teacher | None
     decoder: ConvDecoder

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +22,6 @@ from models.transformer import AttentionProjection
 class ResidualTokenizer(ImageTokenizer):
     """Residual books, one quantizer each; vectors hold the books side by side, in the order of `book_names`."""
 
-    book_names: ClassVar[tuple[str, ...]]
     quantizers: nn.ModuleList
 
     @property
@@ -63,14 +61,16 @@ class DualTokenTokenizer(ResidualTokenizer):
 
     The semantic codes are decoded to the frozen teacher's features at the same layer. From a named layer the rest of
     the trained tower and its pooling make an image's vector of them, which the pooled loss compares with the teacher's
-    and which zero-shot classification uses.
+    and which zero-shot classification uses. Without `semantic_book` the pixel codes are all there are.
     """
 
-    book_names = ("semantic", "pixel")
+    book_names: tuple[str, ...] = ("semantic", "pixel")
 
     def _build(self) -> None:
         assert self.teacher is not None
         config, layers = self.config, self.config.pixel_layers
+        if not config.semantic_book:
+            self.book_names = ("pixel",)
         if len(layers) != len(config.pixel_layer_weights):
             raise ValueError(
                 f"tokenizer.pixel_layers={list(layers)} and pixel_layer_weights={list(config.pixel_layer_weights)} "
@@ -86,16 +86,22 @@ class DualTokenTokenizer(ResidualTokenizer):
         before = functools.partial(AttentionProjection, mlp_norm=released)
         after = functools.partial(AttentionProjection, mlp_norm=released, causal=released)
         self.pre_quant_pixel = nn.ModuleList(before(width, code_dim) for width in pixel_widths)
-        self.pre_quant_semantic = before(semantic, code_dim)
+        if config.semantic_book:
+            self.pre_quant_semantic = before(semantic, code_dim)
         self.quantizers = nn.ModuleList(ResidualQuantizer(config.residual) for _ in self.book_names)
-        self.post_quant_semantic = after(code_dim, semantic)
+        if config.semantic_book:
+            self.post_quant_semantic = after(code_dim, semantic)
         self.post_quant_pixel = after(code_dim, pixel_widths[0])
         self.to_decoder = ResidualBlock(pixel_widths[0], config.conv.latent_channels, first_kernel=1 if released else 3)
         self.decoder = ConvDecoder(config.conv)
 
+    @property
+    def has_semantic_branch(self) -> bool:
+        return self.config.semantic_book
+
     def target_features(self, images: Tensor) -> Tensor | None:
         assert self.teacher is not None
-        if self.config.semantic_layer is None:
+        if self.config.semantic_layer is None or not self.has_semantic_branch:
             return super().target_features(images)
         (level,), _ = self.teacher.levels(images, self.grid, (self.config.semantic_layer,))
         return level.float().detach()
@@ -107,20 +113,20 @@ class DualTokenTokenizer(ResidualTokenizer):
         projected = [project(level) for project, level in zip(self.pre_quant_pixel, levels or [deep], strict=True)]
         weights = self.config.pixel_layer_weights or (1.0,)
         pixel = torch.stack([weight * one for weight, one in zip(weights, projected, strict=True)]).sum(0)
-        return self._quantized([self.pre_quant_semantic(deep), pixel])
-
-    def _parts(self, vectors: Tensor) -> tuple[Tensor, Tensor]:
-        semantic, pixel = vectors.chunk(2, dim=-1)
-        return semantic, pixel
+        return self._quantized([self.pre_quant_semantic(deep), pixel] if self.config.semantic_book else [pixel])
 
     def _to_latents(self, vectors: Tensor) -> Tensor:
-        grown = self.post_quant_pixel(self._parts(vectors)[1]).permute(0, 3, 1, 2)
+        pixel = vectors.chunk(len(self.book_names), dim=-1)[-1]
+        grown = self.post_quant_pixel(pixel).permute(0, 3, 1, 2)
         if self.config.released_layout:
             grown = self._sized_for_decoder(grown)
         return self.to_decoder(grown).permute(0, 2, 3, 1)
 
     def _predict(self, vectors: Tensor) -> Tensor:
-        return self.post_quant_semantic(self._parts(vectors)[0])
+        if not self.config.semantic_book:
+            return super()._predict(vectors)
+        semantic, _ = vectors.chunk(2, dim=-1)
+        return self.post_quant_semantic(semantic)
 
     def pooled_prediction(self, features: Tensor) -> Tensor:
         if self.config.semantic_layer is None:

@@ -245,6 +245,18 @@ def test_dualtoken_decoders_read_their_own_book(stub_teacher: Teacher, images: T
     assert not torch.equal(tokenizer.semantic_features(codes), tokenizer.semantic_features(other))
 
 
+def test_dualtoken_without_its_semantic_book_is_one_book_of_pixels(stub_teacher: Teacher, images: Tensor) -> None:
+    tokenizer = make(stub_teacher, kind="dualtoken", semantic_book=False).train()
+    assert (tokenizer.book_names, tokenizer.code_shape) == (("pixel",), (1, 3, 8, 8))
+    assert not any("semantic" in name for name, _ in tokenizer.named_parameters())
+    output = tokenizer(images)
+    assert (output.semantic_target, output.semantic_prediction) == (None, None)
+    (output.reconstruction.square().mean() + output.quantizer_loss).backward()
+    assert tokenizer.decode(tokenizer.eval().encode(images)).shape == images.shape
+    with pytest.raises(ValueError, match="no semantic branch"):
+        tokenizer.semantic_features(output.codes)
+
+
 def test_dualtoken_can_take_its_semantics_from_a_named_layer(stub_teacher: Teacher, images: Tensor) -> None:
     tokenizer = make(stub_teacher, kind="dualtoken", semantic_layer=1).eval()
     (level,), _ = stub_teacher.levels(images, (8, 8), (1,))
