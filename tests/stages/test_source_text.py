@@ -176,3 +176,14 @@ def test_row_of_several_megabytes_is_read(tmp_path: Path, kind: str) -> None:
     (tmp_path / f"list.{kind}").write_text(text, encoding="utf-8")
     files = {"kind": "folder", "path": str(tmp_path), "captions": str(tmp_path / f"list.{kind}")}
     assert set(read_rows(DownloadConfig(files=files))["caption"].to_pylist()) == {caption}
+
+
+def test_url_list_follows_the_same_rules(tmp_path: Path) -> None:
+    listed = tmp_path / "list.jsonl"
+    listed.write_text('{"url": "http://a/1", "caption": "2024-05-01", "tags": ["caf\\u00e9", "\\ud83d"]}\n')
+    rows = read_rows(DownloadConfig(url_list=str(listed), extra_columns=("tags",))).to_pylist()
+    assert [(row["caption"], row["tags"]) for row in rows] == [("2024-05-01", '["café", "\ufffd"]')]
+    doubled = tmp_path / "list.csv"
+    doubled.write_text("url,url,caption\nhttp://a/1,http://a/2,x\n")
+    with pytest.raises(ValueError, match="has 2 columns 'url'; give each its own name"):
+        read_rows(DownloadConfig(url_list=str(doubled)))
