@@ -5,7 +5,7 @@ It runs when every shard is there, over the shards' metadata alone; only shards 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -78,19 +78,42 @@ def near_duplicates(hashes: np.ndarray, max_bits: int) -> np.ndarray:
     Returns:
         bool `[N]`.
     """
-    pieces = list(_pieces(max_bits + 1))
-    kept: list[dict[int, list[int]]] = [{} for _ in pieces]
-    alike = np.zeros(len(hashes), bool)
-    for index, value in enumerate(hashes.tolist()):
-        keys = [(value >> shift) & mask for shift, mask in pieces]
+    # a value that came before is alike to it, or to what that one is alike to; so only first ones are searched for
+    first = np.sort(np.unique(hashes, return_index=True)[1])
+    alike = np.ones(len(hashes), bool)
+    alike[first] = _near_a_kept_one(hashes[first], max_bits)
+    return alike
+
+
+def _near_a_kept_one(values: np.ndarray, max_bits: int) -> np.ndarray:
+    """`near_duplicates` of different values: bool `[N]`.
+
+    All values of a bucket are known beforehand, so that those which are kept fill a room of it in one array, where
+    numpy compares them all at once.
+    """
+    pieces = _pieces(max_bits + 1)
+    buckets = np.empty((len(values), len(pieces)), np.int64)  # [N, P]: in which bucket a value is, by each piece
+    room = np.zeros(0, np.int64)
+    for index, (shift, mask) in enumerate(pieces):
+        keys = (values >> np.uint64(shift)) & np.uint64(mask)
+        _, numbers, counts = np.unique(keys, return_inverse=True, return_counts=True)
+        buckets[:, index] = numbers + len(room)
+        room = np.concatenate([room, counts])
+    starts = (np.cumsum(room) - room).tolist()
+    ends = list(starts)
+    kept = np.empty(buckets.size, np.uint64)
+    alike = np.zeros(len(values), bool)
+    for index, value in enumerate(values):
+        own = buckets[index].tolist()
         alike[index] = any(
-            (value ^ other).bit_count() <= max_bits
-            for table, key in zip(kept, keys, strict=True)
-            for other in table.get(key, ())
+            starts[bucket] < ends[bucket]
+            and np.bitwise_count(kept[starts[bucket] : ends[bucket]] ^ value).min() <= max_bits
+            for bucket in own
         )
         if not alike[index]:
-            for table, key in zip(kept, keys, strict=True):
-                table.setdefault(key, []).append(value)
+            for bucket in own:
+                kept[ends[bucket]] = value
+                ends[bucket] += 1
     return alike
 
 
@@ -135,8 +158,13 @@ def _repeated(values: np.ndarray) -> np.ndarray:
     return repeated
 
 
-def _pieces(count: int) -> Iterator[tuple[int, int]]:
-    """Shift and mask of `count` pieces that make up the bits of a hash."""
+def _pieces(count: int) -> list[tuple[int, int]]:
+    """Shift and mask of `count` pieces that make up the bits of a hash, or of one that all hashes share.
+
+    The latter where the pieces are so short that most hashes share one: then comparing all with all takes less.
+    """
     ends = [HASH_BITS * index // count for index in range(count + 1)]
-    for start, end in pairwise(ends):
-        yield start, (1 << (end - start)) - 1
+    widths = [end - start for start, end in pairwise(ends)]
+    if sum(2.0**-width for width in widths) >= 1:
+        return [(0, 0)]
+    return [(start, (1 << width) - 1) for start, width in zip(ends, widths, strict=False)]

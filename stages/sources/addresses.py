@@ -10,18 +10,32 @@ from stages.sources.failures import FetchFailed
 from stages.sources.source import CONNECTION_ERROR, REFUSED
 
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
+_GLOBAL_UNICAST = ipaddress.ip_network("2000::/3")
+"""All of IPv6 that the public internet uses (IANA's registry). `is_global` asks instead whether an address is on a list
+of private ranges, and Python's list lacks some that lead inside: site-local, local NAT64, IPv4-compatible and
+IPv4-translated addresses."""
 
 
 def public(address: str) -> bool:
     """Whether an IP address belongs to the public internet; of IPv6 that carries an IPv4 address, whether that does."""
     ip = ipaddress.ip_address(address.partition("%")[0])
     if isinstance(ip, ipaddress.IPv6Address):
-        carried = ip.ipv4_mapped or ip.sixtofour or (ip.teredo[1] if ip.teredo else None)
-        if ip in _NAT64:
-            carried = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)
-        if carried is not None:
-            return public(str(carried))
+        carried = _carried(ip)
+        if carried:
+            return all(public(str(each)) for each in carried)
+        if ip not in _GLOBAL_UNICAST:
+            return False
     return ip.is_global and not ip.is_multicast
+
+
+def _carried(ip: ipaddress.IPv6Address) -> tuple[ipaddress.IPv4Address, ...]:
+    """The IPv4 addresses that packets to an IPv6 address are passed on to."""
+    if ip in _NAT64:
+        return (ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF),)
+    if ip.teredo:
+        return ip.teredo  # server and client
+    carried = ip.ipv4_mapped or ip.sixtofour
+    return (carried,) if carried else ()
 
 
 def resolve(host: str, port: int, *, private_too: bool) -> list[tuple[socket.AddressFamily, tuple[str, int]]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -11,9 +10,10 @@ import pyarrow as pa
 
 from models.config import Config
 from stages.sources.folder import FolderImages
-from stages.sources.source import PLACE, URL, Failure, Fetched, Row, check_columns, place, placed, strings
+from stages.sources.known_lists import look_up_list
+from stages.sources.source import PLACE, URL, Failure, Fetched, Row, check_columns, place, placed
+from stages.sources.text import clean, json_lines, load_json, strings
 from stages.stage import RuntimeStr
-from storage.digests import sha256_bytes
 from storage.input_files import read_input
 
 QUESTION, ANSWER, CONVERSATION = "question", "answer", "conversation"
@@ -49,12 +49,11 @@ class Conversations:
         self._images = FolderImages(config.image_folder, "download.files.image_folder", max_bytes)
 
     def content(self) -> dict[str, str]:
-        data = self._read()
-        names = [_image(entry) for entry in self._entries(data)]
-        return {"conversations": sha256_bytes(data), "files": self._images.digest(names)}
+        known = look_up_list(self._config.path, _WHAT, _EXPECTED, ["conversations"], self._names_in)
+        return {"conversations": known.sha256, "files": self._images.digest(known.images)}
 
     def rows(self, columns: Sequence[str]) -> pa.Table:
-        entries = self._entries(self._read())
+        entries = self._entries(read_input(self._config.path, _WHAT, _EXPECTED))
         described = [self._columns(entry) for entry in entries]
         names = [_image(entry) for entry in entries]
         check_columns(self.what, columns, list(dict.fromkeys(name for row in described for name in row)))
@@ -67,15 +66,15 @@ class Conversations:
         for position, found in placed(rows, "the conversation"):
             yield position, found if isinstance(found, Failure) else self._images.read(found[0])
 
-    def _read(self) -> bytes:
-        return read_input(self._config.path, _WHAT, _EXPECTED)
+    def _names_in(self, data: bytes) -> list[str]:
+        return [_image(entry) for entry in self._entries(data)]
 
     def _entries(self, data: bytes) -> list[dict[str, Any]]:
         try:
             if self._config.path.endswith((".jsonl", ".ndjson")):
-                entries = [json.loads(line) for line in data.splitlines() if line.strip()]
+                entries = [entry for _, entry in json_lines(data)]
             else:
-                entries = json.loads(data)
+                entries = load_json(data)
         except ValueError as error:
             raise ValueError(f"{self.what} is not readable as JSON: {error}; give {_EXPECTED}") from error
         if not isinstance(entries, list):
@@ -100,14 +99,15 @@ class Conversations:
 def _image(entry: dict[str, Any]) -> str:
     """The path of an entry's image; '' where it has none."""
     image = entry.get("image")
-    return image[0] if isinstance(image, list) and len(image) == 1 else image or ""
+    return clean((image[0] if isinstance(image, list) else image) or "")
 
 
 def _problem(entry: Any) -> str:
     if not isinstance(entry, dict) or not isinstance(entry.get("conversations"), list) or not entry["conversations"]:
         return "has no list 'conversations'"
     image = entry.get("image")
-    if not (image is None or isinstance(image, str) or (isinstance(image, list) and len(image) == 1)):
+    path = image[0] if isinstance(image, list) and len(image) == 1 else image
+    if not (path is None or isinstance(path, str)):
         return f"has the image {image!r}, not one path"
     for turn in entry["conversations"]:
         if not isinstance(turn, dict) or turn.get("from") not in ("human", "gpt", "system"):

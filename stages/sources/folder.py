@@ -9,11 +9,11 @@ from pathlib import Path, PurePosixPath
 from typing import Literal
 
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from models.config import Config
 from stages.sources.images import is_image_name
-from stages.sources.lists import EXPECTED, read_list
+from stages.sources.known_lists import look_up_list
+from stages.sources.lists import EXPECTED, TextTable, parse_list, read_list
 from stages.sources.source import (
     MISSING,
     NO_CAPTION,
@@ -24,12 +24,13 @@ from stages.sources.source import (
     Fetched,
     Row,
     check_columns,
+    no_place,
     place,
     placed,
 )
+from stages.sources.text import clean, decode, strings
 from stages.stage import RuntimeStr
-from storage.digests import sha256_bytes
-from storage.input_files import InputFiles, read_input
+from storage.input_files import InputFiles
 
 _LIST = "download.files.captions"
 _NO_SUCH_NAME = (errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL)
@@ -66,39 +67,37 @@ class ImageFolder:
         captions = self._config.captions
         if not captions:
             return {"files": self._images.files.digest(self._paired_names())}
-        return {
-            "captions": sha256_bytes(read_input(captions, _LIST, EXPECTED)),
-            "files": self._images.digest(self._listed()[self._config.file_column].to_pylist()),
-        }
+        known = look_up_list(captions, _LIST, EXPECTED, ["folder", self._config.file_column], self._names_in)
+        return {"captions": known.sha256, "files": self._images.digest(known.images)}
 
     def rows(self, columns: Sequence[str]) -> pa.Table:
         if not self._config.captions:
             check_columns(self.what, columns, [self._caption_column])
             return self._paired_rows()
-        table = self._listed()
-        names = pc.fill_null(table[self._config.file_column].cast(pa.string()), "")
+        table = read_list(self._config.captions, "list", _LIST)
+        names = self._file_names(table)
         check_columns(self.what, columns, table.column_names)
-        places = [place(name) if name else "" for name in names.to_pylist()]
-        kept = {name: table[name] for name in columns}
-        return pa.table(kept | {URL: names, PLACE: pa.array(places, pa.string())})
+        places = [place(name) if name else "" for name in names]
+        return pa.table({name: table[name] for name in columns} | {URL: strings(names), PLACE: strings(places)})
 
     def fetch(self, rows: list[Row], scratch: Path) -> Iterator[tuple[int, Fetched]]:
         for position, found in placed(rows, "the row"):
             if isinstance(found, Failure):
                 yield position, found
-            elif len(found) > 1:
-                yield position, Failure(NO_CAPTION, "no .txt beside the image")
             else:
                 yield position, self._images.read(found[0])
 
-    def _listed(self) -> pa.Table:
-        table = read_list(self._config.captions, "list", _LIST)
+    def _names_in(self, data: bytes) -> list[str]:
+        return self._file_names(parse_list(data, self._config.captions, "list"))
+
+    def _file_names(self, table: TextTable) -> list[str]:
         if self._config.file_column not in table.column_names:
             raise ValueError(
                 f"{self.what} has no column {self._config.file_column!r}; it has {', '.join(table.column_names)}: set "
                 f"download.files.file_column to the one with the images' paths"
             )
-        return table
+        names: list[str] = table[self._config.file_column].to_pylist()
+        return names
 
     def _paired_rows(self) -> pa.Table:
         files = self._images.files
@@ -110,15 +109,15 @@ class ImageFolder:
                 f"{self.what} holds {found}; put KEY.txt beside KEY.jpg, or set {_LIST} to a list of captions"
             )
         read = dict(zip(texts, files.read_all(list(texts.values())), strict=True))
-        captions = [read.get(name, b"").decode("utf-8", errors="replace").strip() for name in images]
-        places = [place(name) if name in texts else place(name, NO_CAPTION) for name in images]
+        captions = [decode(read.get(name, b"")).strip() for name in images]
+        places = [_place_of(name, name in texts) for name in images]
         columns = {URL: images, PLACE: places, self._caption_column: captions}
-        return pa.table({name: pa.array(values, pa.string()) for name, values in columns.items()})
+        return pa.table({name: strings(values) for name, values in columns.items()})
 
     def _paired_names(self) -> list[str]:
         files = self._images.files
         images = [name for name in files.names() if is_image_name(name)]
-        return [each for name in images for each in (name, _text_name(name))]
+        return [clean(each) for name in images for each in (name, _text_name(name))]
 
 
 class FolderImages:
@@ -150,6 +149,14 @@ class FolderImages:
             if error.errno not in _NO_SUCH_NAME:
                 raise  # the folder's service is in trouble, or the session over: no fault of the row
             return Failure(MISSING, error.strerror or type(error).__name__)
+        except ValueError:  # a NUL within it
+            return Failure(MISSING, "the image's path is not one")
+
+
+def _place_of(name: str, has_text: bool) -> str:
+    if clean(name) != name:  # as in a ZIP from an old Windows; no table of ours, and no digest, can hold it
+        return no_place(MISSING, "the file's name is not UTF-8")
+    return place(name) if has_text else no_place(NO_CAPTION, "no .txt beside the image")
 
 
 def _leads_outside(name: str) -> bool:

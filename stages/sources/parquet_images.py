@@ -10,7 +10,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from models.config import Config
-from stages.sources.source import MISSING, PLACE, URL, Failure, Fetched, Row, check_columns, place, placed, strings
+from stages.sources.source import MISSING, PLACE, URL, Failure, Fetched, Row, check_columns, place, placed
+from stages.sources.text import strings, text_column
 from stages.stage import RuntimeStr
 from storage.input_files import InputFiles
 
@@ -80,8 +81,8 @@ class ParquetImages:
         places = [place(name, group, row) for group, count in enumerate(groups) for row in range(count)]
         urls = [f"{name}#{row}" for row in range(len(places))]
         return pa.table(
-            {column: _text(table[column]) for column in columns}
-            | {URL: pa.array(urls, pa.string()), PLACE: pa.array(places, pa.string())}
+            {column: text_column(table[column], f"{self.what}: column {column!r} of {name}") for column in columns}
+            | {URL: strings(urls), PLACE: strings(places)}
         )
 
     def _check(self, name: str, schema: pa.Schema) -> None:
@@ -109,11 +110,6 @@ class ParquetImages:
 
 def _is_binary(kind: pa.DataType) -> bool:
     return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind))
-
-
-def _text(column: pa.ChunkedArray) -> pa.ChunkedArray | pa.Array:
-    nested = pa.types.is_nested(column.type)
-    return strings(column.to_pylist()) if nested else column.cast(pa.string())
 
 
 def _bytes(value: Any) -> Fetched:

@@ -48,7 +48,7 @@ STATUSES: dict[str, str] = {
     TOO_MANY_PIXELS: "more pixels than `download.max_pixels`",
     UNDECODABLE: "an image that is damaged or cut off",
     MISSING: "the row names no image, or a file that is not there",
-    NO_CAPTION: "an image with no text beside it",
+    NO_CAPTION: "no text beside the image, or a .json that cannot be read",
     NOT_FETCHED: "img2dataset said nothing of the row",
 }
 """What can become of a row."""
@@ -109,6 +109,8 @@ def check_columns(what: str, wanted: Sequence[str], available: Sequence[str]) ->
                 f"{what} has no column {name!r}; it has {', '.join(available)}: set download.caption_column, "
                 f".extra_columns and .keep to what it has"
             )
+        if (count := list(available).count(name)) > 1:
+            raise ValueError(f"{what} has {count} columns {name!r}; give each its own name")
 
 
 def place(*parts: Any) -> str:
@@ -116,19 +118,13 @@ def place(*parts: Any) -> str:
     return json.dumps(parts)
 
 
+def no_place(status: str, reason: str) -> str:
+    """Write the `PLACE` of a row of which it is known already that it gives no image; arguments as of `Failure`."""
+    return json.dumps({"status": status, "reason": reason})
+
+
 def placed(rows: Sequence[Row], what: str) -> Iterator[tuple[int, list[Any] | Failure]]:
     """Position and `PLACE` of every row; a failure where the row says that it has no image."""
     for position, row in enumerate(rows):
-        text = row[PLACE]
-        yield position, json.loads(text) if text else Failure(MISSING, f"{what} has no image")
-
-
-def strings(values: Sequence[Any]) -> pa.Array:
-    """A column of text: strings as they are, None as '', everything else as JSON."""
-    return pa.array([_string(value) for value in values], pa.string())
-
-
-def _string(value: Any) -> str:
-    if value is None:
-        return ""
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, sort_keys=True)
+        found = json.loads(row[PLACE]) if row[PLACE] else Failure(MISSING, f"{what} has no image")
+        yield position, Failure(**found) if isinstance(found, dict) else found

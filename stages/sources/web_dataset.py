@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import tarfile
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,7 +12,19 @@ import pyarrow as pa
 
 from models.config import Config
 from stages.sources.images import is_image_name
-from stages.sources.source import PLACE, URL, Failure, Fetched, Row, check_columns, place, placed, strings
+from stages.sources.source import (
+    NO_CAPTION,
+    PLACE,
+    URL,
+    Failure,
+    Fetched,
+    Row,
+    check_columns,
+    no_place,
+    place,
+    placed,
+)
+from stages.sources.text import decode, load_json, strings
 from stages.stage import RuntimeStr
 from storage.image_shards import sample_members
 from storage.input_files import InputFiles
@@ -53,13 +65,17 @@ class WebDataset:
         places: list[str] = []
         kept: dict[str, list[Any]] = {name: [] for name in columns}
         seen: dict[str, None] = {}
+        problem = ""
         for name in self._tars():
-            for key, sample in self._samples(name):
-                seen |= dict.fromkeys(sample["fields"])
-                for field, values in kept.items():
-                    values.append(sample["fields"].get(field))
-                urls.append(f"{name}/{sample['image'] or key}")
-                places.append(place(name, *sample["at"]) if sample["image"] else "")
+            for sample in self._samples(name):
+                seen |= dict.fromkeys(sample.fields)
+                problem = problem or sample.problem
+                for wanted, values in kept.items():
+                    values.append(sample.fields.get(wanted))
+                urls.append(f"{name}/{sample.image or sample.key}")
+                places.append(sample.place(name))
+        if problem and not seen:
+            raise ValueError(f"{self.what} has no .json that can be read: {problem}; write one object a sample")
         if urls:
             check_columns(self.what, columns, list(seen))
         return pa.table(
@@ -87,30 +103,26 @@ class WebDataset:
             raise ValueError(f"{self.what} holds no .tar, but {names[0]!r}; unpack compressed tars, or mend the path")
         return tars
 
-    def _samples(self, name: str) -> Iterator[tuple[str, dict[str, Any]]]:
-        """Key and contents of each sample of one tar, without the image's bytes."""
-        key, sample = "", self._empty()
+    def _samples(self, name: str) -> Iterator[_Sample]:
+        """The samples of one tar, without the images' bytes."""
+        sample = None
         try:
             with self._files.open(name) as file, tarfile.open(fileobj=file, mode="r:") as tar:
-                for own_key, extension, member in sample_members(tar):
-                    if key and own_key != key:
-                        yield key, sample
-                        sample = self._empty()
-                    key = own_key
-                    self._add(sample, member, extension.lower(), tar)
-        except (tarfile.TarError, OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+                for key, extension, member in sample_members(tar):
+                    if sample is None or key != sample.key:
+                        if sample is not None:
+                            yield sample
+                        sample = _Sample(key)
+                    self._add(sample, name, member, extension.lower(), tar)
+        except (tarfile.TarError, OSError) as error:
             raise ValueError(f"{self.what}: {name} is not readable as tar: {error}; make or fetch it again") from error
-        if key:
-            yield key, sample
+        if sample is not None:
+            yield sample
 
-    @staticmethod
-    def _empty() -> dict[str, Any]:
-        return {"image": "", "at": (0, 0), "fields": {}}
-
-    def _add(self, sample: dict[str, Any], member: tarfile.TarInfo, extension: str, tar: tarfile.TarFile) -> None:
+    def _add(self, sample: _Sample, name: str, member: tarfile.TarInfo, extension: str, tar: tarfile.TarFile) -> None:
         if is_image_name(extension):
-            if not sample["image"]:  # of several images the first one is the sample's
-                sample["image"], sample["at"] = member.name, (member.offset_data, member.size)
+            if not sample.image:  # of several images the first one is the sample's
+                sample.image, sample.offset, sample.size = member.name, member.offset_data, member.size
             return
         if extension not in ("txt", "json"):
             return
@@ -120,9 +132,38 @@ class WebDataset:
         if len(data) != member.size:
             raise tarfile.ReadError(f"{member.name} ends early")
         if extension == "txt":
-            sample["fields"].setdefault(self._caption_column, data.decode("utf-8"))
+            sample.fields.setdefault(self._caption_column, decode(data))
             return
-        value = json.loads(data)
-        if not isinstance(value, dict):
-            raise tarfile.ReadError(f"{member.name} is no JSON object")
-        sample["fields"] |= value
+        try:
+            value = load_json(data)
+        except ValueError as error:
+            sample.problem = f"{name}: {member.name} is not JSON: {error}"
+            return
+        if isinstance(value, dict):
+            sample.fields |= value
+        else:
+            sample.problem = f"{name}: {member.name} is no JSON object, but {str(value)[:40]!r}"
+
+
+@dataclass
+class _Sample:
+    """What the members of one key say."""
+
+    key: str
+    image: str = ""
+    """Name of its member; '' where there is none."""
+    offset: int = 0
+    """Of the image's bytes in the tar."""
+    size: int = 0
+    """Of the image, bytes."""
+    fields: dict[str, Any] = field(default_factory=dict)
+    problem: str = ""
+    """What is wrong with the .json: the caption, and what is held out, may stand there, so the row cannot be used."""
+
+    def place(self, tar: str) -> str:
+        """Its `PLACE`."""
+        if not self.image:
+            return ""
+        if self.problem:
+            return no_place(NO_CAPTION, "the .json beside the image is no JSON object")
+        return place(tar, self.offset, self.size)

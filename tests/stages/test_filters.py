@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -163,20 +163,28 @@ def test_image_is_hashed_as_it_is_seen() -> None:
         assert perceptual_hash(image) == perceptual_hash(shown)
 
 
-@pytest.mark.parametrize("max_bits", [0, 1, 3, 8])
+def flipped(value: int, bits: Sequence[int]) -> int:
+    return value ^ sum(1 << int(bit) for bit in bits)
+
+
+@pytest.mark.parametrize("max_bits", [0, 1, 3, 4, 8, 16, 30, 63])
 def test_near_duplicates_are_those_of_the_slow_search(max_bits: int) -> None:
     rng = np.random.default_rng(max_bits)
-    hashes = rng.integers(0, 2**64, 40, dtype=np.uint64)
-    flipped = [np.uint64(hashes[i] ^ sum(np.uint64(1) << np.uint64(b) for b in rng.choice(64, size, replace=False)))
-               for i in rng.integers(0, 40, 60) for size in [rng.integers(0, 12)]]  # fmt: skip
-    values = np.concatenate([hashes, np.array(flipped, np.uint64)])
+    values = rng.integers(0, 2**64, 60, dtype=np.uint64).tolist()
+    for _ in range(300):  # some of which are equal, and some near others that were left out
+        values.append(flipped(values[rng.integers(len(values))], rng.choice(64, rng.integers(0, 12), replace=False)))
+    values += [0, 2**64 - 1, 0, 1]
     kept: list[int] = []
     expected = []
-    for value in values.tolist():
+    for value in values:
         expected.append(any((value ^ other).bit_count() <= max_bits for other in kept))
         if not expected[-1]:
             kept.append(value)
-    assert near_duplicates(values, max_bits).tolist() == expected
+    assert near_duplicates(np.array(values, np.uint64), max_bits).tolist() == expected
+
+
+def test_no_hashes_have_no_near_duplicates() -> None:
+    assert near_duplicates(np.zeros(0, np.uint64), 4).tolist() == []
 
 
 def test_filters_that_leave_no_image_are_an_error(tmp_path: Path) -> None:

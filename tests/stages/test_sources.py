@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import errno
-import io
 import json
 import os
 import shutil
-import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,93 +14,21 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from infra.executors import LocalExecutor
 from stages.download import STAGE, DownloadConfig, open_source, read_rows
+from stages.sources import known_lists
 from stages.sources.folder import FolderImages
-from stages.stage import Outcome, StageContext
-from storage.image_shards import ImageSample, read_image_shard, write_image_shard
-from storage.store import Store
+from tests.given_files import (
+    CAPTIONS,
+    IMAGES,
+    MAKERS,
+    Maker,
+    make_conversations,
+    make_folder,
+    make_webdataset,
+    run_download,
+    write_tar,
+)
 from tests.misbehaving_server import png
-
-COLOURS = ("red", "green", "blue")
-CAPTIONS = [f"a {colour} picture" for colour in COLOURS]
-IMAGES = [png(colour) for colour in COLOURS]
-
-
-def run_download(config: DownloadConfig, folder: Path) -> tuple[list[dict[str, Any]], list[ImageSample], Outcome]:
-    store, scratch = Store(str(folder / "store")), folder / "scratch"
-    scratch.mkdir()
-    context = StageContext(config, 0, {}, store, STAGE.action_key(config, 0, {}), LocalExecutor(), scratch)
-    outcome = STAGE.run(context)
-    rows, samples = list[dict[str, Any]](), list[ImageSample]()
-    for entry in outcome.files:
-        if entry.path.startswith("metadata/"):
-            rows += pq.read_table(store.fetch(entry)).to_pylist()
-        else:
-            samples += read_image_shard(store.fetch(entry))
-    return rows, samples, outcome
-
-
-def make_webdataset(folder: Path) -> dict[str, Any]:
-    samples = [
-        ImageSample(f"{index:03d}", image, "png", caption, {"style": "plain"})
-        for index, (image, caption) in enumerate(zip(IMAGES, CAPTIONS, strict=True))
-    ]
-    write_image_shard(folder / "train-0.tar", samples[:2])
-    write_image_shard(folder / "train-1.tar", samples[2:])
-    return {"kind": "webdataset", "path": str(folder / "train-*.tar")}
-
-
-def make_parquet(folder: Path) -> dict[str, Any]:
-    rows = [
-        {"image": {"bytes": image, "path": None}, "caption": caption, "style": "plain"}
-        for image, caption in zip(IMAGES, CAPTIONS, strict=True)
-    ]
-    pq.write_table(pa.Table.from_pylist(rows[:2]), folder / "0.parquet", row_group_size=1)
-    pq.write_table(pa.Table.from_pylist(rows[2:]), folder / "1.parquet")
-    return {"kind": "parquet", "path": str(folder)}
-
-
-def make_plain_parquet(folder: Path) -> dict[str, Any]:
-    table = pa.table({"jpg": pa.array(IMAGES, pa.large_binary()), "caption": CAPTIONS, "style": ["plain"] * 3})
-    pq.write_table(table, folder / "all.parquet")
-    return {"kind": "parquet", "path": str(folder / "all.parquet"), "image_column": "jpg"}
-
-
-def make_folder(folder: Path) -> dict[str, Any]:
-    (folder / "images" / "deep").mkdir(parents=True)
-    names = ["a.png", "./deep/b.png", "c.png"]
-    for name, image in zip(names, IMAGES, strict=True):
-        (folder / "images" / name).write_bytes(image)
-    rows = [
-        {"file_name": name, "caption": caption, "style": "plain"} for name, caption in zip(names, CAPTIONS, strict=True)
-    ]
-    (folder / "list.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return {"kind": "folder", "path": str(folder / "images"), "captions": str(folder / "list.jsonl")}
-
-
-def make_conversations(folder: Path) -> dict[str, Any]:
-    config = make_folder(folder)
-    entries = [
-        {
-            "id": str(index),
-            "image": name,
-            "style": "plain",
-            "conversations": [
-                {"from": "human", "value": "<image>\nWhat is it?"},
-                {"from": "gpt", "value": caption},
-                {"from": "human", "value": "Sure?"},
-                {"from": "gpt", "value": "Yes."},
-            ],
-        }
-        for index, (name, caption) in enumerate(zip(["a.png", "deep/b.png", "c.png"], CAPTIONS, strict=True))
-    ]
-    (folder / "llava.json").write_text(json.dumps(entries), encoding="utf-8")
-    return {"kind": "conversations", "path": str(folder / "llava.json"), "image_folder": config["path"]}
-
-
-MAKERS = [make_webdataset, make_parquet, make_plain_parquet, make_folder, make_conversations]
-Maker = Callable[[Path], dict[str, Any]]
 
 
 @pytest.mark.parametrize("make", MAKERS)
@@ -165,6 +91,53 @@ def test_digest_of_unchanged_files_is_not_worked_out_again(tmp_path: Path, monke
     assert open_source(config).content() != first
 
 
+@pytest.mark.parametrize("make", [make_folder, make_conversations])
+def test_look_up_of_a_list_that_was_read_before_takes_no_second_reading(
+    tmp_path: Path, make: Maker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MUSEVL_CACHE", str(tmp_path / "cache"))
+    files = make(tmp_path)
+    listed = Path(files.get("captions") or files["path"])
+    for path in tmp_path.rglob("*.*"):
+        os.utime(path, (1_000_000, 1_000_000))  # files that changed just now are never remembered
+    config = DownloadConfig(files=files)
+    first = open_source(config).content()
+    data = listed.read_bytes()
+    listed.write_bytes(b"?" * len(data))
+    os.utime(listed, (1_000_000, 1_000_000))  # the same stamp: nobody looks inside
+    assert open_source(config).content() == first
+    renamed = listed.with_stem("renamed")
+    renamed.write_bytes(data)
+    field = "captions" if "captions" in files else "path"
+    assert open_source(DownloadConfig(files=files | {field: str(renamed)})).content() == first
+    for file in (tmp_path / "cache" / "lists").iterdir():
+        file.write_text("damaged")
+    assert open_source(DownloadConfig(files=files | {field: str(renamed)})).content() == first
+    (tmp_path / "images" / "a.png").write_bytes(png("black"))
+    assert open_source(DownloadConfig(files=files | {field: str(renamed)})).content() != first, "its images still count"
+
+
+def test_list_that_changes_while_it_is_read_is_not_remembered_as_what_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MUSEVL_CACHE", str(tmp_path / "cache"))
+    files = make_folder(tmp_path)
+    listed, config = tmp_path / "list.jsonl", DownloadConfig(files=files)
+    before, after = listed.read_bytes(), b'{"file_name": "a.png", "caption": "x"}\n'
+    expected = open_source(config).content()
+    shutil.rmtree(tmp_path / "cache")
+
+    def read_after_a_change(*_: str) -> bytes:
+        listed.write_bytes(after)
+        return after
+
+    with monkeypatch.context() as patch:
+        patch.setattr(known_lists, "read_input", read_after_a_change)
+        open_source(config).content()
+    listed.write_bytes(before)
+    assert open_source(config).content() == expected
+
+
 def test_captions_may_stand_in_text_files_beside_the_images(tmp_path: Path) -> None:
     for name, image, caption in zip("abc", IMAGES, CAPTIONS, strict=True):
         (tmp_path / f"{name}.png").write_bytes(image)
@@ -222,14 +195,6 @@ def test_conversation_keeps_its_first_turn_and_all_turns_as_columns(tmp_path: Pa
     assert [turn["value"] for turn in turns] == ["What is it?", CAPTIONS[0], "Sure?", "Yes."]
 
 
-def write_tar(path: Path, members: dict[str, bytes]) -> None:
-    with tarfile.open(path, "w") as tar:
-        for name, data in members.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-
-
 def bad(kind: str, path: str, prepare: Callable[[Path], Any], message: str, **fields: str) -> Any:
     return pytest.param({"kind": kind, "path": path, **fields}, prepare, message, id=message[:40])
 
@@ -247,7 +212,7 @@ def parquet_of(table: dict[str, Any]) -> Callable[[Path], None]:
 
 
 def list_of(text: str) -> Callable[[Path], Any]:
-    return lambda folder: (folder / "l.csv").write_text(text, encoding="utf-8")
+    return lambda folder: [(folder / name).write_text(text, encoding="utf-8") for name in ("l.csv", "l.jsonl")]
 
 
 @pytest.mark.parametrize(
@@ -257,7 +222,10 @@ def list_of(text: str) -> Callable[[Path], Any]:
         bad("webdataset", "", lambda f: (f / "a.zip").write_bytes(b"x"), r"holds no \.tar, but 'a\.zip'"),
         bad("webdataset", "", lambda f: (f / "a.tar").write_bytes(b"x" * 9999), "a.tar is not readable as tar"),
         bad("webdataset", "", lambda f: write_tar(f / "a.tar", {"1.png": b""}), "has no column 'caption'"),
-        bad("webdataset", "", lambda f: write_tar(f / "a.tar", {"1.json": b"[1]"}), "1.json is no JSON object"),
+        bad("webdataset", "", lambda f: write_tar(f / "a.tar", {"1.json": b"[1]"}), "a.tar: 1.json is no JSON object"),
+        bad(
+            "webdataset", "", lambda f: write_tar(f / "a.tar", {"1.json": b"{"}), "a.tar: 1.json is not JSON: Expecting"
+        ),
         bad("webdataset", "", lambda f: write_tar(f / "a.tar", {}), "has no rows"),
         bad("parquet", "absent.parquet", lambda f: None, "matches no file"),
         bad("parquet", "", lambda f: (f / "a.parquet").write_bytes(b"x" * 99), "a.parquet is not readable as Parquet"),
@@ -272,10 +240,17 @@ def list_of(text: str) -> Callable[[Path], Any]:
         bad("folder", "", list_of("file_name\nx\n"), "no column 'caption'", captions="l.csv"),
         bad("folder", "", lambda f: (f / "l.xls").write_bytes(b""), "unknown suffix '.xls'", captions="l.xls"),
         bad("folder", "", lambda f: None, r"cannot read download\.files\.captions", captions="absent.csv"),
+        bad("folder", "", list_of("file_name,caption,caption\nx,a,b\n"), "has 2 columns 'caption'", captions="l.csv"),
+        bad("folder", "", list_of("file_name,file_name,caption\n,,\n"), "has 2 columns 'file_name'", captions="l.csv"),
+        bad("folder", "", list_of('{"a": 1}\n\n{"a": \n'), "not readable as jsonl: line 3, column", captions="l.jsonl"),
+        bad("folder", "", list_of('{"a": 1}\n[2]\n'), r"line 2 is '\[2\]', not an object", captions="l.jsonl"),
+        bad("folder", "", list_of("\n"), "not readable as jsonl: it is empty", captions="l.jsonl"),
+        bad("folder", "", list_of("[" * 99_999), "line 1: values are nested too deeply", captions="l.jsonl"),
         bad_turns(None, r"cannot read download\.files\.path"),
         bad_turns("{", "not readable as JSON"),
         bad_turns("{}", "a dict, not a list"),
         bad_turns("[]", "has no"),
+        bad_turns("[" * 99_999, "not readable as JSON: values are nested too deeply"),
         bad_turns('[{"image": "x"}]', "entry 0 has no list"),
         bad_turns('[{"image": 3, "conversations": [{}]}]', "the image 3, not one path"),
         bad_turns('[{"conversations": [{"from": "bot"}]}]', "not from 'human' or 'gpt'"),
