@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from infra.executors import LocalExecutor
+from stages import tokenize
 from stages.child_process import TRIES, ChildProcess, RaisedInChild, described
 from stages.encoding import Batch, Codes, Pixels, Scores
 from stages.execution import run_stage
@@ -30,11 +31,13 @@ from stages.isolation import (
     isolate,
     loses_device,
 )
+from stages.recipe import load_recipe
 from storage.code_table import read_code_table
 from storage.manifest import Manifest
 from storage.store import Store
 from storage.tables import read_table
 from tests.light import LightRun, light_run
+from tests.poison import PoisonableWorkers
 
 ROOT = Path(__file__).parents[2]
 
@@ -212,6 +215,23 @@ def test_too_many_failures_stop_the_stage_with_their_reasons(tmp_path: Path) -> 
     assert "6 of 12 images could not be tokenized" in ended.stderr
     assert "tokenize.max_failed_fraction=0.4 (first: 000000000: ValueError: cannot take this one" in ended.stderr
     assert store.lookup(run.action_key) is None
+
+
+def test_a_stage_that_must_fail_stops_at_once_and_goes_on_with_a_higher_limit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limits = {"tokenize": {"batch_size": 4, "max_failed_fraction": 0.25}}
+    run = light_run(tmp_path, num_images=16, rows_per_shard=2, sections=limits)
+    store = run.store(str(tmp_path / "store"))
+    monkeypatch.setenv("TEST_POISON", ",".join(run.keys[:6]))
+    monkeypatch.setenv("TEST_POISON_EFFECT", "raise")
+    monkeypatch.setattr(tokenize, "WorkerFactory", PoisonableWorkers)
+    for _ in range(2):  # the second run counts the receipts of the first
+        with pytest.raises(ValueError, match="6 of 16 images could not be tokenized.*what is done is kept"):
+            run_stage("tokenize", run.recipe, store, LocalExecutor())
+        assert list(store.receipts(run.action_key)) == ["00000", "00001", "00002"]
+    higher = load_recipe(str(run.recipe_path), ["tokenize.max_failed_fraction=0.5"])
+    assert run_stage("tokenize", higher, store, LocalExecutor()).manifest.metrics["num_failed"] == 6
 
 
 def test_too_little_memory_is_no_fault_of_an_image() -> None:
