@@ -6,16 +6,19 @@ Cosine similarity of the two towers' embeddings, the CLIP score of LAION-400M (a
 
 from __future__ import annotations
 
+import threading
+
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor
 
 from models.teachers import Teacher
 from models.transforms import normalise
 
 
 class CaptionMatch:
-    """Scores pairs with a teacher that has a text tower.
+    """Scores pairs with a teacher that has a text tower; several threads may use it at a time.
 
     Args:
         teacher: frozen.
@@ -24,10 +27,13 @@ class CaptionMatch:
 
     def __init__(self, teacher: Teacher, device: torch.device) -> None:
         self._teacher, self._device = teacher.to(device), device
+        # Hugging Face's tokenizers refuse a second thread ("Already borrowed")
+        self._text = threading.Lock()
 
     @torch.no_grad()
-    def scores(self, pixels: npt.NDArray[np.uint8], captions: list[str]) -> list[float]:
-        """Cosine similarities in [-1, 1] of images `[b, 3, H, W]` and their captions, in float32."""
+    def scores(self, pixels: npt.NDArray[np.uint8], captions: list[str]) -> Tensor:
+        """Cosine similarities `[b]`, -1 to 1 in float32, of images `[b, 3, H, W]` and their captions."""
+        with self._text:
+            texts = self._teacher.embed_texts(captions)
         images = self._teacher.embed_images(normalise(torch.from_numpy(pixels).to(self._device)))
-        texts = self._teacher.embed_texts(captions)
-        return [float(score) for score in (images.float() * texts.float()).sum(1)]
+        return (images.float() * texts.float()).sum(1)

@@ -7,8 +7,10 @@ list's order and stored. Duplicates are looked for at the end, when it is known 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Annotated, Any
 
 import pyarrow as pa
@@ -20,8 +22,9 @@ from stages.download_shard import DownloadShard
 from stages.duplicates import LeaveOut, ShardFiles, find_duplicates
 from stages.filters import PERCEPTUAL_HASH, FilterConfig
 from stages.held_out_rows import SPLIT, hold_out
-from stages.image_rows import Limits
-from stages.shard_counts import metrics_of, num_failed, total
+from stages.image_facts import Limits
+from stages.receipts import read_receipts
+from stages.shard_counts import Totals
 from stages.sources.conversations import ConversationFiles, Conversations
 from stages.sources.folder import FolderFiles, ImageFolder
 from stages.sources.guarded_http import Guard
@@ -32,6 +35,8 @@ from stages.sources.web_dataset import WebDataset, WebDatasetFiles
 from stages.stage import DoesNotAffectResult, Outcome, RuntimeInt, RuntimeStr, Stage, StageContext
 from stages.standalone import run_standalone
 from stages.training import tracked
+from storage.blobs import blob_key
+from storage.digests import sha256_file
 from storage.manifest import FileEntry
 from storage.store import Store
 from storage.tables import IMAGE_METADATA_SCHEMA, write_table
@@ -78,7 +83,7 @@ class DownloadConfig(Config):
     http: HttpConfig = HttpConfig()
     """Manners and safety towards the hosts of a URL list."""
     max_failed_fraction: Annotated[Fraction, DoesNotAffectResult] = 0.2
-    """The stage stops when a larger part of the rows failed."""
+    """The stage stops as soon as it is certain that a larger part of the rows fails."""
     attempt: NonNegativeInt = 0
     """Part of the identity of the result. 1 and more fetch again what failed in the attempt before, and keep what
     arrived; `--retry-failed` adds one."""
@@ -109,6 +114,19 @@ class DownloadConfig(Config):
         return (*self.extra_columns, SPLIT) if self.held_out_fraction else self.extra_columns
 
 
+@dataclass
+class _Done:
+    """The shards that are done: what the outcome needs of their receipts."""
+
+    files: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    """Entries by shard."""
+    totals: Totals = field(default_factory=Totals)
+
+    def add(self, shard: str, receipt: dict[str, Any]) -> None:
+        self.files[shard] = receipt["files"]
+        self.totals.add(receipt)
+
+
 def run(context: StageContext[DownloadConfig]) -> Outcome:
     """Make the `image_shards` artifact: `images/NNNNN.tar` and `metadata/NNNNN.parquet`.
 
@@ -117,25 +135,25 @@ def run(context: StageContext[DownloadConfig]) -> Outcome:
     """
     config, store, key = context.config, context.store, context.action_key
     plan = store.read_plan(key) or _make_plan(context)
-    done = store.receipts(key)
-    earlier = _earlier_shards(context) if config.attempt else {}
-    items = [
-        item | {"rows": plan["rows"], "earlier": earlier.get(item["shard"])}
-        for item in plan["shards"]
-        if item["shard"] not in done
-    ]
-    worker = _worker(store, key, config)
-    results = context.executor.map(lambda: worker, items, num_workers=config.num_workers)
-    for _ in tracked(results, len(items), "download shards"):
-        pass
-    receipts = store.receipts(key, done)
-    missing = [item["shard"] for item in plan["shards"] if item["shard"] not in receipts]
+    shards = [item["shard"] for item in plan["shards"]]
+    done = _Done()
+    for shard, receipt in read_receipts(store, key, shards):
+        done.add(shard, receipt)
+    _download(context, plan, done)
+    missing = [shard for shard in shards if shard not in done.files]
     assert not missing, f"every shard was mapped, yet {missing} have no receipt"
-    receipts = {item["shard"]: receipts[item["shard"]] for item in plan["shards"]}  # in the list's order
-    _check_failures(config, receipts)
+    _check_images(context)
+    if not done.totals["status"][OK]:
+        reasons = _reasons(done.totals["errors"] + done.totals["filters"])
+        raise ValueError(
+            f"none of {done.totals.num_rows} rows gave an image ({reasons}); mend the list or loosen download.filters"
+        )
+    done.files = {shard: done.files[shard] for shard in shards}  # in the list's order
     if config.filters.exact_duplicates or config.filters.near_duplicate_bits is not None:
-        receipts |= _without_duplicates(context, receipts)
-    return _outcome(list(receipts.values()))
+        _leave_out_duplicates(context, done)
+    files = [FileEntry.from_json(entry) for entries in done.files.values() for entry in entries]
+    metadata = {"splits": dict(done.totals["splits"])}
+    return Outcome("image_shards", files, metrics=done.totals.metrics(), metadata=metadata)
 
 
 def open_source(config: DownloadConfig) -> Source:
@@ -194,10 +212,12 @@ def next_attempt(config: DownloadConfig, seed: int, store: Store) -> int:
         if artifact is not None:
             failed = bool(artifact.metrics["num_failed"])
         elif plan is not None:
-            receipts = store.receipts(key)
-            if any(item["shard"] not in receipts for item in plan["shards"]):
+            shards = [item["shard"] for item in plan["shards"]]
+            totals = Totals(receipt for _, receipt in read_receipts(store, key, shards))
+            num_rows = _num_rows(plan)
+            if totals.num_rows < num_rows and not _too_many(config, totals.num_failed, num_rows):
                 return attempt
-            failed = bool(num_failed(total(receipts.values(), "status")))
+            failed = bool(totals.num_failed)
         else:
             return attempt
         if not failed:
@@ -206,13 +226,41 @@ def next_attempt(config: DownloadConfig, seed: int, store: Store) -> int:
 
 
 def _make_plan(context: StageContext[DownloadConfig]) -> dict[str, Any]:
-    rows = read_rows(context.config)
-    local = context.scratch / "rows.parquet"
-    write_table(rows, local)
-    entry = context.store.put_file(local, "rows.parquet")
-    return context.store.create_plan(
-        context.action_key, {"rows": entry.to_json(), "shards": _cut(rows.num_rows, context.config.rows_per_shard)}
-    )
+    config, store = context.config, context.store
+    path, num_rows = _write_rows(context)
+    if _attempt_key(config, config.attempt, context.seed) != context.action_key:
+        raise ValueError(f"{open_source(config).what} changed while it was read; run the stage again")
+    entry = store.put_file(path, "rows.parquet")
+    shards = _cut(num_rows, config.rows_per_shard)
+    return store.create_plan(context.action_key, {"rows": entry.to_json(), "shards": shards})
+
+
+def _write_rows(context: StageContext[DownloadConfig]) -> tuple[Path, int]:
+    """A local file with the rows to fetch, and their number."""
+    rows, path = read_rows(context.config), context.scratch / "rows.parquet"
+    write_table(rows, path)
+    return path, rows.num_rows
+
+
+def _restore_rows(context: StageContext[DownloadConfig], entry: FileEntry) -> None:
+    """Write the plan's rows again where the store has lost them: no shard could be made without.
+
+    Raises:
+        ValueError: the source gives other rows now.
+    """
+    store, key = context.store, context.action_key
+    if store.objects.size(blob_key(entry.sha256)) is not None:
+        return
+    path, _ = _write_rows(context)
+    found = sha256_file(path)
+    if found != entry.sha256:
+        raise ValueError(
+            f"the store {store.uri} has lost the rows of this download's plan, and {open_source(context.config).what} "
+            f"gives others now (sha256 {found[:12]}, not {entry.sha256[:12]}): it changed, or another version of "
+            f"musevl made the plan; put it back, or remove plans/{key}.json and receipts/{key}/ from the store to "
+            "begin anew"
+        )
+    store.put_file(path, entry.path)
 
 
 def _cut(num_rows: int, rows_per_shard: int) -> list[dict[str, Any]]:
@@ -220,6 +268,27 @@ def _cut(num_rows: int, rows_per_shard: int) -> list[dict[str, Any]]:
         {"shard": f"{index:05d}", "start": start, "count": min(rows_per_shard, num_rows - start)}
         for index, start in enumerate(range(0, num_rows, rows_per_shard))
     ]
+
+
+def _download(context: StageContext[DownloadConfig], plan: dict[str, Any], done: _Done) -> None:
+    """Make the shards that are not done.
+
+    Raises:
+        ValueError: too many rows failed, in these shards or before.
+    """
+    config, store, num_rows = context.config, context.store, _num_rows(plan)
+    _check_failures(context, done.totals, num_rows)
+    left = [item for item in plan["shards"] if item["shard"] not in done.files]
+    if not left:
+        return
+    _restore_rows(context, FileEntry.from_json(plan["rows"]))
+    earlier = _earlier_shards(context, [item["shard"] for item in left]) if config.attempt else {}
+    items = [item | {"rows": plan["rows"], "earlier": earlier.get(item["shard"])} for item in left]
+    worker = _worker(store, context.action_key, config)
+    results = context.executor.map(lambda: worker, items, num_workers=config.num_workers)
+    for result in tracked(results, len(items), "download shards"):
+        done.add(result["shard"], result["receipt"])
+        _check_failures(context, done.totals, num_rows)
 
 
 def _worker(store: Store, action_key: str, config: DownloadConfig) -> DownloadShard:
@@ -235,7 +304,7 @@ def _worker(store: Store, action_key: str, config: DownloadConfig) -> DownloadSh
     )
 
 
-def _earlier_shards(context: StageContext[DownloadConfig]) -> dict[str, list[dict[str, Any]]]:
+def _earlier_shards(context: StageContext[DownloadConfig], shards: list[str]) -> dict[str, list[dict[str, Any]]]:
     """Files of the shards of earlier attempts, each of the latest one that has it."""
     store, found = context.store, dict[str, list[dict[str, Any]]]()
     for attempt in range(context.config.attempt):
@@ -244,7 +313,8 @@ def _earlier_shards(context: StageContext[DownloadConfig]) -> dict[str, list[dic
             for entry in artifact.files_under("images"):
                 shard = entry.path.removeprefix("images/").removesuffix(".tar")
                 found[shard] = [entry.to_json(), artifact.file(f"metadata/{shard}.parquet").to_json()]
-        found |= {shard: receipt["files"] for shard, receipt in store.receipts(key).items()}
+        for shard, receipt in read_receipts(store, key, shards):
+            found[shard] = receipt["files"]
     return found
 
 
@@ -252,29 +322,51 @@ def _attempt_key(config: DownloadConfig, attempt: int, seed: int) -> str:
     return STAGE.action_key(config.model_copy(update={"attempt": attempt}), seed, {})
 
 
-def _check_failures(config: DownloadConfig, receipts: dict[str, dict[str, Any]]) -> None:
-    status, errors = (total(receipts.values(), name) for name in ("status", "errors"))
-    failed, num_rows = num_failed(status), status.total()
-    if failed > config.max_failed_fraction * num_rows:
-        reasons = "; ".join(f"{count} x {reason}" for reason, count in errors.most_common(3))
+def _check_failures(context: StageContext[DownloadConfig], totals: Totals, num_rows: int) -> None:
+    """Raise ValueError once it is certain that too many rows will have failed, however many are still to come."""
+    config, failed, to_come = context.config, totals.num_failed, num_rows - totals.num_rows
+    if _too_many(config, failed, num_rows):
+        _check_images(context)  # they may have failed because somebody moved them
         raise ValueError(
-            f"{failed} of {num_rows} images failed, more than download.max_failed_fraction="
-            f"{config.max_failed_fraction} ({reasons}); mend the list, raise the limit, or fetch the failed ones again "
-            f"with `--retry-failed` or `--set download.attempt={config.attempt + 1}`; what arrived is kept"
+            f"{failed} of {num_rows} images failed{f' with {to_come} still to come' if to_come else ''}, more than "
+            f"download.max_failed_fraction={config.max_failed_fraction} ({_reasons(totals['errors'])}); mend the list, "
+            f"raise the limit, or fetch the failed ones again with `--retry-failed` or "
+            f"`--set download.attempt={config.attempt + 1}`; what arrived is kept"
         )
-    if not status[OK]:
-        reasons = "; ".join(
-            f"{count} x {reason}" for reason, count in (errors + total(receipts.values(), "filters")).most_common(3)
-        )
-        raise ValueError(f"none of {num_rows} rows gave an image ({reasons}); mend the list or loosen download.filters")
 
 
-def _without_duplicates(
-    context: StageContext[DownloadConfig], receipts: dict[str, dict[str, Any]]
-) -> dict[str, dict[str, Any]]:
-    """Receipts of the shards that hold an image which came before."""
-    config, names = context.config, list(receipts)
-    files = {name: _shard_files(receipts[name]) for name in names}
+def _too_many(config: DownloadConfig, num_failed: int, num_rows: int) -> bool:
+    return num_failed > config.max_failed_fraction * num_rows
+
+
+def _num_rows(plan: dict[str, Any]) -> int:
+    return sum(item["count"] for item in plan["shards"])
+
+
+def _reasons(counts: Counter[str]) -> str:
+    return "; ".join(f"{count} x {reason}" for reason, count in counts.most_common(3))
+
+
+def _check_images(context: StageContext[DownloadConfig]) -> None:
+    """Raise ValueError where files are no longer those that the action key stands for.
+
+    Not for URLs, whose images enter no key: a list may change once its rows are in the plan.
+    """
+    config, store, key = context.config, context.store, context.action_key
+    if config.files is None or _attempt_key(config, config.attempt, context.seed) == key:
+        return
+    # Else a later run with the files as they were would find them done, with other images in them
+    store.objects.delete_prefix(f"receipts/{key}/")
+    raise ValueError(
+        f"{open_source(config).what} changed while its images were read, so the shards that were made of it are thrown "
+        "away; run the stage again, and change nothing there meanwhile"
+    )
+
+
+def _leave_out_duplicates(context: StageContext[DownloadConfig], done: _Done) -> None:
+    """Make the shards again that hold an image which came before."""
+    config, names = context.config, list(done.files)
+    files = {name: _shard_files(done.files[name]) for name in names}
     found = find_duplicates(context.store, list(files.values()), config.filters)
     items = [
         {
@@ -287,17 +379,13 @@ def _without_duplicates(
     ]
     worker = LeaveOut(context.store)
     results = context.executor.map(lambda: worker, items, num_workers=config.num_workers)
-    return {result["shard"]: result["receipt"] for result in tracked(results, len(items), "leave out duplicates")}
+    for result in tracked(results, len(items), "leave out duplicates"):
+        done.totals.take_back(result["before"])
+        done.add(result["shard"], result["after"])
 
 
-def _shard_files(receipt: dict[str, Any]) -> ShardFiles:
-    return ShardFiles(*(FileEntry.from_json(entry) for entry in receipt["files"]))
-
-
-def _outcome(receipts: Sequence[dict[str, Any]]) -> Outcome:
-    files = [FileEntry.from_json(entry) for receipt in receipts for entry in receipt["files"]]
-    splits = dict(total(receipts, "splits"))
-    return Outcome("image_shards", files, metrics=metrics_of(receipts), metadata={"splits": splits})
+def _shard_files(entries: list[dict[str, Any]]) -> ShardFiles:
+    return ShardFiles(*(FileEntry.from_json(entry) for entry in entries))
 
 
 def _external_inputs(config: DownloadConfig) -> dict[str, str]:
@@ -311,7 +399,7 @@ STAGE = Stage(
     config_class=DownloadConfig,
     inputs=(),
     run=run,
-    version=2,  # other formats are refused
+    version=3,  # text of lists and captions is kept as it was written
     external_inputs=_external_inputs,
 )
 

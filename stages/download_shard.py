@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from stages.child_process import DEATHS_BEFORE_ISOLATION
 from stages.filters import FilterConfig
-from stages.image_rows import DescribedRow, Limits, describe, unwanted_caption, without_image
+from stages.image_facts import Inspect, Inspector, Limits, apart
+from stages.image_rows import DescribedRow, describe, unwanted_caption, without_image
 from stages.shard_counts import receipt_of
-from stages.sources.source import FILTERED, OK, Row, Source
+from stages.sources.source import FILTERED, OK, Fetched, Row, Source
 from storage.image_shards import ImageSample, read_image_shard, write_image_shard
 from storage.manifest import FileEntry
 from storage.store import Store
 from storage.tables import image_metadata_table, read_table, write_table
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -38,17 +45,32 @@ class DownloadShard:
     """Of the metadata, after those of its schema."""
 
     def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
-        # a worker can die between the receipt and its answer; then the item comes again
-        if self.store.receipt(self.action_key, item["shard"]) is not None:
-            return {"shard": item["shard"]}
+        shard, store, key = item["shard"], self.store, self.action_key
+        if (found := store.receipt(key, shard)) is not None:
+            # a worker can die between the receipt and its answer; then the item comes again
+            return {"shard": shard, "receipt": found}
+        with store.attempt_at(key, shard) as deaths, self._inspector(shard, deaths) as inspect:
+            receipt = store.write_receipt(key, shard, self._make(item, inspect))
+        if deaths:
+            store.forget_attempts(key, shard)
+        return {"shard": shard, "receipt": receipt}
+
+    def _inspector(self, shard: str, deaths: int) -> AbstractContextManager[Inspect]:
+        """What decodes the images; in a child process where workers died of the shard."""
+        factory = partial(Inspector, self.limits, self.filters.near_duplicate_bits is not None)
+        if deaths < DEATHS_BEFORE_ISOLATION:
+            return nullcontext(factory())
+        logger.warning("%d workers died on shard %s: decoding its images in a child process", deaths, shard)
+        return apart(factory)
+
+    def _make(self, item: dict[str, Any], inspect: Inspect) -> dict[str, Any]:
+        """Store a shard's files and return its receipt."""
         rows = read_slice(self.store.fetch(FileEntry.from_json(item["rows"])), item["start"], item["count"]).to_pylist()
         with self.store.attempt_dir() as scratch:
             shard = _Shard(scratch / "images")
             self._carry(item, shard)
-            self._fetch(item, rows, shard, scratch / "fetched")
-            receipt = self._put(item, rows, shard, scratch)
-        self.store.write_receipt(self.action_key, item["shard"], receipt)
-        return {"shard": item["shard"]}
+            self._fetch(item, rows, shard, scratch / "fetched", inspect)
+            return self._put(item, rows, shard, scratch)
 
     def _carry(self, item: dict[str, Any], shard: _Shard) -> None:
         """Take over what an earlier attempt got."""
@@ -65,7 +87,7 @@ class DownloadShard:
             position, row = positions[sample.key]
             shard.add(position, DescribedRow(row, sample.image, sample.extension))
 
-    def _fetch(self, item: dict[str, Any], rows: list[Row], shard: _Shard, scratch: Path) -> None:
+    def _fetch(self, item: dict[str, Any], rows: list[Row], shard: _Shard, scratch: Path, inspect: Inspect) -> None:
         wanted = []
         for position in (position for position in range(len(rows)) if position not in shard.rows):
             unwanted = unwanted_caption(rows[position], self.filters)
@@ -76,13 +98,18 @@ class DownloadShard:
         if not wanted:
             return
         scratch.mkdir()
-        for index, fetched in self.source().fetch([rows[position] for position in wanted], scratch):
-            position = wanted[index]
-            key = _key(item, position)
-            shard.add(position, describe(rows[position], key, item["shard"], fetched, self.limits, self.filters))
+
+        def describe_row(position: int, fetched: Fetched | None) -> None:
+            row, key = rows[position], _key(item, position)
+            shard.add(position, describe(row, key, item["shard"], fetched, inspect, self.filters))
+
+        try:
+            for index, fetched in self.source().fetch([rows[position] for position in wanted], scratch):
+                describe_row(wanted[index], fetched)
+        except ChildProcessError as error:
+            raise ChildProcessError(f"shard {item['shard']} of the download: {error}") from error
         for position in (position for position in wanted if position not in shard.rows):
-            key = _key(item, position)
-            shard.add(position, describe(rows[position], key, item["shard"], None, self.limits, self.filters))
+            describe_row(position, None)
 
     def _put(self, item: dict[str, Any], rows: list[Row], shard: _Shard, scratch: Path) -> dict[str, Any]:
         metadata = [shard.rows[position] for position in range(len(rows))]

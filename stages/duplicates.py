@@ -119,7 +119,10 @@ def _near_a_kept_one(values: np.ndarray, max_bits: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class LeaveOut:
-    """Writes a shard again without some of its images; an item has its files and the rows with their reasons."""
+    """Writes a shard again without some of its images; an item has its files and the rows with their reasons.
+
+    A result has the receipts of the shard `before` and `after`.
+    """
 
     store: Store
 
@@ -127,6 +130,7 @@ class LeaveOut:
         files = [FileEntry.from_json(item[name]) for name in ("images", "metadata")]
         reasons = {int(row): reason for row, reason in item["rows"].items()}
         table = read_table(self.store.fetch(files[1]))
+        before = receipt_of(files, table.to_pylist())
         status, error = table["status"].to_pylist(), table["error"].to_pylist()
         for row, reason in reasons.items():
             status[row], error[row] = FILTERED, reason
@@ -142,7 +146,7 @@ class LeaveOut:
                 self.store.put_file(scratch / name, file.path)
                 for name, file in zip(("shard.tar", "shard.parquet"), files, strict=True)
             ]
-        return {"shard": item["shard"], "receipt": receipt_of(written, table.to_pylist())}
+        return {"shard": item["shard"], "before": before, "after": receipt_of(written, table.to_pylist())}
 
 
 def _words(digests: Sequence[str], words: int) -> np.ndarray:

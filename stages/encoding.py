@@ -1,10 +1,13 @@
 """The image encoder as workers hold it: batches of pixels in, codes out; views are made here, on the encoder's device.
 
+It also scores how well images fit their captions, where that is asked for.
+
 Shapes: b images of a batch, H W pixels, N books, D depth, h w code grid.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -15,12 +18,15 @@ from torch import Tensor
 
 from models.image_tokenizer import ImageTokenizer
 from models.transforms import ViewsConfig, normalise, random_view
+from stages.caption_match import CaptionMatch
 from stages.image_data import ORIGINAL
-from stages.loading import load_tokenizer
+from stages.loading import load_teacher, load_tokenizer
 from stages.training import autocast, mix_seed
 from storage.store import Store
 
+Pixels = npt.NDArray[np.uint8]
 Codes = npt.NDArray[np.int64]
+Scores = npt.NDArray[np.float32]
 
 CPU_CHUNK = 8
 """Images that one CPU thread encodes at a time, blank ones included, whatever the batch size: other numbers take other
@@ -31,7 +37,7 @@ kernels, which round a code otherwise now and then. Faster than the batches that
 class Batch:
     """Images that are encoded together."""
 
-    pixels: npt.NDArray[np.uint8]
+    pixels: Pixels
     """[b, 3, H, W]"""
     keys: list[str]
     """Of the images, b of them."""
@@ -48,6 +54,8 @@ class EncoderFactory:
 
     store: Store
     tokenizer_digest: str
+    scorer_digest: str | None
+    """Of the teacher that scores captions; None where none are scored."""
     views: ViewsConfig
     precision: str
     on_gpu: bool
@@ -79,6 +87,7 @@ class Encoder:
         self.tokenizer: ImageTokenizer = load_tokenizer(job.store, job.tokenizer_digest).to(self.device)
         if self.tokenizer.teacher is not None:
             self.tokenizer.teacher.to(self.device)
+        self._caption_match = None if job.scorer_digest is None else self._scorer(job.scorer_digest)
 
     def encode(self, batch: Batch, slots: list[int]) -> Codes:
         """Codes `[len(slots), N, D, h, w]` of the images in these places of a batch.
@@ -86,21 +95,43 @@ class Encoder:
         The other places are blank, but there: some kernels round differently for another batch size, and an image must
         not change its codes because one beside it was taken out.
         """
-        pixels = batch.pixels
-        if len(slots) < len(batch):
-            pixels = np.zeros_like(batch.pixels)
-            pixels[slots] = batch.pixels[slots]
+        codes: Codes = self._in_lots(self._codes, _only(batch.pixels, slots), batch.keys, batch.views)[slots].numpy()
+        return codes
+
+    def scores(self, pixels: Pixels, captions: list[str], slots: list[int]) -> Scores:
+        """How well those images `[b, 3, H, W]` fit their captions that are in these places: `[len(slots)]`, -1 to 1.
+
+        As with `encode`, the other places are there and blank.
+        """
+        assert self._caption_match is not None, "it was made without a teacher that scores captions"
+        wanted = set(slots)
+        texts = [caption if slot in wanted else "" for slot, caption in enumerate(captions)]
+        scores: Scores = self._in_lots(self._caption_match.scores, _only(pixels, slots), texts)[slots].numpy()
+        return scores
+
+    def _scorer(self, digest: str) -> CaptionMatch:
+        """With the teacher that the tokenizer brings, where it has one."""
+        teacher = self.tokenizer.teacher
+        if teacher is None:
+            teacher = load_teacher(self._job.store, self._job.store.load(digest))
+        return CaptionMatch(teacher, self.device)
+
+    def _in_lots(self, work: Callable[..., Tensor], pixels: Pixels, *columns: list[str]) -> Tensor:
+        """What `work` gives for a batch, on the CPU: on a GPU at once, else by threads of CPU_CHUNK images each.
+
+        The last lot is filled up with more of its last image, whose results are dropped.
+        """
         if self._threads is None:
-            codes = self._codes(pixels, batch.keys, batch.views)
-        else:
-            parts = [slice(start, start + CPU_CHUNK) for start in range(0, len(batch), CPU_CHUNK)]
-            waiting = [self._threads.submit(self._codes, pixels[at], batch.keys[at], batch.views[at]) for at in parts]
-            codes = torch.cat([future.result() for future in waiting])
-        found: Codes = codes[slots].cpu().numpy()
-        return found
+            return work(pixels, *columns).cpu()
+        count = len(pixels)
+        waiting = []
+        for start in range(0, count, CPU_CHUNK):
+            lot = [min(at, count - 1) for at in range(start, start + CPU_CHUNK)]
+            waiting.append(self._threads.submit(work, pixels[lot], *([column[at] for at in lot] for column in columns)))
+        return torch.cat([future.result() for future in waiting])[:count]
 
     @torch.no_grad()
-    def _codes(self, pixels: npt.NDArray[np.uint8], keys: list[str], views: list[str]) -> Tensor:
+    def _codes(self, pixels: Pixels, keys: list[str], views: list[str]) -> Tensor:
         """Codes `[b, N, D, h, w]` of views of images `[b, 3, H, W]` that are encoded at once.
 
         `no_grad` and autocast hold for one thread, so they are entered here, in that of the caller.
@@ -109,10 +140,8 @@ class Encoder:
         if any(view != ORIGINAL for view in views):
             pairs = enumerate(zip(keys, views, strict=True))
             images = torch.stack([self._shown(images[at], key, view) for at, (key, view) in pairs])
-        if self.device.type == "cpu":
-            images = torch.cat([images, images.new_zeros(CPU_CHUNK - len(images), *images.shape[1:])])
         with autocast(self.device, self._job.precision):
-            return self.tokenizer.encode(images)[: len(pixels)]
+            return self.tokenizer.encode(images)
 
     def _shown(self, image: Tensor, key: str, view: str) -> Tensor:
         """A view of an image `[3, H, W]`; which one follows from seed, view and key alone."""
@@ -120,3 +149,12 @@ class Encoder:
             return image
         generator = torch.Generator().manual_seed(mix_seed(self._job.seed, view, key))
         return random_view(image, self._job.views, generator)
+
+
+def _only(pixels: Pixels, slots: list[int]) -> Pixels:
+    """The images in these places; the others are blank."""
+    if len(slots) == len(pixels):
+        return pixels
+    blanked = np.zeros_like(pixels)
+    blanked[slots] = pixels[slots]
+    return blanked

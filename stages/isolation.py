@@ -1,43 +1,37 @@
-"""Images that the encoder cannot take: found by bisection, in a child process where they bring it down.
-
-python -m stages.isolation < pickled factory and batches > pickled codes
-"""
+"""Images that the encoder cannot take: found by bisection, in a child process where they bring it down."""
 
 from __future__ import annotations
 
 import logging
 import os
-import pickle
-import subprocess
 import sys
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import IO, Any, Protocol
+from typing import Any, Generic, Protocol, TypeVar
 
-import numpy as np
 import torch
 
-from stages.encoding import Batch, Codes
+from stages.child_process import TRIES, ChildCannotStart, ChildDied, ChildProcess, described
+from stages.encoding import Batch, Codes, Pixels, Scores
 
 logger = logging.getLogger(__name__)
 
-TRIES = 2
-"""How often an image is encoded alone before it is taken for the cause; what struck once may have been chance."""
 SYSTEMIC = 4
 """So many different images, and no other in the batch, and the fault is not theirs."""
-_PATIENCE_S = 10
-"""Seconds that a child has to end by itself."""
 CRASHED, FAILED = "crashed_encoder", "failed_to_encode"
-
-Encode = Callable[[Batch, list[int]], Codes]
+_LONGEST_ERROR = 200
+_T = TypeVar("_T")
 
 
 class Encodes(Protocol):
-    """What a factory makes."""
+    """What a factory makes; see `stages.encoding.Encoder`."""
 
     def encode(self, batch: Batch, slots: list[int]) -> Codes:
         """Codes of the images in these places."""
+        ...
+
+    def scores(self, pixels: Pixels, captions: list[str], slots: list[int]) -> Scores:
+        """How well the images in these places fit their captions."""
         ...
 
 
@@ -50,56 +44,76 @@ class EncoderUnusable(ValueError):
 
 
 @dataclass(frozen=True)
-class Isolated:
+class Isolated(Generic[_T]):
     """What became of a batch."""
 
-    codes: Codes
-    """Of the images that could be encoded, in their order: `[len(slots), N, D, h, w]`."""
+    results: list[_T]
+    """Of the images that gave one, in their order."""
     slots: list[int]
     """Their places."""
     failures: dict[int, tuple[str, str]]
     """Status and error of the others, by place."""
 
 
-def encode_or_isolate(encode: Encode, batch: Batch) -> Isolated:
-    """Encode a batch; where that fails, halve it until the images that cause it are alone.
+def isolate(work: Callable[[list[int]], Iterable[_T]], keys: Sequence[str]) -> Isolated[_T]:
+    """Work on a batch; where that fails, halve it until the images that cause it are alone.
 
     Args:
-        encode: raises EncoderCrashed, or any exception, for images that it cannot take.
-        batch: not empty.
+        work: gives a result for each of some places of the batch; raises EncoderCrashed, or any exception, for images
+            that it cannot take.
+        keys: of the images, at least one.
 
     Raises:
         EncoderUnusable: no image of a batch of SYSTEMIC or more can be encoded.
         MemoryError: there is too little of it, for a batch that is of the same size whatever images are in it.
+        RuntimeError: the device can no longer be used in this process (`loses_device`).
     """
     failures: dict[int, tuple[str, str]] = {}
 
-    def solve(slots: list[int]) -> list[tuple[int, Any]]:
+    def solve(slots: list[int]) -> list[tuple[int, _T]]:
         for _ in range(TRIES if len(slots) == 1 else 1):
             try:
-                return list(zip(slots, encode(batch, slots), strict=True))
-            except (EncoderUnusable, MemoryError):
-                raise
-            except torch.OutOfMemoryError as error:
-                raise MemoryError(f"{error}; lower tokenize.batch_size or tokenize.num_workers") from error
+                return list(zip(slots, work(slots), strict=True))
             except Exception as error:  # recorded below; a bug that hits every image is raised at the end
+                if isinstance(error, (EncoderUnusable, MemoryError)) or loses_device(error):
+                    raise
+                if _out_of_memory(error):
+                    raise _memory_error(error) from error
                 caught = error
         if len(slots) == 1:
             status = CRASHED if isinstance(caught, EncoderCrashed) else FAILED
-            failures[slots[0]] = (status, " ".join(f"{type(caught).__name__}: {caught}".split())[:200])
-            logger.warning("image %s cannot be encoded: %s", batch.keys[slots[0]], failures[slots[0]][1])
-            if len(failures) == len(batch) and len(set(batch.keys)) >= SYSTEMIC:
+            failures[slots[0]] = (status, described(caught)[:_LONGEST_ERROR])
+            logger.warning("image %s cannot be encoded: %s", keys[slots[0]], failures[slots[0]][1])
+            if len(failures) == len(keys) and len(set(keys)) >= SYSTEMIC:
                 raise EncoderUnusable(
-                    f"none of {len(batch)} images can be encoded, first {batch.keys[0]}: {failures[0][1]}; check the "
+                    f"none of {len(keys)} images can be encoded, first {keys[0]}: {failures[0][1]}; check the "
                     "tokenizer, memory and tokenize.batch_size"
                 ) from caught
             return []
         middle = len(slots) // 2
         return solve(slots[:middle]) + solve(slots[middle:])
 
-    solved = solve(list(range(len(batch))))
-    codes = np.stack([codes for _, codes in solved]) if solved else np.zeros((0,), np.int64)
-    return Isolated(codes, [slot for slot, _ in solved], failures)
+    solved = solve(list(range(len(keys))))
+    return Isolated([result for _, result in solved], [slot for slot, _ in solved], failures)
+
+
+def loses_device(error: Exception) -> bool:
+    """Whether the process that saw this error can no longer use its GPU.
+
+    After a failed assertion or an illegal access in a kernel, every later call fails with the same words, whichever
+    image it is for: only another process can tell which one it was.
+    """
+    if _out_of_memory(error):
+        return False
+    return isinstance(error, torch.AcceleratorError) or (isinstance(error, RuntimeError) and "CUDA error" in str(error))
+
+
+def _out_of_memory(error: Exception) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or "CUDA error: out of memory" in str(error)
+
+
+def _memory_error(error: Exception) -> MemoryError:
+    return MemoryError(f"{error}; lower tokenize.batch_size or tokenize.num_workers")
 
 
 class Sandbox:
@@ -110,14 +124,17 @@ class Sandbox:
     """
 
     def __init__(self, factory: Callable[[], Encodes]) -> None:
-        self._factory = factory
-        self._child: subprocess.Popen[bytes] | None = None
+        self._child = ChildProcess(_Caller(factory))
 
     def __enter__(self) -> Sandbox:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._end()
+        self.close()
+
+    def close(self) -> None:
+        """End the child; the sandbox can be used again and then starts another."""
+        self._child.close()
 
     def encode(self, batch: Batch, slots: list[int]) -> Codes:
         """As the encoder's own.
@@ -126,86 +143,48 @@ class Sandbox:
             EncoderCrashed: the child died of it.
             EncoderUnusable: the child died before.
         """
-        child = self._child or self._start()
-        assert child.stdin is not None and child.stdout is not None
-        try:
-            pickle.dump((batch, slots), child.stdin)
-            child.stdin.flush()
-            answer = pickle.load(child.stdout)
-        except (EOFError, BrokenPipeError, pickle.UnpicklingError):
-            code = self._end()
-            logger.warning("the encoder's process died with exit code %s on %d images", code, len(slots))
-            # The code is not part of the message, which ends up in the artifact: it may differ from run to run
-            raise EncoderCrashed("the encoder's process died of this image") from None
-        if isinstance(answer, Exception):
-            raise answer
-        codes: Codes = answer
+        codes: Codes = self._call("encode", batch, slots)
         return codes
 
-    def _start(self) -> subprocess.Popen[bytes]:
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-        self._child = subprocess.Popen(
-            [sys.executable, "-m", "stages.isolation"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            env=environment,
-        )
-        assert self._child.stdin is not None and self._child.stdout is not None
-        child = self._child
+    def scores(self, pixels: Pixels, captions: list[str], slots: list[int]) -> Scores:
+        """As the encoder's own; raises as `encode` does."""
+        scores: Scores = self._call("scores", pixels, captions, slots)
+        return scores
+
+    def _call(self, method: str, *arguments: Any) -> Any:
         try:
-            pickle.dump(self._factory, self._child.stdin)
-            self._child.stdin.flush()
-            pickle.load(self._child.stdout)
-        except (EOFError, BrokenPipeError, pickle.UnpicklingError):
+            return self._child(method, *arguments)
+        except ChildDied as error:
+            logger.warning("the encoder's process died: %s", error)
+            # The exit code is not part of the message, which ends up in the artifact: it may differ from run to run
+            raise EncoderCrashed("the encoder's process died of this image") from None
+        except ChildCannotStart as error:
             raise EncoderUnusable(
-                f"the process that was to look for a bad image ended with exit code {self._end()} before it had loaded "
-                "the encoder; it needs memory for a second one: lower tokenize.num_workers"
+                f"the encoder cannot be loaded to look for a bad image: {error}; it needs memory for a second one: "
+                "lower tokenize.num_workers"
             ) from None
-        return child
-
-    def _end(self) -> int | None:
-        if self._child is None:
-            return None
-        child, self._child = self._child, None
-        assert child.stdin is not None and child.stdout is not None
-        with suppress(BrokenPipeError):
-            child.stdin.close()  # it ends by itself when there are no more batches
-        try:
-            child.wait(_PATIENCE_S)
-        except subprocess.TimeoutExpired:
-            child.kill()
-            child.wait()
-        child.stdout.close()
-        return child.returncode
 
 
-def serve(requests: IO[bytes], answers: IO[bytes]) -> None:
-    """Be the child: make the encoder, then answer batch after batch until there are no more."""
-    encoder = pickle.load(requests)()
-    pickle.dump("ready", answers)
-    answers.flush()
-    while True:
-        try:
-            batch, slots = pickle.load(requests)
-        except EOFError:
-            return
-        answer: Codes | Exception
-        try:
-            answer = encoder.encode(batch, slots)
-        except (MemoryError, torch.OutOfMemoryError) as error:
-            answer = MemoryError(f"{type(error).__name__}: {error}")
-        except Exception as error:  # raised again in the parent
-            answer = RuntimeError(f"{type(error).__name__}: {error}")
-        pickle.dump(answer, answers)
-        answers.flush()
+@dataclass(frozen=True)
+class _Caller:
+    """Makes, in the child, the function that calls the encoder's methods."""
 
+    factory: Callable[[], Encodes]
 
-def main() -> None:
-    """Serve on stdin and stdout; whatever else prints goes to stderr."""
-    answers = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)
-    serve(sys.stdin.buffer, answers)
+    def __call__(self) -> Callable[..., Any]:
+        encoder = self.factory()
 
+        def call(method: str, *arguments: Any) -> Any:
+            try:
+                return getattr(encoder, method)(*arguments)
+            except Exception as error:
+                if _out_of_memory(error):
+                    raise _memory_error(error) from error
+                if loses_device(error):
+                    # as good as dead, and seen as such by the parent: the next images get a process that works
+                    sys.stderr.write(f"{described(error)}\n")
+                    sys.stderr.flush()
+                    os._exit(1)
+                raise
 
-if __name__ == "__main__":
-    main()
+        return call

@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from typing import Annotated, Any, TypeVar
 
@@ -24,11 +25,10 @@ from pydantic import Field, PositiveInt
 from models.config import Config
 from models.transforms import TransformConfig, ViewsConfig, load_image
 from stages import external_codes
-from stages.caption_match import CaptionMatch
+from stages.child_process import DEATHS_BEFORE_ISOLATION
 from stages.encoding import Batch, Codes, Encoder, EncoderFactory
 from stages.image_data import ORIGINAL, table_columns
-from stages.isolation import Sandbox, encode_or_isolate
-from stages.loading import load_teacher
+from stages.isolation import Sandbox, isolate, loses_device
 from stages.sources.source import FILTERED
 from stages.stage import Outcome, RuntimeFloat, RuntimeFraction, RuntimeInt, Stage, StageContext
 from stages.standalone import run_standalone
@@ -42,9 +42,6 @@ from storage.tables import write_table
 logger = logging.getLogger(__name__)
 
 UNDECODABLE = "undecodable"
-DEATHS_BEFORE_ISOLATION = 2
-"""A shard on which so many workers died is encoded in a child process, and the images that bring it down are found. The
-first death is taken for chance: a machine that went away, memory that somebody else took."""
 AGREEMENT = 0.5
 """Least part of the codes of a spot-checked row that a second encoding gives again. Other kernels may round a code to
 its neighbour, and a residual code with all that follow it; a row with another image's codes agrees by chance only."""
@@ -70,8 +67,8 @@ class TokenizeConfig(Config):
     the recipe's teacher, which needs a text tower. Held-out images all stay. LAION-400M took 0.3 with CLIP ViT-B/32;
     other teachers have other scales."""
     max_failed_fraction: RuntimeFraction = 0.01
-    """The stage stops when a larger part of the images cannot be decoded or encoded; what is done stays done, and a run
-    with a higher limit ends at once."""
+    """The stage stops as soon as a larger part of all images is found that cannot be decoded or encoded; what is done
+    stays done, and a run with a higher limit goes on from there."""
     num_workers: RuntimeInt = 1
     """Encoders at a time."""
     decode_threads: RuntimeInt = 2
@@ -95,13 +92,17 @@ def run(context: StageContext[TokenizeConfig]) -> Outcome:
     _check_scorer(config, context.inputs["prepare_teacher"])
     shards = [entry.path.removeprefix("images/").removesuffix(".tar") for entry in download.files_under("images")]
     plan = store.create_plan(key, {"shards": shards})
-    done = store.receipts(key)
-    items = [{"shard": shard} for shard in plan["shards"] if shard not in done]
+    receipts = store.receipts(key)
+    items = [{"shard": shard} for shard in plan["shards"] if shard not in receipts]
     teacher = context.inputs["prepare_teacher"].digest
     factory = WorkerFactory(store, key, config, context.seed, download.digest, teacher, tokenizer.digest)
+    failures = [row for receipt in receipts.values() for row in _failures(receipt)]
+    _check_failures(config, failures, download)
     results = context.executor.map(factory, items, num_workers=config.num_workers, num_gpus=config.gpus_per_worker)
-    _follow(results, len(items))
-    receipts = store.receipts(key, done)
+    for result in _followed(results, len(items)):
+        receipts[result["shard"]] = result["receipt"]
+        failures += _failures(result["receipt"])
+        _check_failures(config, failures, download)
     missing = [shard for shard in plan["shards"] if shard not in receipts]
     assert not missing, f"every shard was mapped, yet {missing} have no receipt"
     files = [FileEntry.from_json(entry) for shard in plan["shards"] for entry in receipts[shard]["files"]]
@@ -117,34 +118,44 @@ def _check_scorer(config: TokenizeConfig, teacher: Manifest) -> None:
         )
 
 
-def _follow(results: Iterator[dict[str, Any]], total: int) -> None:
+def _followed(results: Iterator[dict[str, Any]], total: int) -> Iterator[dict[str, Any]]:
     """Draw a progress bar over the shards, with rows a second."""
     start, rows = time.monotonic(), 0
     with progress(total, "tokenize shards") as bar:
         for result in results:
-            rows += result["rows"]
+            rows += result["receipt"]["rows"]
             bar.set_postfix_str(f"{rows / (time.monotonic() - start):.1f} images/s", refresh=False)
             bar.update()
+            yield result
 
 
-def _counts(config: TokenizeConfig, receipts: list[dict[str, Any]]) -> dict[str, int]:
-    num_rows = sum(receipt["rows"] for receipt in receipts)
-    num_images = sum(receipt["images"] for receipt in receipts)
-    left_out = [row for receipt in receipts for row in receipt["left_out"]]
-    failures = [row for row in left_out if row["status"] != FILTERED]
+def _failures(receipt: dict[str, Any]) -> list[dict[str, str]]:
+    """Images of a shard that could not be decoded or encoded."""
+    return [row for row in receipt["left_out"] if row["status"] != FILTERED]
+
+
+def _check_failures(config: TokenizeConfig, failures: list[dict[str, str]], download: Manifest) -> None:
+    """Raise ValueError once it is certain that too many images will have failed, however many are still to come."""
+    num_images = download.metrics["num_ok"]
     if len(failures) > config.max_failed_fraction * num_images:
         first = "; ".join(f"{failure['key']}: {failure['error']}" for failure in failures[:3])
         raise ValueError(
             f"{len(failures)} of {num_images} images could not be tokenized, more than "
             f"tokenize.max_failed_fraction={config.max_failed_fraction} (first: {first}); take them out of the "
-            "download, or raise the limit"
+            "download, or raise the limit: what is done is kept"
         )
+
+
+def _counts(config: TokenizeConfig, receipts: list[dict[str, Any]]) -> dict[str, int]:
+    num_rows = sum(receipt["rows"] for receipt in receipts)
     if not num_rows:
         raise ValueError(
-            f"none of {num_images} images is left; lower tokenize.min_caption_match={config.min_caption_match}, whose "
-            "scale depends on the teacher"
+            f"none of {sum(receipt['images'] for receipt in receipts)} images is left; lower "
+            f"tokenize.min_caption_match={config.min_caption_match}, whose scale depends on the teacher"
         )
-    return {"num_rows": num_rows, "num_filtered": len(left_out) - len(failures), "num_failed": len(failures)}
+    num_left_out = sum(len(receipt["left_out"]) for receipt in receipts)
+    num_failed = sum(len(_failures(receipt)) for receipt in receipts)
+    return {"num_rows": num_rows, "num_filtered": num_left_out - num_failed, "num_failed": num_failed}
 
 
 @dataclass(frozen=True)
@@ -164,10 +175,16 @@ class WorkerFactory:
 
     def encoder(self) -> EncoderFactory:
         """What makes the encoder, here or in a child process."""
-        config, on_gpu = self.config, self.config.gpus_per_worker > 0
-        threads = config.threads_per_worker
+        config = self.config
         return EncoderFactory(
-            self.store, self.tokenizer_digest, config.views, config.precision, on_gpu, threads, self.seed
+            store=self.store,
+            tokenizer_digest=self.tokenizer_digest,
+            scorer_digest=None if config.min_caption_match is None else self.teacher_digest,
+            views=config.views,
+            precision=config.precision,
+            on_gpu=config.gpus_per_worker > 0,
+            num_threads=config.threads_per_worker,
+            seed=self.seed,
         )
 
 
@@ -221,28 +238,42 @@ class TokenizeWorker:
         self.download: Manifest = job.store.load(job.download_digest)
         self.encoder: Encoder = job.encoder()()
         self.transform: TransformConfig = self.encoder.tokenizer.config.transform
-        self.caption_match = None if job.config.min_caption_match is None else self._caption_match()
+        self._sandbox = Sandbox(job.encoder())
+        self._device_lost = False
 
     def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
         shard, store, key = item["shard"], self.job.store, self.job.action_key
         if (found := store.receipt(key, shard)) is not None:
             # Another run was here, or this worker's predecessor died between its receipt and its answer
-            return {"shard": shard, "rows": found["rows"]}
+            return {"shard": shard, "receipt": found}
         with store.attempt_at(key, shard) as deaths:
-            if deaths < DEATHS_BEFORE_ISOLATION:
-                rows = self._encode_shard(shard, self.encoder)
-            else:
-                logger.warning("%d workers died on shard %s: looking for the image that did it", deaths, shard)
-                with Sandbox(self.job.encoder()) as sandbox:
-                    rows = self._encode_shard(shard, sandbox)
+            rows = self._rows(shard, deaths)
             entries = self._store(shard, rows)
             receipt: dict[str, Any] = {"files": [entry.to_json() for entry in entries], "rows": len(rows.keys)}
             receipt["images"] = len(rows.left_out) + sum(column["view"] == ORIGINAL for column in rows.columns)
             receipt["left_out"] = rows.left_out
-            store.write_receipt(key, shard, receipt)
+            receipt = store.write_receipt(key, shard, receipt)
         if deaths:
             store.forget_attempts(key, shard)
-        return {"shard": shard, "rows": len(rows.keys)}
+        return {"shard": shard, "receipt": receipt}
+
+    def _rows(self, shard: str, deaths: int) -> _Rows:
+        """The rows of a shard; by an encoder in a child process where workers died of it, or this one cannot go on."""
+        if deaths >= DEATHS_BEFORE_ISOLATION:
+            logger.warning("%d workers died on shard %s: looking for the image that did it", deaths, shard)
+        elif not self._device_lost:
+            try:
+                return self._encode_shard(shard, self.encoder)
+            except Exception as error:
+                if not loses_device(error):
+                    raise
+                self._device_lost = True
+                logger.warning("shard %s: %s; from here on this worker encodes in a child process", shard, error)
+        try:
+            return self._encode_shard(shard, self._sandbox)
+        finally:
+            if not self._device_lost:
+                self._sandbox.close()  # it takes the memory of a second encoder
 
     def _encode_shard(self, shard: str, encoder: Encoder | Sandbox) -> _Rows:
         rows = _Rows([], [], [], [])
@@ -254,39 +285,35 @@ class TokenizeWorker:
                 continue
             pixels = np.stack([row.pixels for row in group])
             batch = Batch(pixels, [row.sample.key for row in group], [row.view for row in group])
-            isolated = encode_or_isolate(encoder.encode, batch)
+            isolated = isolate(partial(encoder.encode, batch), batch.keys)
             for slot, (status, error) in isolated.failures.items():
                 if group[slot].sample.key not in gone:
                     rows.left_out.append(_left_out(group[slot].sample, status, error))
                 gone.add(group[slot].sample.key)
-            for slot, codes in zip(isolated.slots, isolated.codes, strict=True):
+            for slot, codes in zip(isolated.slots, isolated.results, strict=True):
                 rows.add(group[slot], codes)
             # after the encoder, which may have found images that bring the teacher's tower down
             encoded = [group[slot] for slot in isolated.slots if group[slot].sample.key not in gone]
-            for sample, error in self._mismatched(encoded):
-                rows.left_out.append(_left_out(sample, FILTERED, error))
+            for sample, status, error in self._mismatched(encoded, encoder):
+                rows.left_out.append(_left_out(sample, status, error))
                 gone.add(sample.key)
         rows.drop(gone)
         self._spot_check(shard, rows, encoder)
         return rows
 
-    def _caption_match(self) -> CaptionMatch:
-        """With the teacher that the tokenizer brings, where it has one."""
-        teacher = self.encoder.tokenizer.teacher
-        if teacher is None:
-            teacher = load_teacher(self.job.store, self.job.store.load(self.job.teacher_digest))
-        return CaptionMatch(teacher, self.encoder.device)
-
-    def _mismatched(self, group: list[_Decoded]) -> Iterator[tuple[ImageSample, str]]:
-        """The training images among these rows whose caption does not fit them, and why."""
+    def _mismatched(self, group: list[_Decoded], encoder: Encoder | Sandbox) -> Iterator[tuple[ImageSample, str, str]]:
+        """The training images among these rows whose caption does not fit them, or cannot be scored; status and why."""
         least = self.job.config.min_caption_match
         pairs = [row for row in group if row.view == ORIGINAL and _is_train(row.sample)]
-        if self.caption_match is None or least is None or not pairs:
+        if least is None or not pairs:
             return
-        scores = self.caption_match.scores(np.stack([row.pixels for row in pairs]), [r.sample.text for r in pairs])
-        for row, score in zip(pairs, scores, strict=True):
+        pixels, captions = np.stack([row.pixels for row in pairs]), [row.sample.text for row in pairs]
+        scored = isolate(partial(encoder.scores, pixels, captions), [row.sample.key for row in pairs])
+        for slot, (status, error) in scored.failures.items():
+            yield pairs[slot].sample, status, error
+        for slot, score in zip(scored.slots, map(float, scored.results), strict=True):
             if score < least:
-                yield row.sample, f"image and caption match below {least:g} ({score:.3f})"
+                yield pairs[slot].sample, FILTERED, f"image and caption match below {least:g} ({score:.3f})"
 
     def _decoded(self, shard: str, left_out: list[dict[str, str]]) -> Iterator[_Decoded]:
         """The rows of a shard, each image followed by its views; decoded at most two batches ahead."""
@@ -382,7 +409,7 @@ STAGE = Stage(
     config_class=TokenizeConfig,
     inputs=("download", "prepare_teacher", "train_tokenizer"),
     run=run,
-    version=3,  # a CPU encodes eight images at a time
+    version=4,  # a caption's score no longer depends on how many were scored with it on a CPU
 )
 
 if __name__ == "__main__":

@@ -25,10 +25,10 @@ IMAGES = [png(colour) for colour in COLOURS]
 
 
 def run_download(config: DownloadConfig, folder: Path) -> tuple[list[dict[str, Any]], list[ImageSample], Outcome]:
-    store, scratch = Store(str(folder / "store")), folder / "scratch"
-    scratch.mkdir()
-    context = StageContext(config, 0, {}, store, STAGE.action_key(config, 0, {}), LocalExecutor(), scratch)
-    outcome = STAGE.run(context)
+    store = Store(str(folder / "store"))
+    with store.attempt_dir() as scratch:  # not in `folder`: the files there are the source's
+        context = StageContext(config, 0, {}, store, STAGE.action_key(config, 0, {}), LocalExecutor(), scratch)
+        outcome = STAGE.run(context)
     rows, samples = list[dict[str, Any]](), list[ImageSample]()
     for entry in outcome.files:
         if entry.path.startswith("metadata/"):

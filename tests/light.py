@@ -100,7 +100,8 @@ def _fill(store: Store, recipe: Recipe, shards: list[list[ImageSample]]) -> dict
         for number, samples in enumerate(shards):
             write_image_shard(scratch / "shard.tar", samples)
             images.append(store.put_file(scratch / "shard.tar", f"images/{number:05d}.tar"))
-        _commit(store, recipe, "download", "image_shards", images, digests)
+        metrics = {"num_ok": sum(map(len, shards))}
+        _commit(store, recipe, "download", "image_shards", images, digests, metrics)
         _commit(store, recipe, "prepare_teacher", "teacher", [], digests)
         config = subset(recipe.tokenizer, TokenizerConfig)
         torch.manual_seed(0)
@@ -120,10 +121,11 @@ def _commit(
     kind: str,
     files: list[FileEntry],
     digests: dict[str, str],
+    metrics: dict[str, Any] | None = None,
     **metadata: Any,
 ) -> None:
     stage = STAGES[name]
     inputs = {feeder: digests[feeder] for feeder in stage.inputs}
     config = recipe.section(stage)
-    manifest = Manifest(kind, 1, name, normalised_config(config), inputs, tuple(files), {}, metadata)
+    manifest = Manifest(kind, 1, name, normalised_config(config), inputs, tuple(files), metrics or {}, metadata)
     digests[name] = store.commit(stage.action_key(config, recipe.seed, inputs), manifest).digest

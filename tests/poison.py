@@ -1,8 +1,9 @@
 """Tokenize with an encoder that some images bring down, as a child process.
 
-    python -m tests.poison RECIPE STORE EXECUTOR KEY,KEY,... [raise]
+    python -m tests.poison RECIPE STORE EXECUTOR KEY,KEY,... [crash | raise | device]
 
-With `raise` the encoder fails with an exception in place of a crash.
+They crash it (default), make it raise an exception, or leave it without its device: then it also fails on every image
+that comes after, as long as its process lives.
 """
 
 from __future__ import annotations
@@ -12,33 +13,49 @@ import signal
 import sys
 from dataclasses import dataclass
 
+import torch
+
 from stages import tokenize
-from stages.encoding import Batch, Codes, Encoder, EncoderFactory
+from stages.encoding import Batch, Codes, Encoder, EncoderFactory, Pixels, Scores
 from stages.standalone import run_one_stage
+
+LOST = "CUDA error: device-side assert triggered"
 
 
 class PoisonableEncoder(Encoder):
-    """Segfaults on images with these keys."""
+    """Cannot take images with these keys."""
 
     poison: tuple[str, ...] = ()
-    by_exception: bool = False
+    effect: str = "crash"
+    lost: bool = False
 
     def encode(self, batch: Batch, slots: list[int]) -> Codes:
         if {batch.keys[slot] for slot in slots} & set(self.poison):
-            if self.by_exception:
+            if self.effect == "raise":
                 raise ValueError("cannot take this one")
-            os.kill(os.getpid(), signal.SIGSEGV)
+            if self.effect == "crash":
+                os.kill(os.getpid(), signal.SIGSEGV)
+            self.lost = True
+        self._check_device()
         return super().encode(batch, slots)
+
+    def scores(self, pixels: Pixels, captions: list[str], slots: list[int]) -> Scores:
+        self._check_device()
+        return super().scores(pixels, captions, slots)
+
+    def _check_device(self) -> None:
+        if self.lost:
+            raise torch.AcceleratorError(LOST)
 
 
 @dataclass(frozen=True)
 class PoisonableFactory(EncoderFactory):
     poison: tuple[str, ...] = ()
-    by_exception: bool = False
+    effect: str = "crash"
 
     def __call__(self) -> Encoder:
         encoder = PoisonableEncoder(self)
-        encoder.poison, encoder.by_exception = self.poison, self.by_exception
+        encoder.poison, encoder.effect = self.poison, self.effect
         return encoder
 
 
@@ -50,14 +67,12 @@ class PoisonableWorkers(tokenize.WorkerFactory):
         plain = super().encoder()
         fields = {name: getattr(plain, name) for name in EncoderFactory.__dataclass_fields__}
         poison = tuple(os.environ["TEST_POISON"].split(","))
-        return PoisonableFactory(**fields, poison=poison, by_exception="TEST_POISON_RAISES" in os.environ)
+        return PoisonableFactory(**fields, poison=poison, effect=os.environ["TEST_POISON_EFFECT"])
 
 
 def main() -> None:
-    recipe, store, executor, poison, *rest = sys.argv[1:]
-    os.environ["TEST_POISON"] = poison
-    if rest:
-        os.environ["TEST_POISON_RAISES"] = "1"
+    recipe, store, executor, poison, *effect = sys.argv[1:]
+    os.environ["TEST_POISON"], os.environ["TEST_POISON_EFFECT"] = poison, (effect or ["crash"])[0]
     tokenize.WorkerFactory = PoisonableWorkers  # type: ignore[misc]
     run_one_stage("tokenize", recipe, store, executor)  # type: ignore[arg-type]
 

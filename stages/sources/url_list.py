@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -27,9 +29,13 @@ from stages.stage import DoesNotAffectResult, RuntimeFloat, RuntimeInt
 from storage.digests import sha256_bytes
 from storage.input_files import read_input
 
+logger = logging.getLogger(__name__)
+
 SAMPLE = "sample"
 _EXPECTED = f"{EXPECTED}, or `{SAMPLE}`"
 _SAMPLE_SCHEME = "sample://"
+_TRIES = 2
+"""How often a shard is fetched before the death of its process counts; what struck once may have been chance."""
 _ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -100,12 +106,33 @@ class UrlList:
                 server = stack.enter_context(SampleServer())
                 urls = [server.resolve(url) for url in urls]
                 guard = replace(guard, trusted=(server.base_url.removeprefix("http://"),))
-            self._run(urls, guard, scratch)
-        for batch in pq.ParquetFile(scratch / f"{SHARD}.parquet").iter_batches():
+            folder = self._run(urls, guard, scratch)
+        for batch in pq.ParquetFile(folder / f"{SHARD}.parquet").iter_batches():
             for answer in batch.to_pylist():
-                yield int(answer["row"]), _result(answer, scratch)
+                yield int(answer["row"]), _result(answer, folder)
 
-    def _run(self, urls: list[str], guard: Guard, scratch: Path) -> None:
+    def _run(self, urls: list[str], guard: Guard, scratch: Path) -> Path:
+        """The folder with what a process of its own fetched.
+
+        Raises:
+            ChildProcessError: the process died of these URLs twice.
+        """
+        for number in range(_TRIES):
+            folder = scratch / str(number)
+            folder.mkdir()
+            problem = self._try(urls, guard, folder)
+            if not problem:
+                return folder
+            logger.warning("the process that fetched %d URLs %s", len(urls), problem)
+            shutil.rmtree(folder)
+        raise ChildProcessError(
+            f"the process that fetched its {len(urls)} URLs {problem} ({_TRIES} times); if the machine ran out of "
+            "memory, lower download.threads_per_worker, .num_workers or .max_bytes; else look at these URLs. The same "
+            "command goes on from there: finished shards are kept"
+        )
+
+    def _try(self, urls: list[str], guard: Guard, scratch: Path) -> str:
+        """Fetch into an empty folder; what went wrong with the process, '' where nothing did."""
         listed = pa.table({"url": pa.array(urls, pa.string()), "row": [str(row) for row in range(len(urls))]})
         with pa.ipc.new_file(scratch / "urls.arrow", listed.schema) as writer:
             writer.write_table(listed.select(COLUMNS))
@@ -127,9 +154,10 @@ class UrlList:
             capture_output=True,
             text=True,
         )
-        if ended.returncode != 0:
-            said = (ended.stderr.strip() or ended.stdout.strip() or "no output").splitlines()[-1]
-            raise RuntimeError(f"the fetch process ended with exit code {ended.returncode}: {said}")
+        if ended.returncode == 0:
+            return ""
+        said = (ended.stderr.strip() or ended.stdout.strip() or "no output").splitlines()[-1]
+        return f"ended with exit code {ended.returncode}: {said}"
 
 
 def _result(answer: Row, scratch: Path) -> Fetched:

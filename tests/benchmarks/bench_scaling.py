@@ -38,7 +38,7 @@ def main() -> None:
         store = Store(arguments.store or str(Path(folder) / "store"))
         shards = [f"{number:06d}" for number in range(-(-arguments.rows // arguments.rows_per_shard))]
         name = f"{arguments.rows} rows in {len(shards)} shards"
-        download = _download(store, shards)
+        download = _download(shards, arguments.rows)
         for shard, entry in zip(shards, _blobs(store, shards), strict=True):
             counts = {"rows": arguments.rows_per_shard, "images": arguments.rows_per_shard, "left_out": []}
             store.write_receipt(KEY, shard, {"files": [entry.to_json()], **counts})
@@ -60,10 +60,10 @@ def main() -> None:
         report(f"{name}: peak memory of the process", peak / 2**20, LIMIT_BYTES / 2**20, "MiB")
 
 
-def _download(store: Store, shards: list[str]) -> Manifest:
+def _download(shards: list[str], num_images: int) -> Manifest:
     """A download of as many shards; its images are never read, so its files need not exist."""
     files = tuple(FileEntry(f"images/{shard}.tar", 1, "0" * 64) for shard in shards)
-    return Manifest("image_shards", 1, "download", {}, {}, files, {}, {})
+    return Manifest("image_shards", 1, "download", {}, {}, files, {"num_ok": num_images}, {})
 
 
 def _blobs(store: Store, shards: list[str]) -> Iterator[FileEntry]:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from flows.download_text import inspect_download
-from stages.shard_counts import metrics_of, receipt_of
+from stages.shard_counts import Totals, receipt_of
 from storage.manifest import Manifest
 from storage.store import Store
 from storage.tables import image_metadata_table, write_table
@@ -39,7 +39,7 @@ def test_counts_are_by_status_by_reason_without_details_and_by_host(tmp_path: Pa
     store = Store(str(tmp_path / "store"))
     write_table(image_metadata_table(metadata()), tmp_path / "rows.parquet")
     entry = store.put_file(tmp_path / "rows.parquet", "metadata/00000.parquet")
-    metrics = metrics_of([receipt_of([entry], metadata())])
+    metrics = Totals([receipt_of([entry], metadata())]).metrics()
     manifest = Manifest("image_shards", 1, "download", {}, {}, (entry,), metrics, {})
     lines = [line.split("  ") for line in inspect_download(store, manifest).splitlines()]
     cells = [[cell.strip() for cell in line if cell.strip()] for line in lines]
