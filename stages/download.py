@@ -8,6 +8,7 @@ list's order and stored. Duplicates are looked for at the end, when it is known 
 from __future__ import annotations
 
 from collections import Counter
+from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -285,10 +286,12 @@ def _download(context: StageContext[DownloadConfig], plan: dict[str, Any], done:
     earlier = _earlier_shards(context, [item["shard"] for item in left]) if config.attempt else {}
     items = [item | {"rows": plan["rows"], "earlier": earlier.get(item["shard"])} for item in left]
     worker = _worker(store, context.action_key, config)
-    results = context.executor.map(lambda: worker, items, num_workers=config.num_workers)
-    for result in tracked(results, len(items), "download shards"):
-        done.add(result["shard"], result["receipt"])
-        _check_failures(context, done.totals, num_rows)
+    map_items = partial(context.executor.map, num_workers=config.num_workers)
+    # closed where the check raises, or workers would go on as long as somebody keeps the exception
+    with closing(tracked(map_items(lambda: worker, items), len(items), "download shards")) as results:
+        for result in results:
+            done.add(result["shard"], result["receipt"])
+            _check_failures(context, done.totals, num_rows)
 
 
 def _worker(store: Store, action_key: str, config: DownloadConfig) -> DownloadShard:

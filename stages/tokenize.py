@@ -10,8 +10,9 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -98,11 +99,13 @@ def run(context: StageContext[TokenizeConfig]) -> Outcome:
     factory = WorkerFactory(store, key, config, context.seed, download.digest, teacher, tokenizer.digest)
     failures = [row for receipt in receipts.values() for row in _failures(receipt)]
     _check_failures(config, failures, download)
-    results = context.executor.map(factory, items, num_workers=config.num_workers, num_gpus=config.gpus_per_worker)
-    for result in _followed(results, len(items)):
-        receipts[result["shard"]] = result["receipt"]
-        failures += _failures(result["receipt"])
-        _check_failures(config, failures, download)
+    map_items = partial(context.executor.map, num_workers=config.num_workers, num_gpus=config.gpus_per_worker)
+    # closed where the check raises, or workers would go on as long as somebody keeps the exception
+    with closing(_followed(map_items(factory, items), len(items))) as results:
+        for result in results:
+            receipts[result["shard"]] = result["receipt"]
+            failures += _failures(result["receipt"])
+            _check_failures(config, failures, download)
     missing = [shard for shard in plan["shards"] if shard not in receipts]
     assert not missing, f"every shard was mapped, yet {missing} have no receipt"
     files = [FileEntry.from_json(entry) for shard in plan["shards"] for entry in receipts[shard]["files"]]
@@ -118,7 +121,7 @@ def _check_scorer(config: TokenizeConfig, teacher: Manifest) -> None:
         )
 
 
-def _followed(results: Iterator[dict[str, Any]], total: int) -> Iterator[dict[str, Any]]:
+def _followed(results: Iterator[dict[str, Any]], total: int) -> Generator[dict[str, Any], None, None]:
     """Draw a progress bar over the shards, with rows a second."""
     start, rows = time.monotonic(), 0
     with progress(total, "tokenize shards") as bar:

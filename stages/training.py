@@ -10,7 +10,7 @@ import hashlib
 import logging
 import math
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import MappingProxyType
@@ -257,8 +257,8 @@ def progress(total: int, label: str, *, initial: int = 0) -> tqdm[Any]:
     )
 
 
-def tracked(results: Iterator[Any], total: int, label: str) -> Iterator[Any]:
-    """Draw a progress bar over results that arrive one by one."""
+def tracked(results: Iterator[Any], total: int, label: str) -> Generator[Any, None, None]:
+    """Draw a progress bar over results that arrive one by one; closed, it lets go of them, and their workers end."""
     with progress(total, label) as bar:
         for result in results:
             bar.update()

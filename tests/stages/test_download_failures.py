@@ -132,12 +132,29 @@ def test_decoding_in_a_child_process_changes_nothing_in_the_result(run: _Run, tm
     assert careful.store.objects.list("attempts/") == []
 
 
+class _Watched(LocalExecutor):
+    """Counts the iterations that were ended early."""
+
+    ended = 0
+
+    def map(
+        self, factory: WorkerFactory, items: list[Item], *, num_workers: int, num_gpus: float = 0
+    ) -> Iterator[Item]:
+        try:
+            yield from super().map(factory, items, num_workers=num_workers)
+        except GeneratorExit:
+            self.ended += 1
+            raise
+
+
 def test_a_run_that_must_fail_stops_at_once_and_goes_on_with_a_higher_limit(run: _Run, tmp_path: Path) -> None:
     config = _folder(tmp_path / "given", [b"no image"] * 9 + _squares(31))
     stopped = r"9 of 40 images failed with 30 still to come.*max_failed_fraction=0.2.*9 x not_an_image"
-    for _ in range(2):  # the second run counts the receipts of the first
-        with pytest.raises(ValueError, match=stopped):
-            run(config)
+    executor = _Watched()
+    for ended in (1, 1):  # the second run counts the receipts of the first, and needs no worker
+        with pytest.raises(ValueError, match=stopped) as raised:
+            run(config, executor)
+        assert executor.ended == ended, f"workers go on although the run ended with {raised.value}"
         assert list(run.store.receipts(run.key(config))) == [f"{number:05d}" for number in range(5)]
     assert next_attempt(config, 0, run.store) == 1, "an attempt that cannot succeed is not the one to go on with"
     assert run(config.model_copy(update={"max_failed_fraction": 0.3})).metrics["num_ok"] == 31

@@ -202,6 +202,10 @@ def test_errors_that_lose_the_device_are_told_from_those_of_memory_and_of_images
     assert not any(loses_device(torch.OutOfMemoryError(text)) for text in others)
     assert not loses_device(torch.AcceleratorError("CUDA error: out of memory"))
     assert not loses_device(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+    picky = _Picky({2}, torch.AcceleratorError("CUDA error: device-side assert triggered"))
+    with pytest.raises(torch.AcceleratorError, match="device-side"):
+        _isolate(picky.encode, 4)
+    assert picky.calls == 1, "no image is blamed by a process without its device"
     with pytest.raises(MemoryError, match="out of memory; lower tokenize.batch_size"):
         _isolate(_Picky({2}, torch.AcceleratorError("CUDA error: out of memory")).encode, 4)
 
