@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,8 @@ from storage.store import Store
 
 WEIGHTS = "weights.safetensors"
 TEACHER_STAGE = "prepare_teacher"
+_REFUSED = re.compile(r"GLOBAL ([\w.]+) was not an allowed global")
+"""What torch says of an object that it does not load with `weights_only`."""
 
 
 def put_weights(context: StageContext[Any], module: nn.Module, path: str = WEIGHTS) -> FileEntry:
@@ -52,17 +55,36 @@ def read_weights(store: Store, manifest: Manifest, path: str = WEIGHTS) -> dict[
     return load_file(store.fetch(manifest.file(path)))
 
 
-def read_state(path: str | Path) -> dict[str, Tensor]:
+def read_state(path: str | Path, field: str = "weights file") -> dict[str, Any]:
     """A state dict from a local `.safetensors` file, or any other that `torch.load(weights_only=True)` reads.
 
+    Args:
+        path: of the file.
+        field: how messages name it, a field of the recipe for example.
+
     Raises:
-        ValueError: there is no such file.
+        ValueError: there is no such file, it is damaged, or it holds other things than tensors; the message says which.
     """
+    label = f"{field}={str(path)!r}"
     if not Path(path).is_file():
-        raise ValueError(f"weights file {str(path)!r} does not exist; give the path of a .safetensors or .pth file")
-    if Path(path).suffix == ".safetensors":
-        return load_file(path)
-    state: dict[str, Tensor] = torch.load(path, weights_only=True, map_location="cpu")
+        raise ValueError(f"{label} does not exist; give the path of a .safetensors or .pth file")
+    try:
+        if Path(path).suffix == ".safetensors":
+            return load_file(path)
+        state = torch.load(path, weights_only=True, map_location="cpu")
+    except MemoryError:
+        raise
+    except Exception as error:  # damaged bytes make an unpickler raise KeyError, EOFError, RuntimeError, ...
+        if refused := _REFUSED.search(str(error)):
+            raise ValueError(
+                f"{label} holds more than tensors ({refused[1]}), and to load such a thing can run code that is in the "
+                f"file; if you trust it, save its state dict alone and give that file, for a training checkpoint of "
+                f"LlamaGen with torch.save(torch.load(FILE, weights_only=False)['model'], NEW)"
+            ) from error
+        reason = " ".join(str(error).split("WeightsUnpickler error:")[-1].split())[:200] or type(error).__name__
+        raise ValueError(f"{label} is damaged, or no weights: {reason}; fetch the file again") from error
+    if not isinstance(state, dict):
+        raise ValueError(f"{label} holds a {type(state).__name__}, no state dict; give a dict of tensors")
     return state
 
 
