@@ -176,6 +176,9 @@ class BackboneTeacher(Teacher):
         aligned = standardised(self.head.patches(raw))
         return torch.cat([raw, aligned], dim=-1) if self.head.config.keep_backbone else aligned
 
+    def pools_from(self, layer: int | None) -> bool:
+        return self.pools_features and layer is None
+
     def pool(self, features: Tensor, layer: int | None = None) -> Tensor:
         if self.head is None or not self.pools_features:
             return super().pool(features, layer)

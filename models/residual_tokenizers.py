@@ -24,6 +24,7 @@ class ResidualTokenizer(ImageTokenizer):
     """Residual books, one quantizer each; vectors hold the books side by side, in the order of `book_names`."""
 
     book_names: ClassVar[tuple[str, ...]]
+    quantizes_target = False  # they quantize what their own trained tower sees
     quantizers: nn.ModuleList
 
     @property
@@ -121,6 +122,10 @@ class DualTokenTokenizer(ResidualTokenizer):
 
     def _predict(self, vectors: Tensor) -> Tensor:
         return self.post_quant_semantic(self._parts(vectors)[0])
+
+    @property
+    def embeds_codes(self) -> bool:
+        return self.teacher is not None and self.teacher.pools_from(self.config.semantic_layer)
 
     def pooled_prediction(self, features: Tensor) -> Tensor:
         if self.config.semantic_layer is None:

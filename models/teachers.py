@@ -49,7 +49,7 @@ class Teacher(nn.Module):
     """Channels of `embed_images`."""
     has_text: bool
     pools_features = False
-    """Whether `pool` works: a tower that pools through a class token cannot, for its features lack that token."""
+    """Whether `pool` works at all: a tower that pools through a class token cannot, its features lack that token."""
 
     def features(self, images: Tensor, grid: tuple[int, int]) -> Tensor:
         """Images `[B, 3, H, W]` in [-1, 1] -> features `[B, h, w, C]`, LayerNorm scale (zero mean, unit variance)."""
@@ -94,12 +94,16 @@ class Teacher(nn.Module):
             layer: which level.
 
         Raises:
-            ValueError: this tower cannot, see `pools_features`, or not from a layer.
+            ValueError: this tower cannot, or not from this layer; see `pools_from`.
         """
         raise ValueError(
             f"{type(self).__name__} cannot pool its features, they lack what its pooling reads; choose a SigLIP, or a "
             f"backbone whose head has keep_backbone"
         )
+
+    def pools_from(self, layer: int | None) -> bool:
+        """Whether `pool` works from a layer, or for None from the final features."""
+        return self.pools_features
 
     def embed_images(self, images: Tensor) -> Tensor:
         """Images `[B, 3, H, W]` in [-1, 1] -> unit vectors `[B, E]` in the image-text space (without text: pooled)."""
