@@ -107,16 +107,11 @@ class BackbonePerceptualDistance(nn.Module):
         self.stages = stages
 
     def _maps(self, images: Tensor) -> list[Tensor]:
-        backbone = self.teacher.backbone
-        # at the images' own size, not the teacher's: the distance is about textures, and small maps are cheap
-        mean = images.new_tensor(self.teacher.normalisation.mean).view(1, 3, 1, 1)
-        std = images.new_tensor(self.teacher.normalisation.std).view(1, 3, 1, 1)
-        hidden = backbone.bn1(backbone.conv_stem(((images + 1) / 2 - mean) / std))
-        maps = []
-        for stage in backbone.blocks[: self.stages]:
-            hidden = stage(hidden)
-            maps.append(hidden * torch.rsqrt(hidden.float().square().sum(1, keepdim=True) + 1e-10))
-        return maps
+        teacher = self.teacher
+        # where it can be at the images' own size, not the teacher's: it is about textures, and small maps are cheap
+        shown = teacher.normalisation.standardise if teacher.takes_any_size else teacher.normalisation
+        maps = teacher.stage_maps(shown(images), min(self.stages, teacher.num_stages) - 1)
+        return [level * torch.rsqrt(level.float().square().sum(1, keepdim=True) + 1e-10) for level in maps]
 
     def forward(self, images: Tensor, references: Tensor) -> Tensor:
         """Distance of each pair of `[B, 3, H, W]` images in [-1, 1]; `[B]`."""
