@@ -13,9 +13,11 @@ from torch import Tensor, nn
 
 from models.backbone_teacher import BackboneTeacher, BackboneTeacherConfig
 from models.image_tokenizer import ImageTokenizer, TokenizerConfig
+from models.open_clip_folder import read_open_clip_folder
 from models.teachers import (
     OpenClipTeacher,
     OpenClipTeacherConfig,
+    PixelNormalisation,
     Teacher,
     TransformersTeacher,
     TransformersTeacherConfig,
@@ -95,21 +97,42 @@ def load_teacher(store: Store, manifest: Manifest) -> Teacher:
         ValueError: the artifact's description names an unknown kind.
     """
     description = read_json(store, manifest, "teacher.json")
-    kind = description["config"]["kind"]
-    if kind == "transformers":
+    config = description["config"]
+    if config["kind"] == "transformers":
         with store.attempt_dir() as folder:
             store.materialise(manifest, folder, "model")
-            return TransformersTeacher(TransformersTeacherConfig(path=str(folder / "model"))).freeze()
+            published = TransformersTeacher(TransformersTeacherConfig(path=str(folder / "model")))
+        published.normalisation = _as_prepared(published.normalisation, description)
+        return published.freeze()
     teacher: Teacher
-    if kind == "open_clip":
-        config = OpenClipTeacherConfig(**description["config"])
-        teacher = OpenClipTeacher(config.model_copy(update={"pretrained": None}))
-    elif kind == "backbone":
-        teacher = BackboneTeacher(BackboneTeacherConfig(**description["config"]), None, description["words"])
+    if config["kind"] == "open_clip":
+        teacher = _open_clip_teacher(store, manifest, config)
+    elif config["kind"] == "backbone":
+        teacher = BackboneTeacher(BackboneTeacherConfig(**config), None, description["words"])
+        teacher.normalisation = _as_prepared(teacher.normalisation, description)
     else:
-        raise ValueError(f"teacher artifact {manifest.digest[:12]} has unknown kind {kind!r}; it needs a newer musevl")
+        raise ValueError(
+            f"teacher artifact {manifest.digest[:12]} has unknown kind {config['kind']!r}; it needs a newer musevl"
+        )
     teacher.load_state_dict(read_weights(store, manifest))
     return teacher.freeze()
+
+
+def _open_clip_teacher(store: Store, manifest: Manifest, config: dict[str, Any]) -> OpenClipTeacher:
+    """With random weights. Artifacts of before the folder was kept name a model that open_clip has to find again."""
+    if "name" in config:
+        return OpenClipTeacher(OpenClipTeacherConfig(**config, pretrained=None))
+    with store.attempt_dir() as folder:
+        store.materialise(manifest, folder, "model")
+        return read_open_clip_folder(folder / "model")
+
+
+def _as_prepared(normalisation: PixelNormalisation, description: dict[str, Any]) -> PixelNormalisation:
+    """With the interpolation that the artifact's tokenizers were trained with, whatever its model's config says.
+
+    Where none is written it is bicubic: the most frequent one, and what everything was resized with at first.
+    """
+    return normalisation._replace(interpolation=description.get("interpolation", "bicubic"))
 
 
 def load_tokenizer(store: Store, digest: str) -> ImageTokenizer:
