@@ -6,7 +6,7 @@ Shape legend: B batch, h w code grid, C channels.
 from __future__ import annotations
 
 import re
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +14,15 @@ from pydantic import PositiveInt
 from torch import Tensor, nn
 
 from models.config import Config, CountsByContent, Fraction
-from models.teachers import PixelNormalisation, Teacher, check_layers, folded, resized, standardised
+from models.teachers import (
+    PixelNormalisation,
+    Teacher,
+    check_layers,
+    folded,
+    interpolation_of,
+    resized,
+    standardised,
+)
 from models.torchvision_compat import make_torchvision_importable
 
 
@@ -31,7 +39,7 @@ class AlignedHeadConfig(Config):
 
 
 class BackboneTeacherConfig(Config):
-    """A timm classification backbone, alone or under a text-aligned head."""
+    """A timm backbone, convolutional or a ViT, alone or under a text-aligned head."""
 
     kind: Literal["backbone"] = "backbone"
     """Selects this teacher."""
@@ -41,9 +49,10 @@ class BackboneTeacherConfig(Config):
     """`package:efficientnet-lite0` (ImageNet weights that install from the package index), `hub` (timm's own
     download), or the path of a state dict (`.safetensors`, or `.pth` read with `weights_only`)."""
     input_size: PositiveInt = 128
-    """Side of the square that the backbone sees, pixels."""
+    """Side of the square that the backbone sees, pixels; most ViTs take one size only."""
     feature_blocks: tuple[int, ...] = (4, 6)
-    """Indices of the stages whose outputs are resized to the code grid and concatenated."""
+    """Indices, from 0, of the stages whose outputs are resized to the code grid and concatenated: the stages of an
+    EfficientNet or MobileNet, the blocks of a ViT, timm's feature levels of others (a ResNet's 0 is its stem)."""
     head: AlignedHeadConfig | None = AlignedHeadConfig()
     """The text-aligned head; `null` for bare features that never saw a caption."""
 
@@ -113,26 +122,57 @@ class BackboneTeacher(Teacher):
             config: which backbone and head.
             state_dict: of the timm backbone; None leaves it random, for a caller that loads the whole teacher.
             words: vocabulary of the head's word tower.
+
+        Raises:
+            ValueError: timm has no such backbone, or it lacks the stages, takes no such images, or is not the one that
+                the weights are of; the message names the field.
         """
         super().__init__()
         make_torchvision_importable()
         import timm
 
         self.config = config
-        self.backbone = timm.create_model(config.architecture, pretrained=False, features_only=False)
+        self.backbone = _built(config.architecture)
+        _check_stages(config, self.num_stages)
         if state_dict is not None:
-            self.backbone.load_state_dict(state_dict)
+            _load_backbone(self.backbone, state_dict, config)
         data = timm.data.resolve_model_data_config(self.backbone)
-        self.normalisation = PixelNormalisation(config.input_size, tuple(data["mean"]), tuple(data["std"]))
-        with torch.no_grad():
-            self.backbone.eval()
-            probe = self.raw_features(torch.zeros(1, 3, config.input_size, config.input_size), self.native_grid)
+        self.normalisation = PixelNormalisation(
+            config.input_size,
+            tuple(data["mean"]),
+            tuple(data["std"]),
+            interpolation_of(data["interpolation"], f"timm's {config.architecture}"),
+        )
+        self.backbone.eval()
+        probe = self._probe(data["input_size"][-1])
         self.head = AlignedHead(config.head, probe.shape[-1], words or []) if config.head else None
         self.embed_dim = config.head.dim if config.head else probe.shape[-1]
         beside = probe.shape[-1] if config.head and config.head.keep_backbone else 0
         self.feature_dim = self.embed_dim + beside
         self.has_text = self.head is not None
         self.pools_features = beside > 0
+
+    @torch.no_grad()
+    def _probe(self, native_size: int) -> Tensor:
+        """Features of one black image, `[1, h, w, C]`."""
+        size = self.config.input_size
+        try:
+            return self.raw_features(torch.zeros(1, 3, size, size), self.native_grid)
+        except AssertionError as error:  # timm's way to refuse a size
+            raise ValueError(
+                f"teacher.model.input_size={size} does not suit {self.config.architecture} ({error}); set "
+                f"teacher.model.input_size={native_size}"
+            ) from error
+
+    @property
+    def num_stages(self) -> int:
+        """Number of stages that `stage_maps` can give."""
+        return len(self.backbone.blocks if _has_efficientnet_stages(self.backbone) else self.backbone.feature_info)
+
+    @property
+    def takes_any_size(self) -> bool:
+        """Whether `stage_maps` takes pixels of another size than the teacher's own."""
+        return not self.backbone.pretrained_cfg.get("fixed_input_size", False)
 
     def raw_features(self, images: Tensor, grid: tuple[int, int]) -> Tensor:
         """Standardised features of the chosen stages, `[B, h, w, C_1 + C_2 + ...]`."""
@@ -143,8 +183,17 @@ class BackboneTeacher(Teacher):
         return torch.cat([standardised(level.float()) for level in chosen], dim=-1)
 
     def _stages(self, images: Tensor, last: int) -> list[Tensor]:
-        """`[B, C, h', w']` after each stage up to number `last`, counted from 0."""
-        hidden = self.backbone.bn1(self.backbone.conv_stem(self.normalisation(images)))
+        return self.stage_maps(self.normalisation(images), last)
+
+    def stage_maps(self, pixels: Tensor, last: int) -> list[Tensor]:
+        """Normalised pixels `[B, 3, H, W]` -> `[B, C, h', w']` after each stage up to number `last`, counted from 0."""
+        if not _has_efficientnet_stages(self.backbone):
+            maps: list[Tensor] = self.backbone.forward_intermediates(
+                pixels, indices=list(range(last + 1)), stop_early=True, output_fmt="NCHW", intermediates_only=True
+            )
+            return maps
+        # timm's levels of an EfficientNet are fewer: the last stage before each halving of the map
+        hidden = self.backbone.bn1(self.backbone.conv_stem(pixels))
         maps = []
         for stage in self.backbone.blocks[: last + 1]:
             hidden = stage(hidden)
@@ -152,7 +201,7 @@ class BackboneTeacher(Teacher):
         return maps
 
     def levels(self, images: Tensor, grid: tuple[int, int], layers: tuple[int, ...]) -> tuple[list[Tensor], Tensor]:
-        check_layers(layers, len(self.backbone.blocks))
+        check_layers(layers, self.num_stages)
         stages = self._stages(images, max([*self.config.feature_blocks, *(layer - 1 for layer in layers)]))
         features = self._finished(self._raw(stages, grid))
         return [folded(stages[layer - 1], grid) for layer in layers], features
@@ -176,6 +225,9 @@ class BackboneTeacher(Teacher):
         aligned = standardised(self.head.patches(raw))
         return torch.cat([raw, aligned], dim=-1) if self.head.config.keep_backbone else aligned
 
+    def pools_from(self, layer: int | None) -> bool:
+        return self.pools_features and layer is None
+
     def pool(self, features: Tensor, layer: int | None = None) -> Tensor:
         if self.head is None or not self.pools_features:
             return super().pool(features, layer)
@@ -191,6 +243,47 @@ class BackboneTeacher(Teacher):
 
     def embed_texts(self, texts: list[str]) -> Tensor:
         return self.head.text(texts) if self.head else super().embed_texts(texts)
+
+
+def _has_efficientnet_stages(backbone: nn.Module) -> bool:
+    """Whether it is a stem and a list of stages: EfficientNets and MobileNets of timm are."""
+    return all(hasattr(backbone, name) for name in ("conv_stem", "bn1", "blocks"))
+
+
+def _built(architecture: str) -> Any:
+    import timm
+
+    try:
+        backbone = timm.create_model(architecture, pretrained=False, features_only=False)
+    except RuntimeError as error:
+        raise ValueError(
+            f"teacher.model.architecture={architecture!r}: {error}; `timm.list_models()` has the names"
+        ) from error
+    if not _has_efficientnet_stages(backbone) and not hasattr(backbone, "forward_intermediates"):
+        raise ValueError(
+            f"teacher.model.architecture={architecture!r} does not show its stages (timm's forward_intermediates); "
+            f"EfficientNets, MobileNets, ResNets, ConvNeXts, Swins and ViTs do"
+        )
+    return backbone
+
+
+def _check_stages(config: BackboneTeacherConfig, num_stages: int) -> None:
+    if not config.feature_blocks or not all(0 <= index < num_stages for index in config.feature_blocks):
+        raise ValueError(
+            f"teacher.model.feature_blocks={list(config.feature_blocks)}: {config.architecture} has stages "
+            f"0..{num_stages - 1}; choose one or more of these"
+        )
+
+
+def _load_backbone(backbone: nn.Module, state_dict: dict[str, Tensor], config: BackboneTeacherConfig) -> None:
+    try:
+        backbone.load_state_dict(state_dict)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(
+            f"teacher.model.weights={config.weights!r} are not those of timm's {config.architecture}: {reason}; give "
+            f"timm's own state dict, or the teacher.model.architecture that fits"
+        ) from error
 
 
 _LUKEMELAS_BLOCK = {

@@ -109,6 +109,8 @@ class ImageTokenizer(nn.Module):
 
     book_names: tuple[str, ...]
     needs_teacher: ClassVar[bool] = True
+    quantizes_target: ClassVar[bool] = True
+    """Whether the codes depend on the frozen teacher's features; else they are only what the codes learn to predict."""
     teacher: Teacher | None
     decoder: ConvDecoder
     logit_scale: Tensor
@@ -199,7 +201,7 @@ class ImageTokenizer(nn.Module):
 
     def encode(self, images: Tensor) -> Tensor:
         """Images `[B, 3, H, W]` in [-1, 1] -> codes `[B, N, D, h, w]` int64. Call it in eval mode."""
-        return self._quantize(images, self.target_features(images)).codes
+        return self._quantize(images, self.target_features(images) if self.quantizes_target else None).codes
 
     def decode(self, codes: Tensor) -> Tensor:
         """Codes `[B, N, D, h, w]` -> images `[B, 3, H, W]` in [-1, 1]."""
@@ -230,7 +232,7 @@ class ImageTokenizer(nn.Module):
     @property
     def embeds_codes(self) -> bool:
         """Whether `embed_codes` works."""
-        return self.has_semantic_branch and self.teacher is not None and self.teacher.pools_features
+        return self.has_semantic_branch and self.teacher is not None and self.teacher.pools_from(None)
 
     def embed_codes(self, codes: Tensor) -> Tensor:
         """Codes `[B, N, D, h, w]` -> unit vectors `[B, E]` in the teacher's image-text space.

@@ -107,16 +107,11 @@ class BackbonePerceptualDistance(nn.Module):
         self.stages = stages
 
     def _maps(self, images: Tensor) -> list[Tensor]:
-        backbone = self.teacher.backbone
-        # at the images' own size, not the teacher's: the distance is about textures, and small maps are cheap
-        mean = images.new_tensor(self.teacher.normalisation.mean).view(1, 3, 1, 1)
-        std = images.new_tensor(self.teacher.normalisation.std).view(1, 3, 1, 1)
-        hidden = backbone.bn1(backbone.conv_stem(((images + 1) / 2 - mean) / std))
-        maps = []
-        for stage in backbone.blocks[: self.stages]:
-            hidden = stage(hidden)
-            maps.append(hidden * torch.rsqrt(hidden.float().square().sum(1, keepdim=True) + 1e-10))
-        return maps
+        teacher = self.teacher
+        # where it can be at the images' own size, not the teacher's: it is about textures, and small maps are cheap
+        shown = teacher.normalisation.standardise if teacher.takes_any_size else teacher.normalisation
+        maps = teacher.stage_maps(shown(images), min(self.stages, teacher.num_stages) - 1)
+        return [level * torch.rsqrt(level.float().square().sum(1, keepdim=True) + 1e-10) for level in maps]
 
     def forward(self, images: Tensor, references: Tensor) -> Tensor:
         """Distance of each pair of `[B, 3, H, W]` images in [-1, 1]; `[B]`."""
@@ -131,28 +126,48 @@ class LpipsDistance(nn.Module):
 
     network: Any
 
-    def __init__(self, vgg_state: dict[str, Tensor] | None) -> None:
+    def __init__(self, vgg_state: dict[str, Tensor] | None, field: str = "lpips_vgg_weights") -> None:
+        """
+        Args:
+            vgg_state: torchvision's VGG16; None lets lpips download it.
+            field: of the recipe where it comes from, for messages.
+
+        Raises:
+            ValueError: the state is of another network, or the download fails.
+        """
         super().__init__()
         from models.torchvision_compat import make_torchvision_importable
 
         make_torchvision_importable()
         import lpips
 
-        # pnet_rand keeps lpips from downloading the trunk; the learned channel weights ship with the package
-        network = lpips.LPIPS(net="vgg", version="0.1", pnet_rand=vgg_state is not None, verbose=False)
+        try:
+            # pnet_rand keeps lpips from downloading the trunk; the learned channel weights ship with the package
+            network = lpips.LPIPS(net="vgg", version="0.1", pnet_rand=vgg_state is not None, verbose=False)
+        except (OSError, RuntimeError) as error:  # no network; a download whose hash is wrong
+            raise ValueError(
+                f"{field} is empty and LPIPS's VGG16 cannot be downloaded ({error}); give the path of torchvision's "
+                f"vgg16-397923af.pth, or choose another tokenizer.loss.perceptual: `backbone` or `none`"
+            ) from error
         if vgg_state is not None:
-            trunk = {
-                key.removeprefix("features."): value for key, value in vgg_state.items() if key.startswith("features.")
-            }
-            own = network.net.state_dict()
-            missing = sorted({key.split(".", 1)[1] for key in own} - trunk.keys())
-            if missing:
-                raise ValueError(
-                    f"lpips_vgg_weights has no `features.{missing[0]}`; give torchvision's VGG16 state dict"
-                )
-            network.net.load_state_dict({key: trunk[key.split(".", 1)[1]] for key in own})
+            _load_trunk(network.net, vgg_state, field)
         self.__dict__["network"] = network.requires_grad_(False).eval()
 
     def forward(self, images: Tensor, references: Tensor) -> Tensor:
         """Distance of each pair of `[B, 3, H, W]` images in [-1, 1]; `[B]`."""
         return self.network.to(images.device)(images.float(), references.float()).flatten()
+
+
+def _load_trunk(trunk: nn.Module, vgg_state: dict[str, Tensor], field: str) -> None:
+    """LPIPS keeps VGG's layers in slices, `slice2.7.weight`; torchvision's name of it is `features.7.weight`."""
+    own = trunk.state_dict()
+    wanted = {key: f"features.{key.split('.', 1)[1]}" for key in own}
+    for key, name in sorted(wanted.items()):
+        value = own[key]
+        found = vgg_state.get(name)
+        if not isinstance(found, Tensor) or found.shape != value.shape:
+            shape = f"a `{name}` of shape {tuple(found.shape)}" if isinstance(found, Tensor) else f"no `{name}`"
+            raise ValueError(
+                f"{field} has {shape}, VGG16's has shape {tuple(value.shape)}; give torchvision's VGG16 state dict"
+            )
+    trunk.load_state_dict({key: vgg_state[name] for key, name in wanted.items()})

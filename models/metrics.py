@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from models.ranks import sum_over_ranks
 from models.torchvision_compat import make_torchvision_importable
 
 
@@ -65,8 +66,8 @@ def ssim(pixels: Tensor, references: Tensor, *, data_range: float = 1.0) -> Tens
 
 
 def codebook_statistics(codes: Tensor, codebook_size: int) -> CodebookStatistics:
-    """Usage and perplexity of integer codes of any shape."""
-    counts = torch.bincount(codes.flatten(), minlength=codebook_size).double()
+    """Usage and perplexity of integer codes of any shape; in a run of several processes, of the codes of all ranks."""
+    counts = sum_over_ranks(torch.bincount(codes.flatten(), minlength=codebook_size).double())
     shares = counts[counts > 0] / counts.sum()
     entropy = -(shares * shares.log()).sum()
     return CodebookStatistics(float((counts > 0).double().mean()), float(entropy.exp()))

@@ -8,15 +8,17 @@ from __future__ import annotations
 from typing import Literal, NamedTuple
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from pydantic import NonNegativeFloat, PositiveInt
 from torch import Tensor, nn
 
 from models.config import Config, Fraction
+from models.ranks import is_first_rank, rows_of_ranks, sum_over_ranks, take_from_first_rank
 
 _CHUNK_ELEMENTS = 1 << 22
 """Upper bound on the entries of the vectors x codes similarity matrix that exist at a time (16 MiB of float32)."""
+_FORGOTTEN = 1e-6
+"""A code whose running count is below this has no mean of its vectors any more: count and sum are all but zero."""
 
 
 class QuantizerConfig(Config):
@@ -168,15 +170,19 @@ class VectorQuantizer(nn.Module):
 
     @torch.no_grad()
     def learn(self, flat: Tensor, codes: Tensor) -> None:
-        """In training, move an EMA codebook towards the vectors `[V, C]` of its codes `[V]`, and restart dead codes."""
+        """In training, move an EMA codebook towards the vectors of its codes, and restart dead codes.
+
+        Args:
+            flat: `[V, C]`, or `[D, V, C]` of a codebook that several depths share.
+            codes: `[V]` or `[D, V]`.
+        """
         if not self._learns_by_ema:
             return
         decay = self.config.ema_decay
-        counts = torch.bincount(codes, minlength=self.config.codebook_size).to(self.ema_counts.dtype)
-        sums = torch.zeros_like(self.ema_sums).index_add_(0, codes, flat)
-        if dist.is_initialized():
-            dist.all_reduce(counts)
-            dist.all_reduce(sums)
+        counts = torch.bincount(codes.flatten(), minlength=self.config.codebook_size).to(self.ema_counts.dtype)
+        counts = sum_over_ranks(counts)
+        sums = torch.zeros_like(self.ema_sums).index_add_(0, codes.flatten(), flat.flatten(0, -2))
+        sums = sum_over_ranks(sums)
         self.ema_counts.lerp_(counts, 1 - decay)
         self.ema_sums.lerp_(sums, 1 - decay)
         dead = self.ema_counts < self.config.dead_threshold
@@ -184,7 +190,9 @@ class VectorQuantizer(nn.Module):
         if num_dead:
             self.ema_sums[dead] = self._draw(flat, num_dead)
             self.ema_counts[dead] = 1.0
-        self.codebook.copy_(self._normalised(self.ema_sums / self.ema_counts.clamp_min(1e-6)[:, None]))
+        means = self._normalised(self.ema_sums / self.ema_counts.clamp_min(_FORGOTTEN)[:, None])
+        # an idle code that is never restarted stays where it was, it does not shrink to nothing with its statistics
+        self.codebook.copy_(torch.where((self.ema_counts < _FORGOTTEN)[:, None], self.codebook, means))
 
     @property
     def _learns_by_ema(self) -> bool:
@@ -196,14 +204,25 @@ class VectorQuantizer(nn.Module):
         return torch.cat([F.normalize(part, dim=-1) for part in vectors.split(self.parts, dim=-1)], dim=-1)
 
     def _draw(self, flat: Tensor, count: int) -> Tensor:
-        """`count` vectors of the batch, with a little noise where the batch has fewer; the same on every rank."""
-        picks = torch.randint(flat.shape[0], (count,), device=flat.device)
-        if count <= flat.shape[0]:
-            picks = torch.randperm(flat.shape[0], device=flat.device)[:count]
-        drawn = flat[picks] + 1e-3 * torch.randn(count, flat.shape[1], device=flat.device)
-        if dist.is_initialized():
-            dist.broadcast(drawn, src=0)
-        return self._normalised(drawn)
+        """`count` vectors of a batch `[..., V, C]` with a little noise, none twice while there are enough.
+
+        The same on every rank. With several ranks V runs over the vectors of all of them in rank order, so the result
+        is that of one process with the whole batch and the generator of rank 0. Each rank puts in the vectors that it
+        has, and the sum is exact: all other terms are zero.
+        """
+        depths = flat.reshape(-1, *flat.shape[-2:])  # [D, V, C]
+        first, num_vectors = rows_of_ranks(depths.shape[1], flat.device)
+        total = len(depths) * num_vectors
+        picks = torch.randint(total, (count,), device=flat.device)
+        if count <= total:
+            picks = torch.randperm(total, device=flat.device)[:count]
+        noise = 1e-3 * torch.randn(count, flat.shape[-1], device=flat.device)
+        picks = take_from_first_rank(picks)
+        depth, row = picks // num_vectors, picks % num_vectors - first
+        mine = (row >= 0) & (row < depths.shape[1])
+        drawn = torch.zeros_like(noise)
+        drawn[mine] = depths[depth[mine], row[mine]]
+        return self._normalised(sum_over_ranks(drawn + noise if is_first_rank() else drawn))
 
 
 class ResidualQuantizer(nn.Module):
@@ -269,7 +288,7 @@ class ResidualQuantizer(nn.Module):
             picks.append(codes)
             left = left - chosen.detach()
         if self.shared:
-            self.book(0).learn(torch.cat(lefts), torch.cat(picks))
+            self.book(0).learn(torch.stack(lefts), torch.stack(picks))
         else:
             for depth in range(self.depth):
                 self.book(depth).learn(lefts[depth], picks[depth])

@@ -22,6 +22,7 @@ from models.transformer import AttentionProjection
 class ResidualTokenizer(ImageTokenizer):
     """Residual books, one quantizer each; vectors hold the books side by side, in the order of `book_names`."""
 
+    quantizes_target = False  # they quantize what their own trained tower sees
     quantizers: nn.ModuleList
 
     @property
@@ -127,6 +128,11 @@ class DualTokenTokenizer(ResidualTokenizer):
             return super()._predict(vectors)
         semantic, _ = vectors.chunk(2, dim=-1)
         return self.post_quant_semantic(semantic)
+
+    @property
+    def embeds_codes(self) -> bool:
+        teacher = self.teacher if self.has_semantic_branch else None
+        return teacher is not None and teacher.pools_from(self.config.semantic_layer)
 
     def pooled_prediction(self, features: Tensor) -> Tensor:
         if self.config.semantic_layer is None:

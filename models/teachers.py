@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple, cast, get_args
 
 import torch
 import torch.nn.functional as F
@@ -49,7 +49,7 @@ class Teacher(nn.Module):
     """Channels of `embed_images`."""
     has_text: bool
     pools_features = False
-    """Whether `pool` works: a tower that pools through a class token cannot, for its features lack that token."""
+    """Whether `pool` works at all: a tower that pools through a class token cannot, its features lack that token."""
 
     def features(self, images: Tensor, grid: tuple[int, int]) -> Tensor:
         """Images `[B, 3, H, W]` in [-1, 1] -> features `[B, h, w, C]`, LayerNorm scale (zero mean, unit variance)."""
@@ -94,12 +94,16 @@ class Teacher(nn.Module):
             layer: which level.
 
         Raises:
-            ValueError: this tower cannot, see `pools_features`, or not from a layer.
+            ValueError: this tower cannot, or not from this layer; see `pools_from`.
         """
         raise ValueError(
             f"{type(self).__name__} cannot pool its features, they lack what its pooling reads; choose a SigLIP, or a "
             f"backbone whose head has keep_backbone"
         )
+
+    def pools_from(self, layer: int | None) -> bool:
+        """Whether `pool` works from a layer, or for None from the final features."""
+        return self.pools_features
 
     def embed_images(self, images: Tensor) -> Tensor:
         """Images `[B, 3, H, W]` in [-1, 1] -> unit vectors `[B, E]` in the image-text space (without text: pooled)."""
@@ -157,6 +161,30 @@ def unstandardised(features: Tensor, norm: nn.Module) -> Tensor:
     return features * scale + norm.bias.mean()
 
 
+Interpolation = Literal["bicubic", "bilinear"]
+"""How images are resized to the size that a teacher was trained with; both antialiased, as Pillow does it."""
+_OTHER_NAMES: dict[object, Interpolation] = {2: "bilinear", 3: "bicubic", "random": "bicubic"}
+"""Numbers of Pillow's filters; `random` is how open_clip trained, and then evaluates with this."""
+
+
+def interpolation_of(name: object, source: str) -> Interpolation:
+    """The interpolation that a teacher's own configuration names.
+
+    Args:
+        name: a word (timm, open_clip) or the number of a Pillow filter (transformers).
+        source: where it stands, for the message.
+
+    Raises:
+        ValueError: it is none that tensors can be resized with.
+    """
+    found = _OTHER_NAMES.get(name, name)
+    if found not in get_args(Interpolation):
+        raise ValueError(
+            f"{source} resizes with {name!r}, a teacher here with bicubic (Pillow's 3) or bilinear (2); change it there"
+        )
+    return cast(Interpolation, found)
+
+
 class PixelNormalisation(NamedTuple):
     """What a backbone was trained with."""
 
@@ -164,11 +192,16 @@ class PixelNormalisation(NamedTuple):
     """Side, pixels."""
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
+    interpolation: Interpolation = "bicubic"
 
     def __call__(self, images: Tensor) -> Tensor:
         """`[B, 3, H, W]` in [-1, 1] -> `[B, 3, size, size]` with this mean and deviation (of pixels in [0, 1])."""
         if images.shape[-1] != self.size or images.shape[-2] != self.size:
-            images = F.interpolate(images, size=(self.size, self.size), mode="bicubic", antialias=True)
+            images = F.interpolate(images, size=(self.size, self.size), mode=self.interpolation, antialias=True)
+        return self.standardise(images)
+
+    def standardise(self, images: Tensor) -> Tensor:
+        """The same without resizing."""
         mean = images.new_tensor(self.mean).view(1, 3, 1, 1)
         std = images.new_tensor(self.std).view(1, 3, 1, 1)
         return ((images + 1) / 2 - mean) / std
@@ -188,12 +221,16 @@ class OpenClipTeacher(Teacher):
 
         # open_clip moves a model to the CPU unless told otherwise; on `meta` there is nothing to move
         self.model = open_clip.create_model(
-            config.name, pretrained=config.pretrained, device=torch.get_default_device()
+            config.name,
+            pretrained=config.pretrained,
+            pretrained_text=False,  # would fetch weights of a text tower of transformers where no others are given
+            device=torch.get_default_device(),
         )
         self.config = config
         preprocess = open_clip.get_model_preprocess_cfg(self.model)
         size = preprocess["size"]
         self.side = size if isinstance(size, int) else size[0]
+        self.interpolation = interpolation_of(preprocess["interpolation"], f"the open_clip model {config.name!r}")
         # buffers: the pixel statistics belong to the pretrained tag, so they travel with the weights
         self.register_buffer("pixel_mean", torch.tensor(preprocess["mean"]))
         self.register_buffer("pixel_std", torch.tensor(preprocess["std"]))
@@ -207,11 +244,12 @@ class OpenClipTeacher(Teacher):
     @property
     def normalisation(self) -> PixelNormalisation:
         """Size and pixel statistics of the image tower."""
-        return PixelNormalisation(self.side, tuple(self.pixel_mean.tolist()), tuple(self.pixel_std.tolist()))
+        mean, std = (tuple(buffer.tolist()) for buffer in (self.pixel_mean, self.pixel_std))
+        return PixelNormalisation(self.side, mean, std, self.interpolation)
 
     @functools.cached_property
     def tokenizer(self) -> Callable[[list[str]], Tensor]:
-        """The text tower's; made when first needed, because SigLIP's comes from the hub."""
+        """The text tower's; made when first needed, because of a SigLIP that is only named it comes from the hub."""
         import open_clip
 
         return open_clip.get_tokenizer(self.config.name)
@@ -294,7 +332,10 @@ class TransformersTeacher(Teacher):
         processor = AutoImageProcessor.from_pretrained(config.path)
         vision = self.model.config.vision_config
         self.normalisation = PixelNormalisation(
-            vision.image_size, tuple(processor.image_mean), tuple(processor.image_std)
+            vision.image_size,
+            tuple(processor.image_mean),
+            tuple(processor.image_std),
+            interpolation_of(processor.resample, f"the image processor of {config.path!r}"),
         )
         self.native_grid = (vision.image_size // vision.patch_size,) * 2
         self.feature_dim = vision.hidden_size

@@ -20,7 +20,7 @@ from torch import Tensor
 from models.backbone_teacher import BackboneTeacher
 from models.decoding import draw_codes
 from models.image_tokenizer import ImageTokenizer
-from models.losses import BackbonePerceptualDistance, LpipsDistance
+from models.losses import BackbonePerceptualDistance
 from models.metrics import psnr, ssim
 from models.sampling import SamplingConfig
 from models.teachers import Teacher
@@ -29,8 +29,8 @@ from models.vlm import UnifiedVlm, mean_log_likelihood
 from models.zero_shot import Templates
 from stages.evaluation_results import DRAWN_FEATURES, ORIGINAL_FEATURES, RANK, TEACHER_RANK, store_rows
 from stages.image_data import ImageSource, fill
-from stages.loading import load_teacher, load_tokenizer, read_state
-from stages.measuring import FeatureSpace, Perceptual, ZeroShot, feature_space, perceptual_of
+from stages.loading import load_teacher, load_tokenizer
+from stages.measuring import FeatureSpace, Perceptual, ZeroShot, feature_space, lpips_distance, perceptual_of
 from stages.sequences import SequenceBuilder
 from stages.training import autocast, mix_seed, resolve_device
 from stages.vlm_training import CodedRows, load_rows, load_vlm
@@ -185,7 +185,7 @@ class EvaluationWorker:
     def perceptual(self) -> Perceptual | None:
         """LPIPS where its weights are given, else the distance of a backbone teacher's features."""
         if self.config.lpips_vgg_weights:
-            return perceptual_of(LpipsDistance(read_state(self.config.lpips_vgg_weights)))
+            return perceptual_of(lpips_distance("evaluate.lpips_vgg_weights", self.config.lpips_vgg_weights))
         return perceptual_of(
             BackbonePerceptualDistance(self.teacher) if isinstance(self.teacher, BackboneTeacher) else None
         )

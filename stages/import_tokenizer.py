@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,8 @@ def import_weights(checkpoint: Path, recipe: Recipe, out: Path) -> None:
         out: the file to write; its folder is made.
 
     Raises:
-        ValueError: the file is missing, damaged, or of another network; the message names the keys that do not fit.
+        ValueError: the file is missing, damaged, holds more than tensors, or is of another network; the message says
+            which, and names the keys that do not fit.
     """
     config = subset(recipe.tokenizer, TokenizerConfig)
     if config.kind not in ("vqgan", "dualtoken"):
@@ -35,11 +35,7 @@ def import_weights(checkpoint: Path, recipe: Recipe, out: Path) -> None:
             f"no published checkpoint of tokenizer.kind={config.kind} is known here; vqgan takes LlamaGen's, dualtoken "
             f"DualToken's"
         )
-    try:
-        state = read_state(checkpoint)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"{checkpoint} is no checkpoint, or a damaged one: {reason}; fetch the file again") from error
+    state = read_state(checkpoint, "checkpoint")
     converted = convert_llamagen(state, config) if config.kind == "vqgan" else _dualtoken(state, config, recipe)
     out.parent.mkdir(parents=True, exist_ok=True)
     save_file(converted, out)

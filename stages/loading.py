@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,11 @@ from torch import Tensor, nn
 
 from models.backbone_teacher import BackboneTeacher, BackboneTeacherConfig
 from models.image_tokenizer import ImageTokenizer, TokenizerConfig
+from models.open_clip_folder import read_open_clip_folder
 from models.teachers import (
     OpenClipTeacher,
     OpenClipTeacherConfig,
+    PixelNormalisation,
     Teacher,
     TransformersTeacher,
     TransformersTeacherConfig,
@@ -27,6 +30,8 @@ from storage.store import Store
 
 WEIGHTS = "weights.safetensors"
 TEACHER_STAGE = "prepare_teacher"
+_REFUSED = re.compile(r"GLOBAL ([\w.]+) was not an allowed global")
+"""What torch says of an object that it does not load with `weights_only`."""
 
 
 def put_weights(context: StageContext[Any], module: nn.Module, path: str = WEIGHTS) -> FileEntry:
@@ -52,17 +57,36 @@ def read_weights(store: Store, manifest: Manifest, path: str = WEIGHTS) -> dict[
     return load_file(store.fetch(manifest.file(path)))
 
 
-def read_state(path: str | Path) -> dict[str, Tensor]:
+def read_state(path: str | Path, field: str = "weights file") -> dict[str, Any]:
     """A state dict from a local `.safetensors` file, or any other that `torch.load(weights_only=True)` reads.
 
+    Args:
+        path: of the file.
+        field: how messages name it, a field of the recipe for example.
+
     Raises:
-        ValueError: there is no such file.
+        ValueError: there is no such file, it is damaged, or it holds other things than tensors; the message says which.
     """
+    label = f"{field}={str(path)!r}"
     if not Path(path).is_file():
-        raise ValueError(f"weights file {str(path)!r} does not exist; give the path of a .safetensors or .pth file")
-    if Path(path).suffix == ".safetensors":
-        return load_file(path)
-    state: dict[str, Tensor] = torch.load(path, weights_only=True, map_location="cpu")
+        raise ValueError(f"{label} does not exist; give the path of a .safetensors or .pth file")
+    try:
+        if Path(path).suffix == ".safetensors":
+            return load_file(path)
+        state = torch.load(path, weights_only=True, map_location="cpu")
+    except MemoryError:
+        raise
+    except Exception as error:  # damaged bytes make an unpickler raise KeyError, EOFError, RuntimeError, ...
+        if refused := _REFUSED.search(str(error)):
+            raise ValueError(
+                f"{label} holds more than tensors ({refused[1]}), and to load such a thing can run code that is in the "
+                f"file; if you trust it, save its state dict alone and give that file, for a training checkpoint of "
+                f"LlamaGen with torch.save(torch.load(FILE, weights_only=False)['model'], NEW)"
+            ) from error
+        reason = " ".join(str(error).split("WeightsUnpickler error:")[-1].split())[:200] or type(error).__name__
+        raise ValueError(f"{label} is damaged, or no weights: {reason}; fetch the file again") from error
+    if not isinstance(state, dict):
+        raise ValueError(f"{label} holds a {type(state).__name__}, no state dict; give a dict of tensors")
     return state
 
 
@@ -73,21 +97,42 @@ def load_teacher(store: Store, manifest: Manifest) -> Teacher:
         ValueError: the artifact's description names an unknown kind.
     """
     description = read_json(store, manifest, "teacher.json")
-    kind = description["config"]["kind"]
-    if kind == "transformers":
+    config = description["config"]
+    if config["kind"] == "transformers":
         with store.attempt_dir() as folder:
             store.materialise(manifest, folder, "model")
-            return TransformersTeacher(TransformersTeacherConfig(path=str(folder / "model"))).freeze()
+            published = TransformersTeacher(TransformersTeacherConfig(path=str(folder / "model")))
+        published.normalisation = _as_prepared(published.normalisation, description)
+        return published.freeze()
     teacher: Teacher
-    if kind == "open_clip":
-        config = OpenClipTeacherConfig(**description["config"])
-        teacher = OpenClipTeacher(config.model_copy(update={"pretrained": None}))
-    elif kind == "backbone":
-        teacher = BackboneTeacher(BackboneTeacherConfig(**description["config"]), None, description["words"])
+    if config["kind"] == "open_clip":
+        teacher = _open_clip_teacher(store, manifest, config)
+    elif config["kind"] == "backbone":
+        teacher = BackboneTeacher(BackboneTeacherConfig(**config), None, description["words"])
+        teacher.normalisation = _as_prepared(teacher.normalisation, description)
     else:
-        raise ValueError(f"teacher artifact {manifest.digest[:12]} has unknown kind {kind!r}; it needs a newer musevl")
+        raise ValueError(
+            f"teacher artifact {manifest.digest[:12]} has unknown kind {config['kind']!r}; it needs a newer musevl"
+        )
     teacher.load_state_dict(read_weights(store, manifest))
     return teacher.freeze()
+
+
+def _open_clip_teacher(store: Store, manifest: Manifest, config: dict[str, Any]) -> OpenClipTeacher:
+    """With random weights. Artifacts of before the folder was kept name a model that open_clip has to find again."""
+    if "name" in config:
+        return OpenClipTeacher(OpenClipTeacherConfig(**config, pretrained=None))
+    with store.attempt_dir() as folder:
+        store.materialise(manifest, folder, "model")
+        return read_open_clip_folder(folder / "model")
+
+
+def _as_prepared(normalisation: PixelNormalisation, description: dict[str, Any]) -> PixelNormalisation:
+    """With the interpolation that the artifact's tokenizers were trained with, whatever its model's config says.
+
+    Where none is written it is bicubic: the most frequent one, and what everything was resized with at first.
+    """
+    return normalisation._replace(interpolation=description.get("interpolation", "bicubic"))
 
 
 def load_tokenizer(store: Store, digest: str) -> ImageTokenizer:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -82,11 +81,9 @@ def _teacher_features(teacher: Teacher, device: torch.device, pixels: Tensor) ->
 
 def _inception(section: str, path: str) -> InceptionFeatures:
     _check_file(section, "inception_weights", path)
+    state = read_state(path, f"{section}.inception_weights")
     try:
-        return InceptionFeatures(read_state(path))
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"{section}.inception_weights={path!r} is damaged: {reason}; fetch it again") from error
+        return InceptionFeatures(state)
     except ValueError as error:
         raise ValueError(f"{section}.inception_weights={path!r}: {error}") from error
 
@@ -120,6 +117,19 @@ class Perceptual(NamedTuple):
         """Distance of each pair of uint8 `[B, 3, H, W]`; `[B]` on the CPU."""
         found: Tensor = self.distance(normalise(drawn).to(device), normalise(pixels).to(device)).cpu()
         return found
+
+
+def lpips_distance(field: str, vgg_weights: str | None) -> LpipsDistance:
+    """LPIPS with VGG's weights from a file, or from lpips's own download.
+
+    Args:
+        field: of the recipe that gives the path, for messages.
+        vgg_weights: path of torchvision's VGG16 state dict; None or "" downloads it.
+
+    Raises:
+        ValueError: the file is missing, damaged or of another network, or the download fails.
+    """
+    return LpipsDistance(read_state(vgg_weights, field) if vgg_weights else None, field)
 
 
 def perceptual_of(distance: nn.Module | None) -> Perceptual | None:

@@ -8,8 +8,9 @@ training split by SigLIP's pairwise sigmoid loss (arXiv 2303.15343, section 3.2)
 from __future__ import annotations
 
 from collections import Counter
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -24,13 +25,30 @@ from models.backbone_teacher import (
     split_words,
 )
 from models.config import Config
-from models.teachers import OpenClipTeacher, OpenClipTeacherConfig, TransformersTeacher, TransformersTeacherConfig
+from models.open_clip_folder import write_open_clip_folder
+from models.teachers import (
+    OpenClipTeacher,
+    OpenClipTeacherConfig,
+    PixelNormalisation,
+    TransformersTeacher,
+    TransformersTeacherConfig,
+)
 from models.transforms import TransformConfig, normalise
 from stages.image_data import ImageSource
 from stages.loading import put_json, put_weights, read_state
-from stages.stage import Outcome, Stage, StageContext
+from stages.stage import Outcome, RuntimeStr, Stage, StageContext
 from stages.standalone import run_standalone
-from stages.training import EpochSampler, LoopConfig, OptimiserConfig, build_optimiser, mix_seed, optimise, train
+from stages.training import (
+    EpochSampler,
+    LoopConfig,
+    OptimiserConfig,
+    autocast,
+    build_optimiser,
+    mix_seed,
+    optimise,
+    resolve_device,
+    train,
+)
 from storage.digests import sha256_file
 from storage.manifest import FileEntry
 from storage.store import Store
@@ -57,6 +75,11 @@ class PrepareTeacherConfig(LoopConfig):
     """Image-caption pairs a step."""
     optimiser: OptimiserConfig = OptimiserConfig(learning_rate=2e-3, weight_decay=1e-2, warmup_steps=20)
     """Optimiser of the head."""
+    precision: Literal["bf16", "fp32"] = "bf16"
+    """Autocast type of the backbone on a GPU. On a CPU it computes in float32, as the head trains in everywhere."""
+    device: RuntimeStr = "auto"
+    """Where the backbone computes: `auto` (a GPU if there is one), `cpu`, `cuda`. The head is small and trains on the
+    CPU."""
 
 
 def run(context: StageContext[PrepareTeacherConfig]) -> Outcome:
@@ -65,14 +88,16 @@ def run(context: StageContext[PrepareTeacherConfig]) -> Outcome:
     if isinstance(model, TransformersTeacherConfig):
         files, feature_dim = _snapshot_transformers(context, model)
         return Outcome("teacher", files, metadata={"feature_dim": feature_dim, "has_text": True})
-    words: list[str] = []
-    files = []
+    teacher: OpenClipTeacher | BackboneTeacher
     if isinstance(model, OpenClipTeacherConfig):
-        teacher: OpenClipTeacher | BackboneTeacher = OpenClipTeacher(model)
+        teacher, words = OpenClipTeacher(model), list[str]()
+        folder = context.scratch / "model"
+        write_open_clip_folder(teacher, folder)
+        files = _put_folder(context.store, folder)
     else:
         teacher, words, files = _backbone_teacher(context, model)
     files += [
-        _description(context.store, model, words),
+        _description(context.store, model, words, teacher.normalisation),
         put_weights(context, teacher),
     ]
     return Outcome("teacher", files, metadata={"feature_dim": teacher.feature_dim, "has_text": teacher.has_text})
@@ -88,15 +113,23 @@ def _snapshot_transformers(
     teacher.model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(model.path).save_pretrained(folder)
     AutoImageProcessor.from_pretrained(model.path).save_pretrained(folder)
-    names = sorted(path for path in folder.rglob("*") if path.is_file())
-    files = [context.store.put_file(path, f"model/{path.relative_to(folder).as_posix()}") for path in names]
-    return [*files, _description(context.store, model, [])], teacher.feature_dim
+    description = _description(context.store, model, [], teacher.normalisation)
+    return [*_put_folder(context.store, folder), description], teacher.feature_dim
 
 
-def _description(store: Store, model: Config, words: list[str]) -> FileEntry:
-    """What builds the teacher again around its stored weights, without saying where they came from."""
-    config = model.model_dump(mode="json", exclude={"path", "pretrained", "weights"})
-    return put_json(store, {"config": config, "words": words}, "teacher.json")
+def _put_folder(store: Store, folder: Path) -> list[FileEntry]:
+    """Store the files of a folder under `model/`."""
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    return [store.put_file(path, f"model/{path.relative_to(folder).as_posix()}") for path in paths]
+
+
+def _description(store: Store, model: Config, words: list[str], normalisation: PixelNormalisation) -> FileEntry:
+    """What builds the teacher again around its stored files, without saying where they came from."""
+    config = model.model_dump(mode="json", exclude={"name", "path", "pretrained", "weights"})
+    description: dict[str, Any] = {"config": config, "words": words}
+    if normalisation.interpolation != "bicubic":  # left out where it is: `stages.loading` says why
+        description["interpolation"] = normalisation.interpolation
+    return put_json(store, description, "teacher.json")
 
 
 def _backbone_teacher(
@@ -113,7 +146,7 @@ def _backbone_teacher(
     torch.manual_seed(mix_seed(context.seed, "teacher"))
     teacher = BackboneTeacher(model, state, words)
     teacher.backbone.requires_grad_(False)
-    features = _features(teacher, source, count)
+    features = _features(teacher, source, count, resolve_device(config.device), config.precision)
     assert teacher.head is not None, "the config asks for a head"
     alignment = _Alignment(context, teacher.head, features, captions, source.keys)
     history = train(context, alignment, config)
@@ -121,13 +154,21 @@ def _backbone_teacher(
 
 
 @torch.no_grad()
-def _features(teacher: BackboneTeacher, source: ImageSource, count: int) -> Tensor:
-    """Backbone features of the images and of their mirror images, `[2, N, h, w, C]` bf16."""
+def _features(
+    teacher: BackboneTeacher, source: ImageSource, count: int, device: torch.device, precision: str
+) -> Tensor:
+    """Backbone features of the images and of their mirror images, `[2, N, h, w, C]` bf16 on the CPU."""
+    # bf16 on a CPU would give other features than those that teachers were prepared with so far
+    on_gpu = device.type != "cpu"
+    teacher.backbone.to(device)
     views: list[list[Tensor]] = [[], []]
     for start in range(0, count, 16):
-        images = normalise(source.pixels(list(range(start, min(start + 16, count)))))
+        images = normalise(source.pixels(list(range(start, min(start + 16, count))))).to(device)
         for view, shown in zip(views, (images, images.flip(3)), strict=True):
-            view.append(teacher.raw_features(shown, teacher.native_grid).bfloat16())
+            with autocast(device, precision) if on_gpu else nullcontext():
+                found = teacher.raw_features(shown, teacher.native_grid)
+            view.append(found.bfloat16().cpu())
+    teacher.backbone.cpu()
     return torch.stack([torch.cat(view) for view in views])
 
 
@@ -206,14 +247,15 @@ def _backbone_state(model: BackboneTeacherConfig) -> dict[str, Tensor]:
         import timm
 
         return timm.create_model(model.architecture, pretrained=True).state_dict()
-    state = read_state(path)
+    state = read_state(path, "teacher.model.weights")
     return convert_efficientnet_lite0(state) if "_conv_stem.weight" in state else state
 
 
 def _external_inputs(config: PrepareTeacherConfig) -> dict[str, str]:
     """Packaged weights count by their bytes; those that a path names do so in the config already."""
     if not isinstance(config.model, BackboneTeacherConfig):
-        return {}
+        # a stage version of their own: artifacts of before lack files, and the interpolation of the model's config
+        return {"layout": "2"}
     path = _weights_file(config.model)
     return {"backbone_weights": sha256_file(path)} if path and config.model.weights == _PACKAGE else {}
 

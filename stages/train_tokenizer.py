@@ -19,7 +19,6 @@ from models.image_tokenizer import ImageTokenizer, TokenizerConfig, TokenizerOut
 from models.losses import (
     BackbonePerceptualDistance,
     LossConfig,
-    LpipsDistance,
     adaptive_weight,
     contrastive_loss,
     generator_loss,
@@ -34,7 +33,7 @@ from stages import external_codes
 from stages.held_out import HeldOut
 from stages.image_data import ImageSource, fill
 from stages.loading import load_teacher, put_json, put_weights, read_state, subset
-from stages.measuring import ZeroShot, feature_space, perceptual_of, weights_inputs
+from stages.measuring import ZeroShot, feature_space, lpips_distance, perceptual_of, weights_inputs
 from stages.stage import Outcome, RuntimeStr, Stage, StageContext
 from stages.standalone import run_standalone
 from stages.training import (
@@ -125,12 +124,13 @@ class TokenizerTraining:
         self.teacher = teacher.to(self.device)
         self.tokenizer = build_tokenizer(subset(config, TokenizerConfig), self.teacher).to(self.device)
         if config.weights:
-            self.tokenizer.load_state_dict(read_state(config.weights))
+            _load_weights(self.tokenizer, config.weights)
         loss = config.loss
         if loss.pooled_weight and not (self.tokenizer.has_semantic_branch and self.tokenizer.embeds_codes):
             raise ValueError(
                 f"tokenizer.loss.pooled_weight={loss.pooled_weight} needs a kind that predicts the teacher's features "
-                f"and a teacher that can pool them (SigLIP, or a backbone whose head has keep_backbone); set it to 0"
+                f"and a teacher that can pool them: SigLIP, or a backbone whose head has keep_backbone (which pools "
+                f"its final features alone, tokenizer.semantic_layer=null); set it to 0"
             )
         self.discriminator = PatchDiscriminator(loss.discriminator_channels, loss.discriminator_layers).to(self.device)
         self.optimiser = build_optimiser(
@@ -307,11 +307,23 @@ class TokenizerTraining:
             part.load_state_dict(state[name])
 
 
+def _load_weights(tokenizer: ImageTokenizer, path: str) -> None:
+    state = read_state(path, "tokenizer.weights")
+    try:
+        tokenizer.load_state_dict(state)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(
+            f"tokenizer.weights={path!r} are not those of this recipe's tokenizer: {reason}; `musevl import-tokenizer` "
+            f"with the same recipe writes them"
+        ) from error
+
+
 def _perceptual_distance(loss: LossConfig, teacher: Teacher) -> nn.Module | None:
     if loss.perceptual == "none" or loss.perceptual_weight == 0:
         return None
     if loss.perceptual == "lpips":
-        return LpipsDistance(read_state(loss.lpips_vgg_weights) if loss.lpips_vgg_weights else None)
+        return lpips_distance("tokenizer.loss.lpips_vgg_weights", loss.lpips_vgg_weights)
     if not isinstance(teacher, BackboneTeacher):
         raise ValueError(
             "tokenizer.loss.perceptual=backbone needs teacher.model.kind=backbone; use lpips (with "

@@ -139,7 +139,7 @@ def train(context: StageContext[Any], trainable: Trainable, config: LoopConfig) 
     """
     history, pending = History(), dict[str, list[float]]()
     done = _restore(context, trainable, history, pending)
-    writer = _tensorboard(config.tensorboard) if config.tensorboard else None
+    writer = _tensorboard(config.tensorboard, done) if config.tensorboard else None
     with progress(config.steps, f"{context.action_key[:6]} training", initial=done) as bar:
         for step in range(done, config.steps):
             torch.manual_seed(mix_seed(context.seed, "step", step))
@@ -164,10 +164,11 @@ def train(context: StageContext[Any], trainable: Trainable, config: LoopConfig) 
     return history
 
 
-def _tensorboard(folder: str) -> SummaryWriter:
+def _tensorboard(folder: str, done: int) -> SummaryWriter:
     from torch.utils.tensorboard import SummaryWriter  # half a second that a run without it need not wait
 
-    return SummaryWriter(folder)
+    # a run that was killed wrote points of the steps since its checkpoint, which this one takes again
+    return SummaryWriter(folder, purge_step=done + 1)
 
 
 class EpochSampler:

@@ -1,10 +1,11 @@
 from collections.abc import Callable
+from urllib.error import URLError
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from models.backbone_teacher import BackboneTeacher
+from models.backbone_teacher import BackboneTeacher, BackboneTeacherConfig
 from models.convolutional import PatchDiscriminator
 from models.losses import (
     BackbonePerceptualDistance,
@@ -98,6 +99,25 @@ class TestBackbonePerceptualDistance:
         assert not distance.state_dict()
 
 
+@pytest.mark.parametrize(
+    ("architecture", "shapes"),
+    [
+        ("resnet18", [(64, 48), (64, 24), (128, 12), (256, 6)]),  # at the images' own size
+        ("vit_tiny_patch16_224", [(192, 14)] * 4),  # takes no size but its own
+    ],
+)
+def test_the_stand_in_takes_any_backbone(architecture: str, shapes: list[tuple[int, int]]) -> None:
+    torch.manual_seed(0)
+    config = BackboneTeacherConfig(architecture=architecture, input_size=224, feature_blocks=(3,), head=None)
+    distance = BackbonePerceptualDistance(BackboneTeacher(config, None, None).freeze())
+    images = (torch.rand(2, 3, 96, 96) * 2 - 1).requires_grad_()
+    assert [(level.shape[1], level.shape[-1]) for level in distance._maps(images)] == shapes
+    found = distance(images, images.detach().flip(0))
+    assert found.shape == (2,) and bool((found > 0).all())
+    found.sum().backward()
+    assert float(images.grad.abs().sum()) > 0
+
+
 class TestLpips:
     @pytest.fixture
     def vgg_state(self) -> dict[str, Tensor]:
@@ -141,3 +161,22 @@ class TestLpips:
         broken = {name: value for name, value in vgg_state.items() if not name.startswith("features.28.")}
         with pytest.raises(ValueError, match="lpips_vgg_weights has no `features.28.bias`"):
             LpipsDistance(broken)
+        other = vgg_state | {"features.28.bias": torch.zeros(3)}
+        with pytest.raises(
+            ValueError, match=r"evaluate\.vgg has a `features.28.bias` of shape \(3,\), VGG16's.*\(512,\)"
+        ):
+            LpipsDistance(other, "evaluate.vgg")
+
+    def test_without_a_network_the_field_is_named(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        from models.torchvision_compat import make_torchvision_importable
+
+        make_torchvision_importable()
+        import lpips
+
+        def unreachable(**_: object) -> None:
+            raise URLError("Temporary failure in name resolution")
+
+        monkeypatch.setattr(lpips, "LPIPS", unreachable)
+        message = r"tokenizer\.loss\.lpips_vgg_weights is empty and .* cannot be downloaded .*vgg16-397923af\.pth"
+        with pytest.raises(ValueError, match=message):
+            LpipsDistance(None, "tokenizer.loss.lpips_vgg_weights")

@@ -1,3 +1,4 @@
+import json
 import os
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models import quantizers
+from models.metrics import codebook_statistics
 from models.quantizers import (
     QuantizerConfig,
     ResidualQuantizer,
@@ -144,6 +146,20 @@ def test_more_dead_codes_than_vectors_are_all_replaced() -> None:
     quantizer(vectors)
     near = torch.cdist(quantizer.codebook, vectors).min(1).values < 0.02
     assert int(near.sum()) >= 16 - used
+
+
+@pytest.mark.parametrize("normalised", [True, False])
+def test_an_idle_code_that_is_never_restarted_stays_where_it_was(normalised: bool) -> None:
+    quantizer = initialised(small(l2_normalised=normalised, ema_decay=0.5, dead_threshold=0.0)).train()
+    vectors = quantizer.codebook[:1].expand(8, 4).clone()
+    before = quantizer.codebook.clone()
+    for _ in range(200):  # 0.5 ** 200 is no float32
+        quantizer(vectors)
+    assert float(quantizer.ema_counts[1:].max()) == 0.0
+    torch.testing.assert_close(quantizer.codebook, before)
+    quantizer(before[3:4])
+    torch.testing.assert_close(quantizer.codebook, before)
+    torch.testing.assert_close(quantizer.ema_counts[3], torch.tensor(0.5), msg="a code that is met again comes back")
 
 
 def test_codebook_losses_equal_their_formulas() -> None:
@@ -285,67 +301,79 @@ def test_a_normalised_residual_quantizer_is_refused() -> None:
 
 
 _RANK = """
+import json
 import sys
 import torch
 import torch.distributed as dist
-from models.quantizers import QuantizerConfig, ResidualQuantizer, ResidualQuantizerConfig, VectorQuantizer
+from models.metrics import codebook_statistics
+from tests.models.test_quantizers import MODES, batches_of, made
 
 rank, folder = int(sys.argv[1]), sys.argv[2]
 dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
-for mode in ("plain", "restarts", "residual"):
-    torch.manual_seed(0)
-    fields = dict(dead_threshold=0.3 if mode == "restarts" else 0.0, l2_normalised=mode != "residual")
-    sizes = dict(codebook_size=16, code_dim=4, ema_decay=0.8)
-    if mode == "residual":
-        quantizer = ResidualQuantizer(ResidualQuantizerConfig(**sizes, **fields, depth=3))
-    else:
-        quantizer = VectorQuantizer(QuantizerConfig(**sizes, **fields))
-    quantizer.train()
-    for module in quantizer.modules():
-        if isinstance(module, VectorQuantizer):
-            module.initialised.fill_(mode != "restarts")
-    batches = torch.randn(6, 24, 4)
-    torch.manual_seed(100 + rank)  # what is drawn must not depend on the rank
+for mode in MODES:
+    quantizer = made(mode)
+    batches = batches_of(mode)
+    torch.manual_seed(100 + rank)  # only the first rank's draws may count
     for batch in batches:
-        quantizer(batch[12 * rank : 12 * (rank + 1)])
+        codes = quantizer(batch[:16] if rank == 0 else batch[16:]).codes  # ranks need not have the same number
     torch.save(quantizer.state_dict(), f"{folder}/{mode}.{rank}")
+    with open(f"{folder}/{mode}.{rank}.json", "w") as file:
+        json.dump(codebook_statistics(codes, 40), file)
 dist.destroy_process_group()
 """
+MODES = {
+    "plain": {"dead_threshold": 0.0},
+    "drawn": {"dead_threshold": 0.3},
+    "more codes than vectors": {"dead_threshold": 0.3, "codebook_size": 40},
+    "residual": {"dead_threshold": 0.0, "depth": 3},
+    "residual drawn": {"dead_threshold": 0.3, "depth": 3},
+    "residual drawn apart": {"dead_threshold": 0.3, "depth": 3, "shared": False},
+}
+"""Fields of a quantizer by mode; what is `drawn` also starts from its first batch, and restarts codes."""
+
+
+def made(mode: str) -> VectorQuantizer | ResidualQuantizer:
+    fields = {"ema_decay": 0.5} | MODES[mode]
+    quantizer = residual(**fields) if "depth" in fields else small(**fields)
+    for module in quantizer.modules():
+        if isinstance(module, VectorQuantizer):
+            module.initialised.fill_("dead_threshold" in fields and fields["dead_threshold"] == 0.0)
+    return quantizer.train()
+
+
+def batches_of(mode: str) -> Tensor:
+    """Batches that leave most codes idle after the first two, so that codes die."""
+    batches = torch.randn(6, 24, 4, generator=torch.Generator().manual_seed(len(mode)))
+    batches[2:] = batches[2:] * 0.1 + 1
+    return batches
 
 
 @pytest.fixture(scope="module")
-def states_of_two_processes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Tensor]]]:
-    """The quantizer of each of two processes that saw half of every batch, by mode."""
+def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The quantizer of each of two processes that saw parts of every batch, `MODE.RANK`, and what they measured."""
     folder = tmp_path_factory.mktemp("ranks")
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     processes = [
         subprocess.Popen([sys.executable, "-c", _RANK, str(rank), str(folder)], env=environment) for rank in range(2)
     ]
     assert [process.wait(timeout=120) for process in processes] == [0, 0]
-    return {
-        mode: [torch.load(folder / f"{mode}.{rank}", weights_only=True) for rank in range(2)]
-        for mode in ("plain", "restarts", "residual")
-    }
+    return folder
 
 
-@pytest.mark.parametrize("mode", ["plain", "residual"])
+@pytest.mark.parametrize("mode", MODES)
 def test_two_processes_end_as_one_process_on_the_whole_batch(
-    mode: str, states_of_two_processes: dict[str, list[dict[str, Tensor]]]
+    mode: str, two_processes: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first, second = states_of_two_processes[mode]
-    fields = {"ema_decay": 0.8, "dead_threshold": 0.0}  # seeds and draws as the ranks did
-    quantizer = (initialised(small(**fields)) if mode == "plain" else residual(3, **fields)).train()
-    for batch in torch.randn(6, 24, 4):
-        quantizer(batch)
+    draw, drawn = VectorQuantizer._draw, list[int]()
+    monkeypatch.setattr(VectorQuantizer, "_draw", lambda *given: drawn.append(given[2]) or draw(*given))
+    quantizer, batches = made(mode), batches_of(mode)
+    torch.manual_seed(100)
+    for batch in batches:
+        codes = quantizer(batch).codes
+    assert len(drawn) > 3 or not MODES[mode]["dead_threshold"], "codes have to die, or this proves little"
+    first, second = (torch.load(two_processes / f"{mode}.{rank}", weights_only=True) for rank in range(2))
     for name, value in quantizer.state_dict().items():
         assert torch.equal(first[name], second[name]), name
         torch.testing.assert_close(first[name], value)
-
-
-def test_two_processes_restart_the_same_codes(
-    states_of_two_processes: dict[str, list[dict[str, Tensor]]],
-) -> None:
-    first, second = states_of_two_processes["restarts"]
-    for name, value in first.items():
-        assert torch.equal(value, second[name]), name
-    assert bool(first["codebook"].isfinite().all())
+    measured = [json.loads((two_processes / f"{mode}.{rank}.json").read_text()) for rank in range(2)]
+    assert measured == [list(codebook_statistics(codes, 40))] * 2, "use is that of the codes of all ranks"

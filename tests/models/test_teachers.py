@@ -3,18 +3,28 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
-from models.backbone_teacher import BackboneTeacher, BackboneTeacherConfig, convert_efficientnet_lite0, split_words
+from models.backbone_teacher import (
+    AlignedHeadConfig,
+    BackboneTeacher,
+    BackboneTeacherConfig,
+    convert_efficientnet_lite0,
+    split_words,
+)
 from models.teachers import (
+    Interpolation,
     OpenClipTeacher,
     OpenClipTeacherConfig,
     PixelNormalisation,
     Teacher,
     TransformersTeacher,
     TransformersTeacherConfig,
+    interpolation_of,
 )
 from models.torchvision_compat import make_torchvision_importable
 from tests.word_tokenizer import save_word_tokenizer
@@ -98,6 +108,39 @@ def test_pixel_normalisation_equals_its_formula() -> None:
     for channel, (mean, std) in enumerate([(0.1, 0.4), (0.2, 0.5), (0.3, 0.6)]):
         torch.testing.assert_close(normalised[:, channel], ((images[:, channel] + 1) / 2 - mean) / std)
     assert PixelNormalisation(5, (0.5,) * 3, (0.5,) * 3)(images).shape == (1, 3, 5, 5)
+
+
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
+def test_images_are_resized_as_pillow_does_it(interpolation: Interpolation) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)
+    pillow = Image.fromarray(pixels).resize((16, 16), Image.Resampling[interpolation.upper()])
+    images, wanted = (torch.from_numpy(np.array(one)).permute(2, 0, 1)[None].float() for one in (pixels, pillow))
+    found = PixelNormalisation(16, (0.5,) * 3, (0.5,) * 3, interpolation)(images / 127.5 - 1)
+    assert float((found.clamp(-1, 1) - (wanted / 127.5 - 1)).abs().max()) < 1.6 / 127.5, "but for rounding"
+
+
+def test_interpolations_are_known_by_word_and_by_pillows_number() -> None:
+    known = {"bicubic": "bicubic", "bilinear": "bilinear", 2: "bilinear", 3: "bicubic", "random": "bicubic"}
+    for name, wanted in known.items():
+        assert interpolation_of(name, "x") == wanted
+    with pytest.raises(ValueError, match="the processor of 'a' resizes with 1, a teacher here with bicubic"):
+        interpolation_of(1, "the processor of 'a'")
+
+
+def test_a_backbones_interpolation_is_timms(monkeypatch: pytest.MonkeyPatch) -> None:
+    make_torchvision_importable()
+    import timm
+
+    known = timm.data.resolve_model_data_config
+    monkeypatch.setattr(timm.data, "resolve_model_data_config", lambda model: known(model) | INTERPOLATION)
+    config = BackboneTeacherConfig(architecture="resnet18", feature_blocks=(0,), head=None, input_size=32)
+    assert BackboneTeacher(config, None, None).normalisation.interpolation == "bilinear"
+    monkeypatch.undo()
+    lite = BackboneTeacherConfig(input_size=32, head=None)
+    assert BackboneTeacher(lite, None, None).normalisation.interpolation == "bicubic", "as ever"
+
+
+INTERPOLATION = {"interpolation": "bilinear"}
 
 
 class TestBackboneTeacher:
@@ -196,6 +239,73 @@ class TestBackboneTeacher:
     def test_keys_of_other_networks_are_refused_by_name(self, key: str) -> None:
         with pytest.raises(ValueError, match=key.replace(".", r"\.")):
             convert_efficientnet_lite0({key: torch.zeros(1)})
+
+
+class TestOtherBackbones:
+    """Backbones that are no EfficientNet show their levels as timm's `forward_intermediates` does."""
+
+    @staticmethod
+    def make(architecture: str, blocks: tuple[int, ...], size: int, **fields: Any) -> BackboneTeacher:
+        torch.manual_seed(0)
+        config = BackboneTeacherConfig(
+            architecture=architecture, feature_blocks=blocks, input_size=size, **({"head": None} | fields)
+        )
+        teacher = BackboneTeacher(config, None, ["cat"]).freeze()
+        assert isinstance(teacher, BackboneTeacher)
+        return teacher
+
+    @pytest.mark.parametrize(("architecture", "size"), [("resnet18", 64), ("vit_tiny_patch16_224", 224)])
+    def test_contract_holds(self, architecture: str, size: int, images: Tensor) -> None:
+        teacher = self.make(architecture, (1, 3), size)
+        check_contract(teacher, images, (4, 4))
+        widths = teacher.level_widths((4, 4), (2, 4))  # layers count from 1, blocks from 0
+        pixels = teacher.normalisation(images)
+        with torch.no_grad():
+            expected = teacher.backbone.forward_intermediates(pixels, indices=[1, 3], intermediates_only=True)
+        maps = teacher.stage_maps(pixels, 3)
+        for found, wanted in zip((maps[1], maps[3]), expected, strict=True):
+            assert torch.equal(found, wanted)
+        for part in teacher.features(images, (4, 4)).split([level.shape[1] for level in expected], dim=-1):
+            check_standardised(part)
+        assert [width % level.shape[1] for width, level in zip(widths, expected, strict=True)] == [0, 0]
+
+    def test_a_head_stands_on_any(self, images: Tensor) -> None:
+        teacher = self.make("resnet18", (2, 4), 64, head=AlignedHeadConfig(dim=16, keep_backbone=True))
+        check_contract(teacher, images, (4, 4))
+        assert teacher.pools_from(None) and not teacher.pools_from(3)
+
+    @pytest.mark.parametrize(
+        ("fields", "message"),
+        [
+            ({}, r"teacher\.model\.feature_blocks=\[4, 6\]: resnet18 has stages 0\.\.4"),
+            (
+                {"architecture": "tf_efficientnet_lite0", "feature_blocks": (7,)},
+                r"feature_blocks=\[7\]: tf_eff.*0\.\.6",
+            ),
+            ({"feature_blocks": ()}, "choose one or more"),
+            ({"architecture": "resnet1"}, r"teacher\.model\.architecture='resnet1': Unknown model.*list_models"),
+            (
+                {"architecture": "vit_tiny_patch16_224"},
+                r"teacher\.model\.input_size=128 does not suit vit_tiny.*set teacher\.model\.input_size=224",
+            ),
+        ],
+    )
+    def test_what_does_not_fit_is_refused_by_field(self, fields: dict[str, Any], message: str) -> None:
+        with pytest.raises(ValueError, match=message):
+            BackboneTeacher(BackboneTeacherConfig(**({"architecture": "resnet18", "head": None} | fields)), None, None)
+
+    def test_a_backbone_that_hides_its_stages_is_refused(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        make_torchvision_importable()
+        import timm
+
+        monkeypatch.setattr(timm, "create_model", lambda *_, **__: torch.nn.Linear(1, 1))
+        with pytest.raises(ValueError, match=r"teacher\.model\.architecture='hidden' does not show.*ResNets"):
+            self.make("hidden", (0,), 64)
+
+    def test_weights_of_another_network_are_refused(self, efficientnet_state: dict[str, Tensor]) -> None:
+        config = BackboneTeacherConfig(architecture="resnet18", feature_blocks=(1,), head=None, weights="a.pth")
+        with pytest.raises(ValueError, match=r"teacher\.model\.weights='a\.pth' are not those of timm's resnet18"):
+            BackboneTeacher(config, efficientnet_state, None)
 
 
 def shake(module: torch.nn.Module) -> None:
@@ -303,6 +413,7 @@ class TestOpenClipTeacher:
         known = open_clip.get_model_preprocess_cfg(teacher.model)
         assert teacher.normalisation.mean == pytest.approx(known["mean"])
         assert teacher.normalisation.std == pytest.approx(known["std"])
+        assert teacher.normalisation.interpolation == known["interpolation"]
 
 
 @pytest.fixture(scope="module", params=["siglip", "clip", "siglip2"])
@@ -332,7 +443,9 @@ def transformers_folder(request: pytest.FixtureRequest, tmp_path_factory: pytest
         CLIPImageProcessor(**statistics).save_pretrained(folder)
     else:
         SiglipModel(SiglipConfig(vision_config=vision, text_config=text)).save_pretrained(folder)
-        SiglipImageProcessor(**statistics).save_pretrained(folder)
+        # SigLIP2's own says bilinear
+        resample = 2 if request.param == "siglip2" else 3
+        SiglipImageProcessor(**statistics, resample=resample).save_pretrained(folder)
     save_word_tokenizer(folder, None if request.param == "siglip2" else 10)
     return folder
 
@@ -356,8 +469,10 @@ class TestTransformersTeacher:
         with pytest.raises(ValueError, match="TransformersTeacher cannot pool its features"):
             teacher.pool(teacher.features(images, (4, 4)))
 
-    def test_pixel_statistics_are_the_processors(self, teacher: TransformersTeacher) -> None:
-        assert teacher.normalisation == PixelNormalisation(32, (0.4, 0.5, 0.6), (0.2, 0.3, 0.4))
+    def test_pixel_statistics_are_the_processors(self, teacher: TransformersTeacher, transformers_folder: Path) -> None:
+        interpolation = teacher.normalisation.interpolation
+        assert teacher.normalisation == PixelNormalisation(32, (0.4, 0.5, 0.6), (0.2, 0.3, 0.4), interpolation)
+        assert interpolation == ("bilinear" if "siglip2" in transformers_folder.name else "bicubic")
 
     def test_features_are_the_patches_in_place(self, teacher: TransformersTeacher) -> None:
         images = torch.rand(1, 3, 32, 32)

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from models.backbone_teacher import AlignedHeadConfig, BackboneTeacher, BackboneTeacherConfig
 from models.convolutional import ConvConfig
 from models.image_tokenizer import ImageTokenizer, TokenizerConfig, semantic_cosine
 from models.losses import contrastive_loss
@@ -292,6 +293,33 @@ def test_dualtoken_pools_from_a_layer_with_its_own_tower(pooling_teacher: Teache
     assert float(tokenizer.tower.weight.grad.abs().sum()) > 0
     assert pooling_teacher.weight.grad is None
     assert float(tokenizer.post_quant_semantic.out.weight.grad.abs().sum()) > 0
+
+
+def test_only_kinds_that_quantize_the_teachers_features_ask_for_them(
+    stub_teacher: Teacher, images: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+    for kind in KINDS:
+        tokenizer = make(stub_teacher, kind=kind).eval()
+        target = tokenizer.target_features
+        codes = tokenizer._quantize(images, target(images)).codes
+        monkeypatch.setattr(
+            type(tokenizer), "target_features", lambda _, shown, kind=kind, of=target: asked.append(kind) or of(shown)
+        )
+        assert torch.equal(tokenizer.encode(images), codes)
+    assert {"sde", "semantic", "tokenflow"} <= set(asked) and not {"dualtoken", "vila_u"} & set(asked)
+
+
+def test_dualtoken_does_not_embed_from_a_layer_that_its_teacher_cannot_pool(
+    efficientnet_state: dict[str, Tensor], images: Tensor
+) -> None:
+    config = BackboneTeacherConfig(input_size=64, head=AlignedHeadConfig(dim=16, keep_backbone=True))
+    teacher = BackboneTeacher(config, efficientnet_state, ["cat"]).freeze()
+    for layer in (None, 5):
+        tokenizer = make(teacher, kind="dualtoken", semantic_layer=layer).eval()
+        assert tokenizer.embeds_codes == (layer is None)
+        if layer is None:
+            assert tokenizer.embed_codes(tokenizer.encode(images)).shape == (len(images), 16)
 
 
 def test_vila_u_embeds_its_codes_as_it_was_trained(stub_teacher: Teacher, images: Tensor) -> None:

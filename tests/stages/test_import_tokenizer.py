@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from infra.executors import LocalExecutor
 from stages.execution import run_stage
@@ -47,8 +50,6 @@ def test_a_checkpoint_becomes_an_artifact_as_it_is(
     assert result.manifest.metrics["psnr"] > 0
 
     other = {name: value + 1 for name, value in read_state(tmp_path / "made/vq.safetensors").items()}
-    from safetensors.torch import save_file
-
     save_file(other, tmp_path / "made/vq.safetensors")
     assert run_stage("train_tokenizer", recipe, store, LocalExecutor()).digest != result.digest, "the content counts"
 
@@ -96,13 +97,61 @@ def test_kinds_without_a_published_layout_are_refused(tmp_path: Path) -> None:
         import_weights(tmp_path / "any.pt", recipe, tmp_path / "out.safetensors")
 
 
+def refusal(path: Path, out: Path) -> str:
+    with pytest.raises(ValueError, match=re.escape(path.name)) as refused:
+        import_weights(path, load_recipe("tiny", SIZES), out)
+    return str(refused.value)
+
+
 def test_a_damaged_checkpoint_is_refused_by_name(tmp_path: Path, reference: Reference) -> None:
     torch.save({"model": reference.state}, tmp_path / "vq.pt")
     (tmp_path / "vq.pt").write_bytes((tmp_path / "vq.pt").read_bytes()[:5000])
-    with pytest.raises(ValueError, match=r"vq\.pt is no checkpoint, or a damaged one: .*; fetch the file again"):
-        import_weights(tmp_path / "vq.pt", load_recipe("tiny", SIZES), tmp_path / "out.safetensors")
-    with pytest.raises(ValueError, match="does not exist"):
-        import_weights(tmp_path / "missing.pt", load_recipe("tiny", SIZES), tmp_path / "out.safetensors")
+    (tmp_path / "text.pt").write_bytes(b"hello, I am a page that says 404")  # a KeyError of the unpickler
+    (tmp_path / "empty.pt").touch()
+    save_file(reference.state, tmp_path / "vq.safetensors")
+    (tmp_path / "vq.safetensors").write_bytes((tmp_path / "vq.safetensors").read_bytes()[:5000])
+    for name in ("vq.pt", "text.pt", "empty.pt", "vq.safetensors"):
+        message = refusal(tmp_path / name, tmp_path / "out.safetensors")
+        assert re.search(rf"checkpoint='.*{name}' is damaged, or no weights: .+; fetch the file again", message), name
+    assert "does not exist" in refusal(tmp_path / "missing.pt", tmp_path / "out.safetensors")
+    torch.save([torch.zeros(1)], tmp_path / "list.pt")
+    assert "holds a list, no state dict" in refusal(tmp_path / "list.pt", tmp_path / "out.safetensors")
+
+
+def test_a_training_checkpoint_with_its_arguments_is_not_called_damaged(tmp_path: Path, reference: Reference) -> None:
+    """LlamaGen saves `args`, a Namespace, beside the weights."""
+    torch.save({"model": reference.state, "steps": 3, "args": Namespace(lr=1e-4)}, tmp_path / "vq.pt")
+    message = refusal(tmp_path / "vq.pt", tmp_path / "out.safetensors")
+    assert "holds more than tensors (argparse.Namespace)" in message and "damaged" not in message
+    remedy = re.search(r"with (torch\.save\(.*\))$", message)
+    assert remedy, message
+    exec(remedy[1], {"torch": torch, "FILE": tmp_path / "vq.pt", "NEW": tmp_path / "tensors.pt"})
+    import_weights(tmp_path / "tensors.pt", load_recipe("tiny", SIZES), tmp_path / "out.safetensors")
+
+
+def test_damaged_weights_of_a_recipe_are_refused_by_field(tiny_run: TinyRun, tmp_path: Path) -> None:
+    store = tiny_run.store_before("train_tokenizer", tmp_path / "store")
+    damaged, other = tmp_path / "damaged.safetensors", tmp_path / "other.safetensors"
+    damaged.write_bytes(b"no header")
+    save_file({"layer.weight": torch.zeros(2)}, other)
+    vgg = "tokenizer.loss.perceptual=lpips"
+    cases = {
+        r"tokenizer\.weights='.*' is damaged, or no weights": [f"tokenizer.weights={damaged}"],
+        r"tokenizer\.weights='.*' are not those of this recipe's tokenizer: .*Missing key.*encoder": [
+            f"tokenizer.weights={other}"
+        ],
+        r"tokenizer\.loss\.lpips_vgg_weights='.*' is damaged, or no weights": [
+            vgg,
+            f"tokenizer.loss.lpips_vgg_weights={damaged}",
+        ],
+        r"tokenizer\.loss\.lpips_vgg_weights has no `features.0.weight`": [
+            vgg,
+            f"tokenizer.loss.lpips_vgg_weights={other}",
+        ],
+    }
+    for message, overrides in cases.items():
+        with pytest.raises(ValueError, match=message):
+            run_stage("train_tokenizer", load_recipe("tiny", [*VQGAN, *overrides]), store, LocalExecutor())
 
 
 @pytest.mark.parametrize(

@@ -131,7 +131,7 @@ def test_inception_weights_count_by_content(
     ("case", "message"),
     [
         ("missing", "inception_weights='.*' does not exist; give the path of torch-fidelity's weights"),
-        ("damaged", "inception_weights='.*' is damaged: .*; fetch it again"),
+        ("damaged", "inception_weights='.*' is damaged, or no weights: .*; fetch the file again"),
         ("other", "inception_weights='.*': the Inception weights do not fit .*Conv2d_1a_3x3.conv.weight"),
     ],
 )

@@ -141,3 +141,19 @@ def test_tensorboard_shows_losses_and_pictures(tmp_path: Path) -> None:
     assert [event.step for event in events.Scalars("loss")] == [2, 4, 6]
     assert [event.step for event in events.Images("weights")] == [4, 6]
     assert (events.Images("weights")[0].width, events.Images("weights")[0].height) == (5, 4)
+
+
+@pytest.mark.parametrize("stopped_at", [3, 7])
+def test_no_point_of_the_curves_appears_twice_after_a_resume(tmp_path: Path, stopped_at: int) -> None:
+    """Killed after points that the checkpoint does not have; 3 is before the first checkpoint."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = tmp_path / "events"
+    config = LoopConfig(steps=10, log_every=1, checkpoint_every=5, tensorboard=str(events), pictures_every=1)
+    with pytest.raises(ValueError, match=f"step {stopped_at}: loss is nan"):
+        train(context(tmp_path, "first"), Noisy(config, fail_at=stopped_at), config)
+    train(context(tmp_path, "second"), Noisy(config), config)
+    written = EventAccumulator(str(events), size_guidance={"images": 0})  # all of them
+    written.Reload()
+    assert [point.step for point in written.Scalars("loss")] == list(range(1, 11))
+    assert [picture.step for picture in written.Images("weights")] == list(range(1, 11))
