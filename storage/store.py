@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from storage import attempts, checkpoints
-from storage.blobs import Blobs, blob_key, default_cache_dir
+from storage.blobs import Blobs, blob_key
+from storage.cache import Cache, cache_limit_bytes, default_cache_dir
 from storage.digests import canonical_json, digest_of, is_sha256, sha256_bytes
 from storage.errors import AmbiguousDigest, DamagedObject, ObjectMissing, StoreError, UnknownArtifact
 from storage.garbage import Garbage, find_garbage, remove
@@ -76,7 +77,7 @@ class Store:
         self._objects = ObjectStore(str(uri), **options)
         self._cache_dir = cache_dir
         self._endpoint_url = endpoint_url
-        self._blobs = Blobs(self._objects, cache_dir or default_cache_dir())
+        self._blobs = Blobs(self._objects, Cache(cache_dir or default_cache_dir(), cache_limit_bytes()))
         self._objects.check_access()
         if self._objects.is_remote:
             self._probe_once()
