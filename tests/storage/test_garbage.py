@@ -171,9 +171,12 @@ def test_a_damaged_manifest_costs_no_blob_and_its_stage_finds_its_shards_again(s
     assert store.collect_garbage(NOW, delete=False).unreadable == []
 
 
-def test_an_unreadable_action_record_costs_neither_work_nor_blobs(store_uri: str) -> None:
+def test_an_unreadable_action_record_costs_neither_work_nor_blobs(tmp_path: Path, store_uri: str) -> None:
     store = Store(store_uri)
     shards = finished_work(store)
+    (tmp_path / "checkpoint").mkdir()
+    (tmp_path / "checkpoint" / "state").write_bytes(b"state")
+    store.save_checkpoint("key-shards", 1, tmp_path / "checkpoint")
     store.objects.put("actions/key-shards.json", b'{"manifest":"0')
     for _ in range(2):
         found = store.collect_garbage(NOW, delete=True)
@@ -184,7 +187,8 @@ def test_an_unreadable_action_record_costs_neither_work_nor_blobs(store_uri: str
         assert [problem.path for problem in store.verify()] == ["actions/key-shards.json"]
     assert list(store.receipts("key-shards")) == list(shards)
     assert store.forget("key-shards") == "key-shards"
-    assert len(keys(store, NOW, delete=True)) == 7, "a manifest, two shards, rows, two receipts, a plan"
+    expected = "a manifest, two shards, rows, two receipts, a plan, two objects of a checkpoint"
+    assert len(keys(store, NOW, delete=True)) == 9, expected
     assert store.objects.list("cas/") == []
 
 
