@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from flows.text import megabytes, text_table
 from storage.errors import DamagedObject, ObjectMissing, UnknownArtifact
-from storage.garbage import Garbage
+from storage.garbage import Collection
 from storage.manifest import Manifest
 from storage.store import Store
 
@@ -83,14 +83,17 @@ def _short(inputs: Mapping[str, str]) -> dict[str, str]:
     return {name: digest[:_SHORT] for name, digest in inputs.items()}
 
 
-def garbage_text(garbage: Sequence[Garbage], *, deleted: bool) -> str:
-    """What a garbage collection found, by reason."""
+def garbage_text(collection: Collection, *, deleted: bool) -> str:
+    """What a garbage collection found, by reason, and what kept it from looking further."""
+    garbage, parts = collection.garbage, list[str]()
+    if collection.unreadable:
+        parts += ["every blob is kept, for it is not known what these need:", *collection.unreadable, ""]
     if not garbage:
-        return "nothing to remove"
+        return "\n".join([*parts, "nothing to remove"])
     rows = []
     for reason in dict.fromkeys(item.reason for item in garbage):
         held = [item for item in garbage if item.reason == reason]
         rows.append([reason, str(len(held)), megabytes(sum(item.size for item in held))])
     total = megabytes(sum(item.size for item in garbage))
     end = f"deleted {total}" if deleted else f"{total} could go; nothing was deleted, `--delete` does it"
-    return f"{text_table(['reason', 'objects', 'size'], rows)}\n{end}"
+    return "\n".join([*parts, text_table(["reason", "objects", "size"], rows), end])

@@ -238,7 +238,7 @@ def artifacts_verify(
     """Read every byte again; damaged files are set aside, and the next run rebuilds them. Exit code 1 on damage."""
     problems = _open(store).verify(artifact)
     for problem in problems:
-        print(f"{problem.digest[:12] or 'action'}  {problem.path}: {problem.reason}")
+        print(f"{problem.digest[:12] or 'record'}  {problem.path}: {problem.reason}")
     if problems:
         print(f"{len(problems)} problems; the next run of these stages rebuilds what is missing", file=sys.stderr)
         raise typer.Exit(1)
@@ -287,7 +287,10 @@ def artifacts_unpin(artifact: DigestArgument, store: StoreOption = DEFAULT_STORE
 
 @artifacts_app.command("forget")
 def artifacts_forget(artifact: DigestArgument, store: StoreOption = DEFAULT_STORE) -> None:
-    """Take an artifact out of the list; gc may then remove its bytes, and its stage runs again."""
+    """Take an artifact out of the list; gc may then remove its bytes, and its stage runs again.
+
+    An action whose record is unreadable is named by its key.
+    """
     print(f"forgot {_open(store).forget(artifact)}; `musevl artifacts gc` shows what this frees")
 
 
@@ -299,11 +302,16 @@ def artifacts_gc(
     ] = 7.0,
     delete: Annotated[bool, typer.Option("--delete", help="Delete it. Without, only say what would go.")] = False,
 ) -> None:
-    """Find what no artifact, pin or work in progress needs: orphans, abandoned work, damaged and unfinished files."""
+    """Find what no artifact, pin or work in progress needs: orphans, abandoned work, damaged and unfinished files.
+
+    Exit code 1 where damage keeps it from telling what is needed: then it leaves all blobs alone.
+    """
     from flows.artifacts import garbage_text
 
     found = _open(store).collect_garbage(timedelta(days=grace_days), delete=delete)
     print(garbage_text(found, deleted=delete))
+    if found.unreadable:
+        raise typer.Exit(1)
 
 
 @app.command()

@@ -1,10 +1,10 @@
 """Blobs: files stored under the sha256 of their bytes, and read back only if they still have it."""
 
 import hashlib
-import os
 from collections.abc import Iterable
 from pathlib import Path
 
+from storage.cache import Cache
 from storage.digests import CHUNK_BYTES, is_sha256, sha256_bytes, sha256_file
 from storage.errors import DamagedObject, ObjectMissing
 from storage.files import atomic_path, copy_and_hash
@@ -19,26 +19,17 @@ def blob_key(sha256: str) -> str:
     return f"cas/sha256/{sha256[:2]}/{sha256}"
 
 
-def default_cache_dir() -> Path:
-    """Return the folder for downloaded blobs: MUSEVL_CACHE, or `musevl` in the user's cache folder."""
-    if named := os.environ.get("MUSEVL_CACHE"):
-        return Path(named).expanduser().absolute()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").absolute() / "musevl"
-
-
 class Blobs:
     """Reads and writes blobs of one object store.
 
     Args:
         objects: where the blobs are.
-        cache_dir: local folder that downloaded blobs are kept in; a local store needs none.
+        cache: of the blobs that are downloaded; a local store uses none.
     """
 
-    def __init__(self, objects: ObjectStore, cache_dir: Path) -> None:
+    def __init__(self, objects: ObjectStore, cache: Cache) -> None:
         self._objects = objects
-        self._cache_dir = cache_dir
-        # Blobs whose bytes this process has checked, by size and time of change: large ones are hashed once.
-        self._checked: dict[str, tuple[int, int]] = {}
+        self._cache = cache
 
     def put_file(self, local_path: str | Path, path: str) -> FileEntry:
         """Store a complete local file; DamagedObject when it changes meanwhile."""
@@ -58,7 +49,8 @@ class Blobs:
         """Store bytes."""
         entry = FileEntry(path=path, size=len(data), sha256=sha256_bytes(data))
         key = blob_key(entry.sha256)
-        if self._objects.size(key) != entry.size or self._objects.read(key) != data:
+        right = self._objects.size(key) == entry.size and self._objects.read(key) == data
+        if not right or not self._objects.touch(key):
             self._objects.put(key, data)
         return entry
 
@@ -72,21 +64,19 @@ class Blobs:
     def fetch(self, entry: FileEntry) -> Path:
         """Return a local, checked, read-only file with the blob's bytes; it must not be changed.
 
+        Keep the returned object for as long as the file is wanted: the cache of an S3 store holds it by that.
+
         Raises:
             ObjectMissing, DamagedObject: the blob is not there, or is not what `entry` says.
         """
         key = blob_key(entry.sha256)
         own = self._objects.local_path(key)
         if own is None:
-            return self._download(entry)
+            return self._cache.fetch(key, entry, lambda path: self._download(entry, path))
         if not own.is_file():
             raise ObjectMissing(f"cannot fetch {entry.path!r}: {key} is not in the store {self._objects.uri}")
-        stat = own.stat()
-        state = (stat.st_size, stat.st_mtime_ns)
-        if self._checked.get(entry.sha256) != state:
-            if stat.st_size != entry.size or sha256_file(own) != entry.sha256:
-                raise self._damaged(entry)
-            self._checked[entry.sha256] = state
+        if not self._cache.checked.right(own, entry):
+            raise self._damaged(entry)
         return own
 
     def copy_to(self, entry: FileEntry, target: Path) -> None:
@@ -124,16 +114,10 @@ class Blobs:
                 sha256.update(chunk)
         return sha256.hexdigest()
 
-    def _download(self, entry: FileEntry) -> Path:
-        target = self._cache_dir / blob_key(entry.sha256)
-        if target.is_file() and target.stat().st_size == entry.size:
-            return target
-        with atomic_path(target) as private:
-            self._objects.get_file(blob_key(entry.sha256), private)
-            if private.stat().st_size != entry.size or sha256_file(private) != entry.sha256:
-                raise self._damaged(entry)
-            os.chmod(private, 0o444)
-        return target
+    def _download(self, entry: FileEntry, path: Path) -> None:
+        self._objects.get_file(blob_key(entry.sha256), path)
+        if not self._cache.checked.right(path, entry):
+            raise self._damaged(entry)
 
     def _damaged(self, entry: FileEntry) -> DamagedObject:
         return DamagedObject(

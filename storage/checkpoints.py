@@ -54,6 +54,8 @@ def load(objects: ObjectStore, action_key: str, folder: Path) -> int | None:
     for step in _steps(objects, action_key):
         key = f"{_step_prefix(action_key, step)}{_COMPLETE}"
         try:
+            # Before the copy, which may take long: what makes one object of it young, keeps all of it.
+            objects.touch(key)
             _copy(objects, key, folder)
             return step
         except (ObjectMissing, DamagedObject, ValueError, KeyError, TypeError) as error:

@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from storage.digests import CHUNK_BYTES
+from storage.digests import CHUNK_BYTES, sha256_file
+from storage.manifest import FileEntry
 
 TEMPORARY_PREFIX = ".musevl-tmp-"
 
@@ -34,6 +35,24 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         fsync_path(final.parent)
     finally:
         remove_quietly(private)
+
+
+class CheckedFiles:
+    """Files whose bytes this process has hashed: each once, for as long as its size and time of change stay."""
+
+    def __init__(self) -> None:
+        self._states: dict[str, tuple[int, int]] = {}
+
+    def right(self, path: Path, entry: FileEntry) -> bool:
+        """Say whether a file has the bytes of `entry`; FileNotFoundError when it is not there."""
+        stat = path.stat()
+        state = (stat.st_size, stat.st_mtime_ns)
+        if self._states.get(entry.sha256) == state:
+            return True
+        if stat.st_size != entry.size or sha256_file(path) != entry.sha256:
+            return False
+        self._states[entry.sha256] = state
+        return True
 
 
 def copy_and_hash(source: str | Path, target: str | Path) -> str:

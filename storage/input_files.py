@@ -19,7 +19,7 @@ from typing import Any
 import fsspec
 from fsspec.core import url_to_fs
 
-from storage.blobs import default_cache_dir
+from storage.cache import default_cache_dir
 from storage.digests import CHUNK_BYTES, digest_of
 
 _MAGIC = "*?["

@@ -109,10 +109,9 @@ class ObjectStore:
         source = Path(local_path)
         size = source.stat().st_size
         with self._explained("store", key):
-            if self._backend.size(key) != size:
+            # A file that is wanted again is young again for the garbage collection.
+            if self._backend.size(key) != size or not self._backend.touch(key):
                 self._backend.put_file(key, source, sha256)
-            else:
-                self._backend.touch(key)  # a file that is wanted again is young again for the garbage collection
 
     def get_file(self, key: str, local_path: str | Path) -> None:
         """Copy an object to a local file (not atomically); ObjectMissing when it is not there."""
@@ -135,8 +134,23 @@ class ObjectStore:
         with self._explained("look at", key):
             return self._backend.size(key)
 
+    def touch(self, key: str) -> bool:
+        """Make an object as young as if it were written now; False where it is gone and must be written again."""
+        _check_key(key)
+        with self._explained("renew", key):
+            return self._backend.touch(key)
+
+    def modified(self, key: str) -> float | None:
+        """Return when an object was written, in seconds since the epoch, None when it is not there."""
+        with self._explained("look at", key):
+            return self._backend.modified(key)
+
     def list(self, prefix: str) -> list[str]:
-        """Return the keys that begin with `prefix`, sorted; unfinished files never appear."""
+        """Return the keys that begin with `prefix`, sorted; unfinished files never appear.
+
+        Raises:
+            StoreError: a part of the list cannot be read; never a list that is too short.
+        """
         with self._explained("list", prefix or "."):
             return sorted(self._backend.list(prefix))
 

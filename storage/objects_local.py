@@ -85,9 +85,20 @@ class LocalBackend:
         except FileNotFoundError:
             return None
 
-    def touch(self, key: str) -> None:
-        """Make the object as young as if it were written now."""
-        os.utime(self.root / key)
+    def touch(self, key: str) -> bool:
+        """Make the object as young as if it were written now; False where it is gone, or another user's."""
+        try:
+            os.utime(self.root / key)
+        except (FileNotFoundError, PermissionError):
+            return False
+        return True
+
+    def modified(self, key: str) -> float | None:
+        """Return when the object was written, in seconds since the epoch, None when it is missing."""
+        try:
+            return (self.root / key).stat().st_mtime
+        except FileNotFoundError:
+            return None
 
     def list(self, prefix: str) -> list[str]:
         """Return the keys that begin with `prefix`, in no order."""
@@ -105,12 +116,16 @@ class LocalBackend:
 
     def unfinished(self) -> Iterator[ObjectInfo]:
         """Yield the files in the folder of unfinished ones, in no order."""
-        for path in self._temporary.glob("*") if self._temporary.is_dir() else ():
+        try:
+            names = os.listdir(self._temporary)
+        except FileNotFoundError:
+            return
+        for name in names:
             try:
-                stat = path.stat()
+                stat = (self._temporary / name).stat()
             except FileNotFoundError:
                 continue
-            yield ObjectInfo(f"{TEMPORARY_FOLDER}/{path.name}", stat.st_size, stat.st_mtime)
+            yield ObjectInfo(f"{TEMPORARY_FOLDER}/{name}", stat.st_size, stat.st_mtime)
 
     def delete(self, key: str) -> None:
         """Remove the object if it is there."""
@@ -133,7 +148,7 @@ class LocalBackend:
         return self.root / key
 
     def _walk(self, start: Path) -> Iterator[str]:
-        for folder, folders, names in os.walk(start):
+        for folder, folders, names in os.walk(start, onerror=_raise_unless_missing):
             if Path(folder) == self.root:
                 folders[:] = [name for name in folders if name != TEMPORARY_FOLDER]
             for name in names:
@@ -172,6 +187,12 @@ class _PrivateFile:
 
     def __exit__(self, *exc_info: object) -> None:
         self._path.unlink(missing_ok=True)
+
+
+def _raise_unless_missing(error: OSError) -> None:
+    # os.walk leaves out a folder that it cannot read, and so would a list that decides what is garbage.
+    if not isinstance(error, FileNotFoundError):
+        raise error
 
 
 def _write_bytes(path: Path, data: bytes) -> None:

@@ -136,8 +136,23 @@ class S3Backend:
             return None
         return int(info["size"]) if info["type"] == "file" else None
 
-    def touch(self, key: str) -> None:
-        """Do nothing: an object of a bucket is as old as its last write."""
+    def touch(self, key: str) -> bool:
+        """Make the object as young as if it were written now, by a copy onto itself; False where it is gone."""
+        path = self._path(key)
+        try:
+            # S3 refuses a copy that changes nothing; "REPLACE" makes it one that changes the metadata.
+            self._steadily("copy", key, lambda: self._fs.cp_file(path, path, MetadataDirective="REPLACE"))
+        except FileNotFoundError:
+            return False
+        return True
+
+    def modified(self, key: str) -> float | None:
+        """Return when the object was written, in seconds since the epoch, None when it is missing."""
+        try:
+            info = self._steadily("head", key, lambda: self._fs.info(self._path(key), refresh=True))
+        except FileNotFoundError:
+            return None
+        return float(info["LastModified"].timestamp()) if info["type"] == "file" else None
 
     def list(self, prefix: str) -> list[str]:
         """Return the keys that begin with `prefix`, in no order."""

@@ -5,7 +5,6 @@ visible, `pins/`, `plans/`, `receipts/KEY/SHARD.json`, `attempts/KEY/SHARD/`, `c
 provenance, `quarantine/` damaged bytes.
 """
 
-import json
 import logging
 import os
 import re
@@ -19,13 +18,15 @@ from pathlib import Path
 from typing import Any
 
 from storage import attempts, checkpoints
-from storage.blobs import Blobs, blob_key, default_cache_dir
+from storage.blobs import Blobs, blob_key
+from storage.cache import Cache, cache_limit_bytes, default_cache_dir
 from storage.digests import canonical_json, digest_of, is_sha256, sha256_bytes
 from storage.errors import AmbiguousDigest, DamagedObject, ObjectMissing, StoreError, UnknownArtifact
-from storage.garbage import Garbage, find_garbage, remove
+from storage.garbage import Collection, find_garbage, remove
 from storage.manifest import FileEntry, Manifest
 from storage.objects import ObjectStore
-from storage.verify import Problem, quarantine, verify_artifact
+from storage.records import action_digest, json_object, plan_files, read_pins, read_record, receipt_files
+from storage.verify import Problem, Verifier
 
 logger = logging.getLogger(__name__)
 
@@ -76,7 +77,7 @@ class Store:
         self._objects = ObjectStore(str(uri), **options)
         self._cache_dir = cache_dir
         self._endpoint_url = endpoint_url
-        self._blobs = Blobs(self._objects, cache_dir or default_cache_dir())
+        self._blobs = Blobs(self._objects, Cache(cache_dir or default_cache_dir(), cache_limit_bytes()))
         self._objects.check_access()
         if self._objects.is_remote:
             self._probe_once()
@@ -109,6 +110,8 @@ class Store:
 
     def fetch(self, entry: FileEntry) -> Path:
         """Return a local read-only file with the entry's bytes, checked; its name is a digest.
+
+        Keep the returned object for as long as the file is wanted: the cache of an S3 store holds it by that.
 
         Raises:
             ObjectMissing, DamagedObject: the blob is not there, or is not what `entry` says.
@@ -205,25 +208,17 @@ class Store:
         return sorted(found, key=lambda item: (item.stage, item.digest, item.action_key))
 
     def verify(self, digest: str | None = None) -> list[Problem]:
-        """Re-hash every blob of one artifact (digest or prefix) or of all; return what is wrong.
+        """Re-hash every blob of one artifact (digest or prefix), or all that is in use; return what is wrong.
 
-        Damaged bytes are moved to `quarantine/`, so the next lookup of their artifact is a miss.
+        In use are the artifacts of actions and pins, what they were made from, and the files of plans and receipts.
+        Damaged bytes are moved to `quarantine/`, so the next lookup of their artifact, plan or receipt is a miss.
         """
-        known: dict[str, str | None] = {}
+        verifier = Verifier(self._objects, self._blobs)
         if digest is not None:
-            return verify_artifact(self._objects, self._blobs, self._resolve(digest), known)
-        problems: list[Problem] = []
-        digests: set[str] = set()
-        for key in self._objects.list("actions/"):
-            found = self._action_digest(key)
-            if found is None:
-                moved_to = quarantine(self._objects, key)
-                problems.append(Problem("", key, f"damaged: not an action record; moved to {moved_to}"))
-            else:
-                digests.add(found)
-        for found in sorted(digests):
-            problems += verify_artifact(self._objects, self._blobs, found, known)
-        return problems
+            verifier.check_artifact(self._resolve(digest))
+        else:
+            verifier.check_store(self._actions(), self.pins())
+        return verifier.problems
 
     def pin(self, digest_or_prefix: str, note: str = "") -> str:
         """Keep an artifact and all that it was made from, whatever happens to its action; return its digest."""
@@ -241,63 +236,90 @@ class Store:
 
     def pins(self) -> dict[str, str]:
         """Return the note of every pinned artifact, by digest."""
-        keys = self._objects.list("pins/")
-        notes = self._objects.map(lambda key: str(self._read_json(key).get("note", "")), keys)
-        return {key.removeprefix("pins/").removesuffix(".json"): note for key, note in zip(keys, notes, strict=True)}
+        return read_pins(self._objects)
 
-    def forget(self, digest_or_prefix: str) -> str:
+    def forget(self, name: str) -> str:
         """Take an artifact out of the list: no run finds it any more, and `collect_garbage` may remove its bytes.
 
+        Args:
+            name: its digest or prefix; the whole action key for an action whose record is unreadable.
+
         Returns:
-            Its digest.
+            Its digest, or the action key.
 
         Raises:
             StoreError: it is pinned.
         """
-        digest = self._resolve(digest_or_prefix)
+        actions = self._actions()
+        if name in actions and actions[name] is None:
+            self._objects.delete(_action_path(name))
+            return name
+        digest = self._resolve(name)
         if digest in self.pins():
             raise StoreError(f"artifact {digest[:12]} is pinned; `musevl artifacts unpin {digest[:12]}` first")
-        for key in self._objects.list("actions/"):
-            if self._action_digest(key) == digest:
-                self._objects.delete(key)
+        for action_key, found in actions.items():
+            if found == digest:
+                self._objects.delete(_action_path(action_key))
         return digest
 
-    def collect_garbage(self, grace: timedelta, *, delete: bool) -> list[Garbage]:
-        """Find what neither an action, a pin nor work in progress needs.
+    def collect_garbage(self, grace: timedelta, *, delete: bool) -> Collection:
+        """Find what neither an action, a pin nor work in progress needs; while one of those is unreadable, no blob.
 
         Args:
             grace: what is younger stays; longer than any run that may be at work.
             delete: also remove it.
+
+        Returns:
+            What was found or, where `delete`, removed.
+
+        Raises:
+            StoreError: the store cannot be listed or read; nothing more is removed.
         """
-        keys = self._objects.list("actions/")
-        digests = self._objects.map(self._action_digest, keys)
-        roots = [digest for digest in digests if digest is not None]
-        committed = {
-            key.removeprefix("actions/").removesuffix(".json")
-            for key, digest in zip(keys, digests, strict=True)
-            if digest is not None
-        }
         cutoff = (datetime.now(UTC) - grace).timestamp()
-        found = find_garbage(self._objects, [*roots, *self.pins()], committed, self._read_manifest, cutoff)
-        if delete:
-            remove(self._objects, found)
-        return found
+
+        def look() -> Collection:
+            return find_garbage(self._objects, self._actions(), self.pins(), self._read_manifest, cutoff)
+
+        return remove(self._objects, look(), look, cutoff) if delete else look()
 
     # Work in progress
 
     def create_plan(self, action_key: str, plan: dict[str, Any]) -> dict[str, Any]:
-        """Fix the plan of an action (its shard boundaries), create-only; return the plan that holds."""
-        key = f"plans/{_checked_name(action_key, 'action key')}.json"
-        self._objects.create(key, canonical_json(plan))
-        return self._read_json(key)
+        """Fix the plan of an action (its shard boundaries), create-only; return the plan that holds.
+
+        Args:
+            action_key: of the action.
+            plan: JSON. Those of its values that are objects are entries of stored files, which the garbage collection
+                keeps for as long as the action or its work is there.
+        """
+        key = _plan_path(action_key)
+        plan_files(plan)
+        data = canonical_json(plan)
+        if self._objects.create(key, data):
+            return plan
+        earlier = self.read_plan(action_key)
+        if earlier is not None:
+            return earlier
+        self._objects.put(key, data)
+        return plan
 
     def read_plan(self, action_key: str) -> dict[str, Any] | None:
-        """Return the plan of an action, None when there is none yet."""
-        key = f"plans/{_checked_name(action_key, 'action key')}.json"
+        """Return the plan of an action, None when there is none that is readable.
+
+        Whoever asks is about to take up the work, so plan, receipts and all become young for the garbage collection.
+        """
+        key = _plan_path(action_key)
         try:
-            return self._read_json(key)
+            data = self._objects.read(key)
+            plan = json_object(data)
+            plan_files(plan)
         except ObjectMissing:
             return None
+        except ValueError as error:
+            logger.warning("ignored the plan %s: %s", key, error)
+            return None
+        self._objects.put(key, data)
+        return plan
 
     def write_receipt(self, action_key: str, shard: str, receipt: dict[str, Any]) -> dict[str, Any]:
         """Record that a shard is done, create-only; return the receipt that holds.
@@ -309,7 +331,7 @@ class Store:
                 is replaced.
         """
         key = f"receipts/{_checked_name(action_key, 'action key')}/{_checked_name(shard, 'shard')}.json"
-        _receipt_files(receipt)
+        receipt_files(receipt)
         data = canonical_json(receipt)
         if self._objects.create(key, data):
             return receipt
@@ -324,8 +346,11 @@ class Store:
 
         Args:
             action_key: of the action.
-            known: what an earlier call returned; those are not read and checked again.
+            known: what an earlier call returned; those are not read and checked again. Without, the work is being taken
+                up, and becomes young as by `read_plan`.
         """
+        if known is None:
+            self.read_plan(action_key)
         prefix = f"receipts/{_checked_name(action_key, 'action key')}/"
         found = dict(known or {})
         keys = {key.removeprefix(prefix).removesuffix(".json"): key for key in self._objects.list(prefix)}
@@ -354,7 +379,10 @@ class Store:
         checkpoints.save(self._objects, _checked_name(action_key, "action key"), step, Path(folder), keep)
 
     def load_checkpoint(self, action_key: str, folder: str | Path) -> int | None:
-        """Copy the newest undamaged checkpoint into `folder`; return its step, None when there is none."""
+        """Copy the newest undamaged checkpoint into `folder`; return its step, None when there is none.
+
+        The checkpoint becomes young for the garbage collection.
+        """
         return checkpoints.load(self._objects, _checked_name(action_key, "action key"), Path(folder))
 
     def drop_checkpoints(self, action_key: str) -> None:
@@ -381,7 +409,7 @@ class Store:
     def runs(self, limit: int | None = None) -> list[dict[str, Any]]:
         """Return the run records, newest first, each with its `id`; at most `limit` of them."""
         keys = self._objects.list("runs/")[::-1][:limit]
-        return self._objects.map(self._read_json, keys)
+        return self._objects.map(lambda key: read_record(self._objects, key), keys)
 
     # Within
 
@@ -392,22 +420,26 @@ class Store:
             self._objects.probe_conditional_create()
             self._objects.put(key, canonical_json({"conditional_create": True}))
 
-    def _read_json(self, key: str) -> dict[str, Any]:
-        value = json.loads(self._objects.read(key))
-        if not isinstance(value, dict):
-            raise DamagedObject(f"{key} in the store {self.uri} is no JSON object; remove it and run the stage again")
-        return value
-
     def _action_digest(self, key: str) -> str | None:
         """Return the digest that an action stands for, None when the action is absent or unreadable."""
         try:
-            digest = self._read_json(key).get("manifest")
+            return action_digest(read_record(self._objects, key))
         except ObjectMissing:
             return None
         except (ValueError, DamagedObject) as error:
             logger.warning("ignored the action record %s: %s", key, error)
             return None
-        return digest if isinstance(digest, str) and is_sha256(digest) else None
+
+    def _actions(self) -> dict[str, str | None]:
+        """Return the digest that each action stands for, by action key, None where its record is unreadable."""
+        keys = self._objects.list("actions/")
+        digests = self._objects.map(self._action_digest, keys)
+        return {
+            key.removeprefix("actions/").removesuffix(".json"): digest
+            for key, digest in zip(keys, digests, strict=True)
+            # One that was forgotten since it was listed is no action any more.
+            if digest is not None or self._objects.size(key) is not None
+        }
 
     def _read_manifest(self, digest: str) -> Manifest:
         data = self._objects.read(blob_key(digest))
@@ -433,7 +465,7 @@ class Store:
             raise UnknownArtifact(f"{prefix!r} is no artifact digest; give at least 6 of its hexadecimal digits")
         if is_sha256(prefix) and self._objects.size(blob_key(prefix)) is not None:
             return prefix
-        digests = self._objects.map(self._action_digest, self._objects.list("actions/"))
+        digests = self._actions().values()
         matches = sorted({digest for digest in digests if digest is not None and digest.startswith(prefix)})
         if not matches:
             raise UnknownArtifact(
@@ -447,8 +479,8 @@ class Store:
 
     def _valid_receipt(self, key: str) -> dict[str, Any] | None:
         try:
-            receipt = self._read_json(key)
-            missing = self._blobs.missing(_receipt_files(receipt))
+            receipt = read_record(self._objects, key)
+            missing = self._blobs.missing(receipt_files(receipt))
         except (ValueError, ObjectMissing, DamagedObject) as error:
             logger.warning("ignored the receipt %s: %s", key, error)
             return None
@@ -466,14 +498,11 @@ def _action_path(action_key: str) -> str:
     return f"actions/{_checked_name(action_key, 'action key')}.json"
 
 
+def _plan_path(action_key: str) -> str:
+    return f"plans/{_checked_name(action_key, 'action key')}.json"
+
+
 def _checked_name(name: str, what: str) -> str:
     if not _NAME.fullmatch(name):
         raise ValueError(f"{what} {name!r} is no plain name; use letters, digits, '.', '_' and '-'")
     return name
-
-
-def _receipt_files(receipt: dict[str, Any]) -> list[FileEntry]:
-    files = receipt.get("files")
-    if not isinstance(files, list):
-        raise ValueError(f"receipt has files {files!r}; give a list of entries with path, size and sha256")
-    return [FileEntry.from_json(entry) for entry in files]

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from flows.artifacts import diff_text, lineage_text
 from storage.manifest import FileEntry, Manifest
+from storage.store import Store
 from tests.flows.conftest import Command
 from tests.tiny import TinyRun
 
@@ -57,3 +58,23 @@ def test_commands_on_a_store(musevl: Command, tiny_run: TinyRun, tmp_path: Path)
     assert artifacts("verify")[0] == 0
     code, text = artifacts("diff", sft[:8], tiny_run.results["pretrain"].digest[:8])
     assert code == 1 and "settings" in text and "pretrain" in text
+
+
+def test_gc_says_what_keeps_it_from_deleting_blobs_and_ends_with_1(musevl: Command, tmp_path: Path) -> None:
+    store = Store(str(tmp_path / "store"))
+    store.put_bytes(b"an orphan", "a")
+    store.objects.put("actions/key.json", b"{")
+    (tmp_path / "store" / "tmp").mkdir(exist_ok=True)
+    (tmp_path / "store" / "tmp" / "half").write_bytes(b"half")
+    done = musevl("artifacts", "gc", "--grace-days", "0", "--delete", "--store", store.uri)
+    assert done.returncode == 1
+    first, second, *rest = done.stdout.splitlines()
+    assert first == "every blob is kept, for it is not known what these need:"
+    assert second.startswith(
+        "actions/key.json is no action record: run its stage again, or `musevl artifacts forget key`"
+    )
+    assert rest[-1].startswith("deleted ") and "never finished" in done.stdout
+    assert len(store.objects.list("cas/")) == 1
+    assert musevl("artifacts", "forget", "key", "--store", store.uri).returncode == 0
+    assert musevl("artifacts", "gc", "--grace-days", "0", "--delete", "--store", store.uri).returncode == 0
+    assert store.objects.list("cas/") == []

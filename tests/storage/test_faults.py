@@ -63,6 +63,17 @@ def put_bytes(sides: Sides, name: str) -> Case:
     return Case(lambda store: store.put_bytes(data, "file"), lambda store, entry: store.read_bytes(entry) == data)
 
 
+def put_again(sides: Sides, name: str) -> Case:
+    """What is there becomes young, by a copy onto itself."""
+    path = sides.folder / f"{name}-again"
+    path.write_bytes(name.encode() * 1000)
+    sides.direct.put_file(path, "file")
+    return Case(
+        lambda store: store.put_file(path, "file"),
+        lambda store, entry: store.read_bytes(entry) == path.read_bytes(),
+    )
+
+
 def create(sides: Sides, name: str) -> Case:
     """The conditional put itself knows its own object, also when the answer to the first try was lost."""
     return Case(
@@ -76,6 +87,11 @@ def create_plan(sides: Sides, name: str) -> Case:
         return plan == {"shards": [name]} == store.create_plan(name, {"shards": []})
 
     return Case(lambda store: store.create_plan(name, {"shards": [name]}), check)
+
+
+def read_plan(sides: Sides, name: str) -> Case:
+    sides.direct.create_plan(name, {"shards": [name]})
+    return Case(lambda store: store.read_plan(name), lambda store, plan: plan == {"shards": [name]})
 
 
 def write_receipt(sides: Sides, name: str) -> Case:
@@ -156,8 +172,10 @@ def load_checkpoint(sides: Sides, name: str) -> Case:
 CASES = [
     put_file,
     put_bytes,
+    put_again,
     create,
     create_plan,
+    read_plan,
     write_receipt,
     receipts,
     commit,

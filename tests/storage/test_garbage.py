@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import os
-from datetime import timedelta
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -11,6 +14,8 @@ import pytest
 from storage.blobs import blob_key
 from storage.errors import StoreError, UnknownArtifact
 from storage.manifest import Manifest
+from storage.object_info import ObjectInfo
+from storage.objects import ObjectStore
 from storage.store import Store
 
 NOW, WEEK = timedelta(0), timedelta(days=7)
@@ -25,7 +30,7 @@ def commit(store: Store, name: str, inputs: dict[str, str] | None = None) -> Man
 
 
 def keys(store: Store, grace: timedelta, *, delete: bool = False) -> set[str]:
-    return {item.key for item in store.collect_garbage(grace, delete=delete)}
+    return {item.key for item in store.collect_garbage(grace, delete=delete).garbage}
 
 
 def test_artifacts_and_what_they_were_made_from_stay(store_uri: str) -> None:
@@ -123,16 +128,6 @@ def test_unfinished_and_quarantined_files_go_when_they_are_old(tmp_path: Path) -
     assert commit(store, "second"), "the store still takes files"
 
 
-def test_a_file_that_is_stored_again_is_young_again(tmp_path: Path) -> None:
-    store = Store(str(tmp_path / "store"))
-    (tmp_path / "file").write_bytes(b"bytes")
-    entry = store.put_file(tmp_path / "file", "file")
-    _age(tmp_path / "store" / blob_key(entry.sha256))
-    assert keys(store, timedelta(hours=1)) == {blob_key(entry.sha256)}
-    store.put_file(tmp_path / "file", "file")
-    assert keys(store, timedelta(hours=1)) == set()
-
-
 def _age(path: Path) -> None:
     """Make a file a day old."""
     old = path.stat().st_mtime - 86_400
@@ -151,3 +146,194 @@ def test_rows_that_a_plan_names_stay_while_its_shards_may_be_made_again(tmp_path
     _age(tmp_path / "store" / blob_key(rows.sha256))
     assert keys(store, timedelta(hours=1), delete=True) == set()
     assert store.read_bytes(rows) == b"what is to be fetched"
+
+
+def test_a_damaged_manifest_costs_no_blob_and_its_stage_finds_its_shards_again(store_uri: str) -> None:
+    store = Store(store_uri)
+    shards = finished_work(store)
+    (info,) = store.artifacts()
+    store.pin(info.digest)
+    data = store.objects.read(blob_key(info.digest))
+    store.objects.put(blob_key(info.digest), data.replace(b'"shards"', b'"shbrds"', 1))
+    kept = set(store.objects.list("cas/"))
+    for _ in range(2):  # damaged, and then set aside by verify
+        found = store.collect_garbage(NOW, delete=True)
+        (line,) = found.unreadable
+        assert (
+            f"manifest {info.digest[:12]} is " in line and "run its stage again, or give up action key-shards" in line
+        )
+        assert not [item for item in found.garbage if not item.key.startswith("quarantine/")]
+        store.verify()
+    assert {key for key in kept if key != blob_key(info.digest)} <= set(store.objects.list("cas/"))
+    assert list(store.receipts("key-shards")) == list(shards)
+    finished_work(store)  # which is what the stage does: the same artifact
+    assert store.lookup("key-shards") is not None
+    assert store.collect_garbage(NOW, delete=False).unreadable == []
+
+
+def test_an_unreadable_action_record_costs_neither_work_nor_blobs(tmp_path: Path, store_uri: str) -> None:
+    store = Store(store_uri)
+    shards = finished_work(store)
+    (tmp_path / "checkpoint").mkdir()
+    (tmp_path / "checkpoint" / "state").write_bytes(b"state")
+    store.save_checkpoint("key-shards", 1, tmp_path / "checkpoint")
+    store.objects.put("actions/key-shards.json", b'{"manifest":"0')
+    for _ in range(2):
+        found = store.collect_garbage(NOW, delete=True)
+        assert found.garbage == []
+        assert found.unreadable == [
+            "actions/key-shards.json is no action record: run its stage again, or `musevl artifacts forget key-shards`"
+        ]
+        assert [problem.path for problem in store.verify()] == ["actions/key-shards.json"]
+    assert list(store.receipts("key-shards")) == list(shards)
+    assert store.forget("key-shards") == "key-shards"
+    expected = "a manifest, two shards, rows, two receipts, a plan, two objects of a checkpoint"
+    assert len(keys(store, NOW, delete=True)) == 9, expected
+    assert store.objects.list("cas/") == []
+
+
+def test_an_input_that_was_forgotten_and_lost_its_manifest_keeps_its_files(store_uri: str) -> None:
+    store = Store(store_uri)
+    first = commit(store, "first")
+    second = commit(store, "second", {"first": first.digest})
+    store.forget(first.digest)
+    store.objects.delete(blob_key(first.digest))
+    found = store.collect_garbage(NOW, delete=True)
+    assert found.garbage == []
+    assert found.unreadable == [
+        f"manifest {first.digest[:12]} is missing: run its stage again, or give up second {second.digest[:12]}, made "
+        f"from it: `musevl artifacts forget {second.digest[:12]}`"
+    ]
+    store.forget(second.digest)
+    assert len(keys(store, NOW, delete=True)) == 3
+
+
+def test_an_unreadable_plan_keeps_all_blobs_until_it_is_set_aside_or_planned_again(store_uri: str) -> None:
+    store = Store(store_uri)
+    plan = {"rows": store.put_bytes(b"what is to be fetched", "rows.parquet").to_json(), "shards": ["a"]}
+    commit(store, "first")
+    for mend in (store.verify, lambda: store.create_plan("key-first", plan)):
+        store.create_plan("key-first", plan)
+        store.objects.put("plans/key-first.json", b'{"rows":{"path":"rows.parquet"},"shards":["a"]}')
+        found = store.collect_garbage(NOW, delete=True)
+        assert found.garbage == [] or {item.reason for item in found.garbage} == {"set aside as damaged"}
+        (line,) = found.unreadable
+        assert (
+            line.startswith("plans/key-first.json is no plan (") and "`musevl artifacts verify` sets it aside" in line
+        )
+        mend()
+        assert store.collect_garbage(NOW, delete=False).unreadable == []
+    assert store.read_plan("key-first") == plan
+
+
+@pytest.mark.parametrize("folder", ["actions", "pins", "plans", "receipts", "cas"])
+def test_a_folder_that_cannot_be_listed_ends_it_before_anything_is_deleted(
+    folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = Store(str(tmp_path / "store"))
+    finished_work(store)
+    store.pin(store.artifacts()[0].digest)
+    before = store.objects.list("")
+    scandir = os.scandir
+
+    def failing(path: os.PathLike[str]) -> object:
+        if Path(path) == tmp_path / "store" / folder:
+            raise OSError(errno.EIO, "Input/output error", str(path))
+        return scandir(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "scandir", failing)
+        with pytest.raises(StoreError, match=f"cannot list '{folder}/' in the store .*Input/output error.*; check"):
+            store.collect_garbage(NOW, delete=True)
+    assert store.objects.list("") == before
+
+
+def test_a_run_that_takes_up_old_work_makes_it_young(tmp_path: Path, store_uri: str) -> None:
+    store = Store(store_uri)
+    (tmp_path / "checkpoint").mkdir()
+    (tmp_path / "checkpoint" / "state").write_bytes(b"state")
+
+    def begin() -> float:
+        for key in ("planned", "read", "listed"):
+            store.create_plan(key, {"shards": ["a"]})
+            store.write_receipt(key, "a", {"files": [store.put_bytes(key.encode(), "a").to_json()]})
+        store.save_checkpoint("trained", 1, tmp_path / "checkpoint")
+        return _later()
+
+    ups: list[Callable[[], object]] = [
+        lambda: store.create_plan("planned", {"shards": ["a"]}),
+        lambda: store.read_plan("read"),
+        lambda: store.receipts("listed"),
+        lambda: store.load_checkpoint("trained", tmp_path / "restored"),
+    ]
+    cutoff = begin()
+    assert len(_garbage_before(store, cutoff)) == 3 * 3 + 2
+    for up in ups:
+        up()
+    assert _garbage_before(store, cutoff) == set()
+
+
+def test_bytes_and_files_that_are_stored_again_are_young_again(tmp_path: Path, store_uri: str) -> None:
+    store = Store(store_uri)
+    (tmp_path / "file").write_bytes(b"a file")
+    stored = [store.put_bytes(b"some bytes", "a"), store.put_file(tmp_path / "file", "b")]
+    cutoff = _later()
+    assert _garbage_before(store, cutoff) == {blob_key(entry.sha256) for entry in stored}
+    assert stored == [store.put_bytes(b"some bytes", "a"), store.put_file(tmp_path / "file", "b")]
+    assert _garbage_before(store, cutoff) == set()
+    assert [store.read_bytes(entry) for entry in stored] == [b"some bytes", b"a file"]
+
+
+@pytest.mark.parametrize("renewed", ["plan", "blob"])
+def test_what_is_taken_up_while_garbage_is_being_removed_stays(
+    renewed: str, store_uri: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that begins after the first look: before records are deleted, or just before a blob is."""
+    store = Store(store_uri)
+    store.create_plan("old", {"shards": ["a"]})
+    entry = store.put_bytes(b"a shard", "a")
+    store.write_receipt("old", "a", {"files": [entry.to_json()]})
+    cutoff = _later()
+    found = {"plan": "cas/", "blob": "nothing"}[renewed]
+    details, modified = ObjectStore.details, ObjectStore.modified
+
+    def details_then_run(self: ObjectStore, prefix: str) -> list[ObjectInfo]:
+        listed = details(self, prefix)
+        if prefix == found:
+            monkeypatch.setattr(ObjectStore, "details", details)
+            assert list(store.receipts("old")) == ["a"]
+        return listed
+
+    def run_then_modified(self: ObjectStore, key: str) -> float | None:
+        if renewed == "blob":
+            store.put_bytes(b"a shard", "a")
+        return modified(self, key)
+
+    monkeypatch.setattr(ObjectStore, "details", details_then_run)
+    monkeypatch.setattr(ObjectStore, "modified", run_then_modified)
+    store.collect_garbage(datetime.now(UTC) - datetime.fromtimestamp(cutoff, UTC), delete=True)
+    assert store.read_bytes(entry) == b"a shard"
+    assert list(store.receipts("old")) == (["a"] if renewed == "plan" else [])
+
+
+def finished_work(store: Store) -> list[str]:
+    """A mapped stage: a plan with a file of its own, a receipt a shard, and the artifact of both."""
+    rows = store.put_bytes(b"rows", "rows.parquet")
+    plan = store.create_plan("key-shards", {"rows": rows.to_json(), "shards": ["a", "b"]})
+    entries = [store.put_bytes(f"shard {name}".encode(), name) for name in plan["shards"]]
+    for entry in entries:
+        store.write_receipt("key-shards", entry.path, {"files": [entry.to_json()]})
+    store.commit("key-shards", Manifest("thing", 1, "shards", {}, {}, tuple(entries), {}, {}))
+    return [entry.path for entry in entries]
+
+
+def _later() -> float:
+    """A time after all that was written, and before all that will be: a bucket counts in whole seconds."""
+    time.sleep(1.1)
+    now = time.time()
+    time.sleep(1.1)
+    return now
+
+
+def _garbage_before(store: Store, cutoff: float) -> set[str]:
+    return keys(store, datetime.now(UTC) - datetime.fromtimestamp(cutoff, UTC))

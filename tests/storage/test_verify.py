@@ -72,10 +72,14 @@ def test_a_manifest_damaged_in_place_is_repaired_by_the_next_commit(
     assert store.lookup("key") == manifest
 
 
-def test_an_unreadable_action_is_set_aside(store: Store, manifest: Manifest, damage: Damage) -> None:
+def test_an_unreadable_action_is_reported_until_its_stage_writes_it_again(
+    store: Store, manifest: Manifest, damage: Damage
+) -> None:
     damage(store, "actions/key.json", b"{")
-    (problem,) = store.verify()
-    assert problem.path == "actions/key.json"
+    for _ in range(2):
+        (problem,) = store.verify()
+        assert problem.path == "actions/key.json" and "the next run writes it again" in problem.reason
+    store.commit("key", manifest)
     assert store.verify() == []
 
 
@@ -88,3 +92,67 @@ def test_a_blob_that_two_artifacts_share_is_a_problem_of_both(
         digests.add(local_store.commit(stage, manifest_of(entry, stage=stage)).digest)
     damage(local_store, blob_key(entry.sha256), b"SHARED")
     assert {problem.digest for problem in local_store.verify()} == digests
+
+
+def test_files_of_plans_and_of_work_in_progress_are_read_too(store: Store, damage: Damage) -> None:
+    rows, shard = store.put_bytes(b"rows", "rows.parquet"), store.put_bytes(b"a shard", "images/a.tar")
+    plan = store.create_plan("going", {"rows": rows.to_json(), "shards": ["a"]})
+    store.write_receipt("going", "a", {"files": [shard.to_json()]})
+    assert store.verify() == []
+    damage(store, blob_key(rows.sha256), b"rowz")
+    damage(store, blob_key(shard.sha256), b"A shard")
+    problems = store.verify()
+    assert [(problem.digest, problem.path) for problem in problems] == [
+        ("", "plans/going.json rows.parquet"),
+        ("", "receipts/going/a.json images/a.tar"),
+    ]
+    assert all("damaged" in problem.reason and "moved to quarantine/" in problem.reason for problem in problems)
+    assert store.receipts("going") == {}, "the shard is made again"
+    assert store.read_plan("going") == plan
+    store.put_bytes(b"rows", "rows.parquet")
+    store.write_receipt("going", "a", {"files": [store.put_bytes(b"a shard", "images/a.tar").to_json()]})
+    assert store.verify() == []
+
+
+def test_an_unreadable_plan_is_set_aside_and_an_unreadable_receipt_is_made_again(store: Store, damage: Damage) -> None:
+    store.create_plan("going", {"shards": ["a"]})
+    damage(store, "plans/going.json", b'{"shards":["a"')
+    damage(store, "receipts/going/a.json", b"[]")
+    plan, receipt = store.verify()
+    assert plan.path == "plans/going.json" and "the next run of its stage plans again" in plan.reason
+    assert receipt.path == "receipts/going/a.json" and "makes this shard again" in receipt.reason
+    assert store.read_plan("going") is None
+    store.create_plan("going", {"shards": ["a"]})
+    store.write_receipt("going", "a", {"files": []})
+    assert store.verify() == []
+
+
+def test_a_shard_that_a_finished_stage_has_no_more_use_for_may_be_gone_but_not_damaged(
+    store: Store, manifest: Manifest, damage: Damage
+) -> None:
+    unused = store.put_bytes(b"before duplicates were dropped", "a")
+    store.write_receipt("key", "0", {"files": [unused.to_json()]})
+    damage(store, blob_key(unused.sha256), b"before duplicates were dr0pped")
+    assert [problem.path for problem in store.verify()] == ["receipts/key/0.json a"]
+    assert store.verify() == []
+
+
+def test_what_a_pin_keeps_is_read_though_its_actions_are_forgotten(
+    store: Store, manifest_of: MakeManifest, damage: Damage
+) -> None:
+    first = manifest_of(store.put_bytes(b"first", "a"), stage="first")
+    second = manifest_of(store.put_bytes(b"second", "b"), stage="second", inputs={"first": first.digest})
+    for made in (first, second):
+        store.commit(made.stage, made)
+    store.pin(second.digest)
+    for made in (first, second):
+        store.objects.delete(f"actions/{made.stage}.json")
+    for made, bad in ((first, b"First"), (second, b"Second")):
+        damage(store, blob_key(made.files[0].sha256), bad)
+    assert {(problem.digest, problem.path) for problem in store.verify()} == {(first.digest, "a"), (second.digest, "b")}
+
+
+def test_a_pin_whose_note_is_damaged_still_pins(store: Store, manifest: Manifest, damage: Damage) -> None:
+    store.pin(manifest.digest, "why")
+    damage(store, f"pins/{manifest.digest}.json", b"{")
+    assert store.pins() == {manifest.digest: "(its note is damaged)"}

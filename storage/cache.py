@@ -1,0 +1,221 @@
+"""The local copies of an S3 store's blobs: bounded, hashed before they are handed out, kept while they are in use.
+
+`cas/sha256/ab/...` holds the copies, which the processes of a machine share. Each process that reads has a folder
+`held/ID/` of hard links to what it was handed, where it also downloads to, and a lock on `held/ID.lock` for as long as
+it lives. A copy with a single link is in nobody's use, and the least recently used of those go when the cache is full.
+A link outlives its copy, so it does not matter in which order two processes take their steps, or where one is killed.
+"""
+
+import fcntl
+import logging
+import os
+import shutil
+import threading
+import time
+import uuid
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path, PosixPath
+
+from storage.errors import StoreError
+from storage.files import CheckedFiles, atomic_path
+from storage.manifest import FileEntry
+
+logger = logging.getLogger(__name__)
+
+LIMIT_VARIABLE = "MUSEVL_CACHE_GB"
+DEFAULT_LIMIT_GB = 50.0
+RELEASE_AFTER_S = 600
+"""A path may live on as text in the hands of a library: its file stays for so long after it was last handed out."""
+_LOOK_EVERY = 0.05
+"""Part of the limit that a process downloads before it looks again at what all of them hold."""
+_COPIES, _HELD, _LOCK = "cas", "held", ".lock"
+
+
+def default_cache_dir() -> Path:
+    """Return the folder for downloaded blobs: MUSEVL_CACHE, or `musevl` in the user's cache folder."""
+    if named := os.environ.get("MUSEVL_CACHE"):
+        return Path(named).expanduser().absolute()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").absolute() / "musevl"
+
+
+def cache_limit_bytes() -> int:
+    """Return how much the cache may hold: MUSEVL_CACHE_GB, or 50 GB; ValueError when that is no size."""
+    text = os.environ.get(LIMIT_VARIABLE) or str(DEFAULT_LIMIT_GB)
+    try:
+        return int(_at_least_zero(float(text)) * 1e9)
+    except (ValueError, OverflowError) as error:
+        raise ValueError(f"{LIMIT_VARIABLE} is {text!r}; give a number of gigabytes, 0 or more, such as 200") from error
+
+
+class HeldPath(PosixPath):
+    """A path whose file stays in the cache for as long as this very object is referred to."""
+
+    holder: "_Holder"
+
+
+class Cache:
+    """Copies of blobs in a local folder.
+
+    Args:
+        folder: of the user's own; made when it is first needed.
+        limit_bytes: how much it may hold beside what is in use.
+    """
+
+    def __init__(self, folder: Path, limit_bytes: int) -> None:
+        self._folder = folder
+        self._limit = limit_bytes
+        self.checked = CheckedFiles()
+        """What this process has hashed; whoever downloads hashes by it, so that nothing is hashed twice."""
+        self._holder: _Holder | None = None
+        self._lock = threading.Lock()
+        self._unseen = limit_bytes
+        """Bytes that were downloaded since the cache was last looked at; enough to look at the start."""
+        self._warned = False
+
+    def fetch(self, key: str, entry: FileEntry, download: Callable[[Path], None]) -> Path:
+        """Return a read-only file with the blob's bytes; it stays for as long as the returned object.
+
+        Args:
+            key: of the blob, a path of its own within the cache.
+            entry: size and sha256 of the blob.
+            download: writes the blob to a path and raises unless it is what `entry` says.
+        """
+        copy = self._folder / key
+        held = self._held_path(copy.name)
+        if _link(copy, held):
+            if self.checked.right(held, entry):
+                # The time of reading alone: by that of change a file that was checked is known again.
+                os.utime(held, ns=(time.time_ns(), held.stat().st_mtime_ns))
+                return held
+            logger.warning("the copy of %s in the cache was damaged (%s); it is downloaded again", entry.path, copy)
+            copy.unlink(missing_ok=True)
+        self._make_room(entry.size)
+        with atomic_path(held) as private:
+            download(private)
+            os.chmod(private, 0o444)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        _link(held, copy)
+        return held
+
+    def _held_path(self, name: str) -> HeldPath:
+        with self._lock:
+            if self._holder is None or not self._holder.is_valid():
+                self._holder = _Holder(self._folder / _HELD)
+            return self._holder.path(name)
+
+    def _make_room(self, incoming: int) -> None:
+        """Remove what was not used for longest, as far as `incoming` more bytes would go over the limit."""
+        with self._lock:
+            self._unseen += incoming
+            if self._unseen < self._limit * _LOOK_EVERY:
+                return
+            self._unseen = 0
+            if self._holder is not None:
+                self._holder.release(time.time() - RELEASE_AFTER_S)
+        _remove_dead_holders(self._folder / _HELD)
+        copies = sorted(_copies(self._folder / _COPIES), key=lambda copy: copy.used)
+        excess = sum(copy.size for copy in copies) + incoming - self._limit
+        for copy in copies:
+            if excess > 0 and not copy.held:
+                copy.path.unlink(missing_ok=True)
+                excess -= copy.size
+        if excess > 0 and not self._warned:
+            self._warned = True
+            logger.warning(
+                "the cache %s holds %.1f GB more than %s=%g, all of it in use; it shrinks as processes end",
+                self._folder, excess / 1e9, LIMIT_VARIABLE, self._limit / 1e9,
+            )  # fmt: skip
+
+
+class _Holder:
+    """The folder of one process, and the lock that says that it lives; both last as long as any path handed out.
+
+    Args:
+        folder: of all holders.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._pid = os.getpid()
+        self._paths: weakref.WeakValueDictionary[str, HeldPath] = weakref.WeakValueDictionary()
+        folder.mkdir(parents=True, exist_ok=True)
+        while True:
+            self._folder = folder / uuid.uuid4().hex
+            self._lock_path = self._folder.with_suffix(_LOCK)
+            self._lock_file = open(self._lock_path, "wb")  # noqa: SIM115 - closed, and so unlocked, with this object
+            fcntl.flock(self._lock_file, fcntl.LOCK_EX)
+            if self._lock_path.exists():  # else another process took it for a dead one's before it was locked
+                break
+        self._folder.mkdir()
+
+    def is_valid(self) -> bool:
+        """Say whether this process may use it: not after a fork, nor once somebody has emptied the cache."""
+        return self._pid == os.getpid() and self._lock_path.exists()
+
+    def path(self, name: str) -> HeldPath:
+        """Return the path of that name, the same object for as long as anybody refers to it."""
+        held = self._paths.get(name)
+        if held is None:
+            held = HeldPath(self._folder / name)
+            held.holder = self
+            self._paths[name] = held
+        return held
+
+    def release(self, before: float) -> None:
+        """Remove the files that nobody refers to and that were last handed out, or written to, before that time."""
+        for copy in _copies(self._folder):
+            if copy.path.name not in self._paths and copy.used < before:
+                copy.path.unlink(missing_ok=True)
+
+
+def _link(source: Path, target: Path) -> bool:
+    """Make `target` another name of `source`; True when it is there, False when neither is."""
+    try:
+        os.link(source, target)
+    except FileExistsError:
+        return True
+    except FileNotFoundError:
+        return target.exists()
+    except OSError as error:
+        raise StoreError(
+            f"cannot link {source} in the cache of blobs: {error.strerror}; set MUSEVL_CACHE to a folder of your own, "
+            "on a file system with hard links"
+        ) from error
+    return True
+
+
+def _remove_dead_holders(folder: Path) -> None:
+    for lock in folder.glob(f"*{_LOCK}"):
+        try:
+            with open(lock, "rb") as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(lock.with_suffix(""), ignore_errors=True)
+                lock.unlink(missing_ok=True)
+        except (BlockingIOError, FileNotFoundError):
+            continue  # it lives, or another process was faster
+
+
+@dataclass(frozen=True)
+class _Copy:
+    path: Path
+    size: int
+    used: float
+    held: bool
+
+
+def _copies(folder: Path) -> Iterator[_Copy]:
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            path = Path(parent) / name
+            try:
+                stat = path.stat()
+            except FileNotFoundError:
+                continue
+            yield _Copy(path, stat.st_size, max(stat.st_atime, stat.st_mtime), stat.st_nlink > 1)
+
+
+def _at_least_zero(number: float) -> float:
+    if not number >= 0:  # not a number is neither
+        raise ValueError(number)
+    return number
