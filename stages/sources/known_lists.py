@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from storage.blobs import default_cache_dir
+from storage.cache import default_cache_dir
 from storage.digests import digest_of, sha256_bytes
 from storage.files import atomic_path
 from storage.input_files import InputFiles, read_input
