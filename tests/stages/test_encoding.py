@@ -17,6 +17,9 @@ from models.transforms import ViewsConfig
 from stages import encoding
 from stages.encoding import CPU_CHUNK, Encoder, EncoderFactory, Pixels
 from stages.execution import find_artifacts
+from stages.isolation import FAILED
+from stages.sources.source import FILTERED
+from stages.tokenize import WorkerFactory
 from tests.light import light_run
 
 
@@ -24,6 +27,7 @@ class _Teacher(Teacher):
     """One convolution and a matrix for images, a random vector for each text; it keeps how it was called."""
 
     has_text = True
+    hated = "none"
 
     def __init__(self) -> None:
         super().__init__()
@@ -37,6 +41,8 @@ class _Teacher(Teacher):
         return F.normalize(F.conv2d(images, self.kernel, stride=2).flatten(1) @ self.matrix, dim=-1)
 
     def embed_texts(self, texts: list[str]) -> Tensor:
+        if self.hated in texts:
+            raise ValueError("cannot read this one")
         seeds = [torch.Generator().manual_seed(zlib.crc32(text.encode())) for text in texts]
         return F.normalize(torch.stack([torch.randn(32, generator=seed) for seed in seeds]), dim=-1)
 
@@ -78,3 +84,25 @@ def test_scores_are_worked_out_by_all_threads_of_the_encoder(encoder: Encoder, t
     encoder.scores(_images(12), ["x"] * 12, list(range(12)))
     assert [size for _, size in teacher.calls] == [CPU_CHUNK, CPU_CHUNK]
     assert all(name.startswith("encode") for name, _ in teacher.calls)
+
+
+def test_a_pair_that_cannot_be_scored_is_a_row_and_the_others_are_scored(teacher: _Teacher, tmp_path: Path) -> None:
+    run = light_run(tmp_path, num_images=6, rows_per_shard=6)
+    store = run.store(str(tmp_path / "store"))
+    found = find_artifacts(run.recipe, store, ["download", "prepare_teacher", "train_tokenizer"])
+    digests = [manifest.digest for manifest in found.values() if manifest is not None]
+    config = run.recipe.tokenize.model_copy(update={"min_caption_match": 0.0})
+
+    def left_out(action_key: str) -> dict[str, tuple[str, str]]:
+        receipt = WorkerFactory(store, action_key, config, 0, *digests)()({"shard": "00000"})["receipt"]
+        assert receipt["rows"] == 2 * (6 - len(receipt["left_out"])), "views go with their image"
+        return {row["key"]: (row["status"], row["error"]) for row in receipt["left_out"]}
+
+    before = left_out("0" * 64)
+    assert 0 < len(before) < 6
+    assert all(
+        status == FILTERED and error.startswith("image and caption match below 0 (-0.")
+        for status, error in before.values()
+    )
+    teacher.hated = "image 000000003"
+    assert left_out("1" * 64) == before | {"000000003": (FAILED, "ValueError: cannot read this one")}
