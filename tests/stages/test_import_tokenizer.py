@@ -144,7 +144,7 @@ def test_damaged_weights_of_a_recipe_are_refused_by_field(tiny_run: TinyRun, tmp
             vgg,
             f"tokenizer.loss.lpips_vgg_weights={damaged}",
         ],
-        r"tokenizer\.loss\.lpips_vgg_weights has no `features.0.weight`": [
+        r"tokenizer\.loss\.lpips_vgg_weights has no `features.0.bias`": [
             vgg,
             f"tokenizer.loss.lpips_vgg_weights={other}",
         ],
