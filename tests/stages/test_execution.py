@@ -49,7 +49,7 @@ def test_change_of_one_field_reruns_what_depends_on_it(tiny_run: TinyRun, overri
 
 
 def test_stage_without_its_inputs_names_the_command_that_makes_them(tmp_path: Path) -> None:
-    with pytest.raises(MissingInput, match="musevl stage download --recipe tiny"):
+    with pytest.raises(MissingInput, match="run `musevl stage download` with the same recipe"):
         run_stage("prepare_teacher", load_recipe("tiny"), Store(str(tmp_path / "store")), LocalExecutor())
 
 
