@@ -6,6 +6,7 @@ Shape legend: B batch, h w code grid, C channels.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 import torch
@@ -183,22 +184,24 @@ class BackboneTeacher(Teacher):
         return torch.cat([standardised(level.float()) for level in chosen], dim=-1)
 
     def _stages(self, images: Tensor, last: int) -> list[Tensor]:
-        return self.stage_maps(self.normalisation(images), last)
+        return list(self.stage_maps(self.normalisation(images), last))
 
-    def stage_maps(self, pixels: Tensor, last: int) -> list[Tensor]:
-        """Normalised pixels `[B, 3, H, W]` -> `[B, C, h', w']` after each stage up to number `last`, counted from 0."""
+    def stage_maps(self, pixels: Tensor, last: int) -> Iterator[Tensor]:
+        """Normalised pixels `[B, 3, H, W]` -> `[B, C, h', w']` after each stage up to number `last`, counted from 0.
+
+        One at a time: gradients of a map's uses are added in the order of the forward pass, so whoever uses a map
+        before the next one is made gets other last bits than whoever collects them first.
+        """
         if not _has_efficientnet_stages(self.backbone):
-            maps: list[Tensor] = self.backbone.forward_intermediates(
+            yield from self.backbone.forward_intermediates(
                 pixels, indices=list(range(last + 1)), stop_early=True, output_fmt="NCHW", intermediates_only=True
             )
-            return maps
+            return
         # timm's levels of an EfficientNet are fewer: the last stage before each halving of the map
         hidden = self.backbone.bn1(self.backbone.conv_stem(pixels))
-        maps = []
         for stage in self.backbone.blocks[: last + 1]:
             hidden = stage(hidden)
-            maps.append(hidden)
-        return maps
+            yield hidden
 
     def levels(self, images: Tensor, grid: tuple[int, int], layers: tuple[int, ...]) -> tuple[list[Tensor], Tensor]:
         check_layers(layers, self.num_stages)

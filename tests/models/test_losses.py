@@ -89,6 +89,27 @@ class TestBackbonePerceptualDistance:
         values = [float(distance(image + scale * noise, image)) for scale in (0.02, 0.1, 0.4)]
         assert values == sorted(values) and values[0] > 0
 
+    def test_gradients_have_the_bits_of_a_written_out_loop(
+        self, distance: BackbonePerceptualDistance, emoji: Callable[[str], Tensor]
+    ) -> None:
+        """Digests of trained tokenizers depend on the order in which the uses of a map are added up."""
+
+        def maps(images: Tensor) -> list[Tensor]:
+            backbone, found = distance.teacher.backbone, []
+            hidden = backbone.bn1(backbone.conv_stem(((images + 1) / 2 - 0.5) / 0.5))
+            for stage in backbone.blocks[:4]:
+                hidden = stage(hidden)
+                found.append(hidden * torch.rsqrt(hidden.float().square().sum(1, keepdim=True) + 1e-10))
+            return found
+
+        drawn = [(emoji("1f431") * 0.9).requires_grad_() for _ in range(2)]
+        with torch.no_grad():
+            targets = maps(emoji("1f697"))
+        pairs = zip(maps(drawn[0]), targets, strict=True)
+        torch.stack([(a - b).square().sum(1).mean((1, 2)) for a, b in pairs]).sum().backward()
+        distance(drawn[1], emoji("1f697")).sum().backward()
+        assert torch.equal(drawn[0].grad, drawn[1].grad)
+
     def test_teacher_gets_no_gradient_and_is_not_saved(
         self, distance: BackbonePerceptualDistance, emoji: Callable[[str], Tensor]
     ) -> None:

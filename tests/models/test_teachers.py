@@ -262,7 +262,7 @@ class TestOtherBackbones:
         pixels = teacher.normalisation(images)
         with torch.no_grad():
             expected = teacher.backbone.forward_intermediates(pixels, indices=[1, 3], intermediates_only=True)
-        maps = teacher.stage_maps(pixels, 3)
+        maps = list(teacher.stage_maps(pixels, 3))
         for found, wanted in zip((maps[1], maps[3]), expected, strict=True):
             assert torch.equal(found, wanted)
         for part in teacher.features(images, (4, 4)).split([level.shape[1] for level in expected], dim=-1):
