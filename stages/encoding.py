@@ -140,6 +140,8 @@ class Encoder:
         if any(view != ORIGINAL for view in views):
             pairs = enumerate(zip(keys, views, strict=True))
             images = torch.stack([self._shown(images[at], key, view) for at, (key, view) in pairs])
+        # Each layout has kernels of its own, which round otherwise: one for all lots, with views or without; the faster
+        images = images.contiguous(memory_format=torch.channels_last)
         with autocast(self.device, self._job.precision):
             return self.tokenizer.encode(images)
 
