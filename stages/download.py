@@ -24,7 +24,6 @@ from stages.duplicates import LeaveOut, ShardFiles, find_duplicates
 from stages.filters import PERCEPTUAL_HASH, FilterConfig
 from stages.held_out_rows import SPLIT, hold_out
 from stages.image_facts import Limits
-from stages.receipts import read_receipts
 from stages.shard_counts import Totals
 from stages.sources.conversations import ConversationFiles, Conversations
 from stages.sources.folder import FolderFiles, ImageFolder
@@ -36,7 +35,6 @@ from stages.sources.web_dataset import WebDataset, WebDatasetFiles
 from stages.stage import DoesNotAffectResult, Outcome, RuntimeInt, RuntimeStr, Stage, StageContext
 from stages.standalone import run_standalone
 from stages.training import tracked
-from storage.blobs import blob_key
 from storage.digests import sha256_file
 from storage.manifest import FileEntry
 from storage.store import Store
@@ -138,7 +136,7 @@ def run(context: StageContext[DownloadConfig]) -> Outcome:
     plan = store.read_plan(key) or _make_plan(context)
     shards = [item["shard"] for item in plan["shards"]]
     done = _Done()
-    for shard, receipt in read_receipts(store, key, shards):
+    for shard, receipt in store.receipts_of(key, shards):
         done.add(shard, receipt)
     _download(context, plan, done)
     missing = [shard for shard in shards if shard not in done.files]
@@ -214,7 +212,7 @@ def next_attempt(config: DownloadConfig, seed: int, store: Store) -> int:
             failed = bool(artifact.metrics["num_failed"])
         elif plan is not None:
             shards = [item["shard"] for item in plan["shards"]]
-            totals = Totals(receipt for _, receipt in read_receipts(store, key, shards))
+            totals = Totals(receipt for _, receipt in store.receipts_of(key, shards))
             num_rows = _num_rows(plan)
             if totals.num_rows < num_rows and not _too_many(config, totals.num_failed, num_rows):
                 return attempt
@@ -250,7 +248,7 @@ def _restore_rows(context: StageContext[DownloadConfig], entry: FileEntry) -> No
         ValueError: the source gives other rows now.
     """
     store, key = context.store, context.action_key
-    if store.objects.size(blob_key(entry.sha256)) is not None:
+    if store.holds(entry):
         return
     path, _ = _write_rows(context)
     found = sha256_file(path)
@@ -316,7 +314,7 @@ def _earlier_shards(context: StageContext[DownloadConfig], shards: list[str]) ->
             for entry in artifact.files_under("images"):
                 shard = entry.path.removeprefix("images/").removesuffix(".tar")
                 found[shard] = [entry.to_json(), artifact.file(f"metadata/{shard}.parquet").to_json()]
-        for shard, receipt in read_receipts(store, key, shards):
+        for shard, receipt in store.receipts_of(key, shards):
             found[shard] = receipt["files"]
     return found
 
@@ -359,7 +357,7 @@ def _check_images(context: StageContext[DownloadConfig]) -> None:
     if config.files is None or _attempt_key(config, config.attempt, context.seed) == key:
         return
     # Else a later run with the files as they were would find them done, with other images in them
-    store.objects.delete_prefix(f"receipts/{key}/")
+    store.drop_receipts(key)
     raise ValueError(
         f"{open_source(config).what} changed while its images were read, so the shards that were made of it are thrown "
         "away; run the stage again, and change nothing there meanwhile"

@@ -110,7 +110,9 @@ def run(context: StageContext[TokenizeConfig]) -> Outcome:
     assert not missing, f"every shard was mapped, yet {missing} have no receipt"
     files = [FileEntry.from_json(entry) for shard in plan["shards"] for entry in receipts[shard]["files"]]
     metadata = {"tokenizer": tokenizer.digest, "code_shape": tokenizer.metadata["code_shape"]}
-    return Outcome("code_table", files, metrics=_counts(config, list(receipts.values())), metadata=metadata)
+    return Outcome(
+        "code_table", files, metrics=_counts(config, list(receipts.values()), len(failures)), metadata=metadata
+    )
 
 
 def _check_scorer(config: TokenizeConfig, teacher: Manifest) -> None:
@@ -149,7 +151,7 @@ def _check_failures(config: TokenizeConfig, failures: list[dict[str, str]], down
         )
 
 
-def _counts(config: TokenizeConfig, receipts: list[dict[str, Any]]) -> dict[str, int]:
+def _counts(config: TokenizeConfig, receipts: list[dict[str, Any]], num_failed: int) -> dict[str, int]:
     num_rows = sum(receipt["rows"] for receipt in receipts)
     if not num_rows:
         raise ValueError(
@@ -157,7 +159,6 @@ def _counts(config: TokenizeConfig, receipts: list[dict[str, Any]]) -> dict[str,
             f"tokenize.min_caption_match={config.min_caption_match}, whose scale depends on the teacher"
         )
     num_left_out = sum(len(receipt["left_out"]) for receipt in receipts)
-    num_failed = sum(len(_failures(receipt)) for receipt in receipts)
     return {"num_rows": num_rows, "num_filtered": num_left_out - num_failed, "num_failed": num_failed}
 
 
@@ -412,7 +413,7 @@ STAGE = Stage(
     config_class=TokenizeConfig,
     inputs=("download", "prepare_teacher", "train_tokenizer"),
     run=run,
-    version=4,  # a caption's score no longer depends on how many were scored with it on a CPU
+    version=4,  # images go in with their channels last; a caption's score does not depend on those beside it
 )
 
 if __name__ == "__main__":

@@ -86,10 +86,6 @@ class Blobs:
             if copy_and_hash(source, private) != entry.sha256:
                 raise self._damaged(entry)
 
-    def present(self, entries: Iterable[FileEntry]) -> bool:
-        """Say whether all blobs are there with their sizes."""
-        return not self.missing(entries)
-
     def missing(self, entries: Iterable[FileEntry]) -> list[FileEntry]:
         """Return the entries whose blob is absent or has another size."""
         listed = list(entries)

@@ -16,10 +16,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from infra.executors import Item, LocalExecutor, WorkerFactory
-from stages import receipts
 from stages.download import STAGE, DownloadConfig, next_attempt
 from stages.image_facts import DIED, ImageFacts, Inspector, Limits, apart
-from stages.receipts import read_receipts
 from stages.recipe import STAGES, load_recipe
 from stages.shard_counts import Totals
 from stages.sources import url_list
@@ -255,7 +253,7 @@ class _Receipt(dict[str, Any]):
 
 
 def test_no_more_receipts_are_in_memory_than_are_read_together(run: _Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(receipts, "_TOGETHER", 4)
+    monkeypatch.setattr("storage.store._RECEIPTS_AT_A_TIME", 4)
     store, most = run.store, 0
     made: list[weakref.ref[_Receipt]] = []
 
@@ -266,7 +264,7 @@ def test_no_more_receipts_are_in_memory_than_are_read_together(run: _Run, monkey
 
     monkeypatch.setattr(store, "receipt", receipt)
     names = []
-    for shard, _ in read_receipts(store, "key", [str(number) for number in range(30)]):
+    for shard, _ in store.receipts_of("key", [str(number) for number in range(30)]):
         names.append(shard)
         most = max(most, sum(reference() is not None for reference in made))
     assert names == [str(number) for number in range(30) if number != 7]
