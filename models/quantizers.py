@@ -68,6 +68,7 @@ class Quantized(NamedTuple):
     """Scalar: weighted commitment loss, plus the weighted codebook loss where the codebook learns by gradient."""
 
 
+@torch.no_grad()
 def nearest_codes(vectors: Tensor, codebook: Tensor) -> Tensor:
     """Index of the nearest code of each vector by Euclidean distance.
 
@@ -85,8 +86,13 @@ def nearest_codes(vectors: Tensor, codebook: Tensor) -> Tensor:
         vectors, codebook = vectors.float(), codebook.float()
         half_norms = codebook.square().sum(1) / 2  # [K]; argmin |v - c|^2 = argmax v.c - |c|^2 / 2
         rows = max(1, _CHUNK_ELEMENTS // codebook.shape[0])
-        best = [torch.addmm(-half_norms, chunk, codebook.T).argmax(1) for chunk in vectors.split(rows)]
-        return torch.cat(best) if best else vectors.new_empty(0, dtype=torch.long)
+        best = torch.empty(len(vectors), dtype=torch.long, device=vectors.device)
+        # One buffer for all chunks: malloc may not find the room that a chunk left for the next, and keep them all
+        buffer = vectors.new_empty(min(rows, len(vectors)), len(codebook))
+        for chunk, found in zip(vectors.split(rows), best.split(rows), strict=True):
+            similarity = torch.addmm(-half_norms, chunk, codebook.T, out=buffer[: len(chunk)])
+            torch.argmax(similarity, dim=1, out=found)
+        return best
 
 
 def _flattened(vectors: Tensor, code_dim: int) -> Tensor:

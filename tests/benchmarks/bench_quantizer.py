@@ -1,6 +1,6 @@
 """Forward and EMA update of a quantizer against vector-quantize-pytorch (Phil Wang), same inputs, one process.
 
-    uv pip install -c requirements.lock -e '.[benchmarks]'
+    .venv/bin/pip install -c requirements.lock -e '.[benchmarks]'
     python -m tests.benchmarks.bench_quantizer [--device cuda] [--scale 1.0]
 
 Sizes are those of MUSE-VL (32,768 codes x 8) and DualToken (depth 8, 16,384 codes x 32) on 32 images of 27 x 27 codes.
