@@ -14,8 +14,9 @@ from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 
 from flows.interrupts import catch_signals
-from infra.executors import ExecutorName, WorkerDied, WorkerFailed, build_executor
+from infra.executors import ExecutorName, build_executor
 from infra.malloc import give_back_freed_memory
+from infra.worker_errors import WorkerDied, WorkerFailed
 from stages.execution import run_stage
 from stages.recipe import STAGES, load_recipe
 from stages.standalone import default_store

@@ -9,11 +9,13 @@ import secrets
 import socket
 import sys
 import tempfile
-import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, Protocol
+
+from infra.process_groups import Function, run_here, run_on_ray
+from infra.worker_errors import WorkerDied, is_worker_death, portable
 
 logger = logging.getLogger(__name__)
 
@@ -28,14 +30,6 @@ while the worker dies of another one loses a try too, so this is twice what one 
 the image that kills its worker at the third try), and one more for bad luck."""
 OBJECT_STORE_BYTES = 256 * 2**20
 """Shared memory of a cluster started here; items and results are small."""
-
-
-class WorkerFailed(RuntimeError):
-    """An exception in a worker that cannot travel between processes as itself; the message names its type."""
-
-
-class WorkerDied(RuntimeError):
-    """Worker processes died again and again on the same input; the message says how often and what was left to do."""
 
 
 class ClusterUnreachable(ConnectionError):
@@ -64,13 +58,30 @@ class Executor(Protocol):
         """
         ...
 
+    def run_together(self, function: Function, *, num_processes: int, num_gpus: float = 0) -> Any:
+        """Run one function in several processes at once, joined by `torch.distributed`; return what process 0 returns.
+
+        When one of them dies, all start again, up to `RESTARTS` times. An exception of the function ends all of them
+        and is raised here with its own type and message.
+
+        Args:
+            function: picklable, without arguments.
+            num_processes: how many.
+            num_gpus: of each.
+
+        Raises:
+            ValueError: there are not so many GPUs, and there will be none.
+            WorkerDied: processes died again and again.
+        """
+        ...
+
     def close(self) -> None:
         """Give back what the executor started; the executor can be used again and then starts anew."""
         ...
 
 
 class LocalExecutor:
-    """One item after the other in this process: for tests, debuggers and machines without Ray."""
+    """One item after the other in this process, and what runs together on this machine: without Ray."""
 
     def map(
         self, factory: WorkerFactory, items: list[Item], *, num_workers: int, num_gpus: float = 0
@@ -79,6 +90,9 @@ class LocalExecutor:
             worker = factory()
             for item in items:
                 yield worker(item)
+
+    def run_together(self, function: Function, *, num_processes: int, num_gpus: float = 0) -> Any:
+        return run_here(function, num_processes, num_gpus)
 
     def close(self) -> None:
         """Nothing was started."""
@@ -106,15 +120,9 @@ class RayExecutor:
     ) -> Iterator[Item]:
         if not items:
             return
-        self._connect()
+        nodes = self._nodes(num_gpus)
         import ray
 
-        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        if num_gpus and not any(node.get("GPU", 0) >= num_gpus for node in nodes):
-            lacking = f"no machine of the Ray cluster has the {num_gpus:g} GPUs that each worker is to hold"
-            if RayExecutor._cluster_is_ours:
-                raise ValueError(f"{lacking}; set gpus_per_worker of the stage to 0 to work without")
-            logger.warning("%s; waiting for one", lacking)
         num_actors = max(1, min(num_workers, len(items)))
         if RayExecutor._cluster_is_ours:
             num_actors = min(num_actors, max(1, int(sum(node.get("CPU", 0) for node in nodes))))
@@ -130,11 +138,42 @@ class RayExecutor:
                 del unfinished[row["index"]]
                 yield result
         except ray.exceptions.RayError as error:
-            if not _is_worker_death(error):
+            if not is_worker_death(error):
                 raise
             raise WorkerDied(_death_message(len(items), unfinished)) from error
         if replacements:
             logger.warning("%d worker processes died and were replaced (out of memory?)", len(replacements))
+
+    def run_together(self, function: Function, *, num_processes: int, num_gpus: float = 0) -> Any:
+        nodes = self._nodes(num_gpus)
+        cores, gpus = (sum(node.get(name, 0) for node in nodes) for name in ("CPU", "GPU"))
+        if RayExecutor._cluster_is_ours and num_processes * num_gpus > gpus:
+            raise ValueError(
+                f"{num_processes} workers with {num_gpus:g} GPUs each, and this machine has {gpus:g}; set num_workers "
+                "or gpus_per_worker of the stage to less, or use a Ray cluster (RAY_ADDRESS)"
+            )
+        cpus: float = cpus_per_worker(nodes, num_processes, num_gpus)
+        if RayExecutor._cluster_is_ours:  # more workers than cores share them
+            cpus = min(cpus, cores / num_processes)
+        resources = {"CPU": cpus} | ({"GPU": num_gpus} if num_gpus else {})
+        return run_on_ray(function, num_processes, resources)
+
+    def _nodes(self, num_gpus: float) -> list[dict[str, float]]:
+        """Connect, and return the resources of each living machine.
+
+        Raises:
+            ValueError: none has so many GPUs, and none will join.
+        """
+        self._connect()
+        import ray
+
+        nodes: list[dict[str, float]] = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        if num_gpus and not any(node.get("GPU", 0) >= num_gpus for node in nodes):
+            lacking = f"no machine of the Ray cluster has the {num_gpus:g} GPUs that each worker is to hold"
+            if RayExecutor._cluster_is_ours:
+                raise ValueError(f"{lacking}; set gpus_per_worker of the stage to 0 to work without")
+            logger.warning("%s; waiting for one", lacking)
+        return nodes
 
     def close(self) -> None:
         """Leave the cluster; stop it if this executor started it."""
@@ -206,7 +245,7 @@ class _RayWorker:
                 self._worker = self._factory()
             result = self._worker(pickle.loads(row["item"]))
         except Exception as error:  # raised again where `map` is iterated
-            result = _portable(error)
+            result = portable(error)
         return {
             "index": row["index"],
             "outcome": pickle.dumps(result),
@@ -299,30 +338,6 @@ def _without_log_level_line() -> Iterator[None]:
             for line in held.read().splitlines():
                 if b"RAY_BACKEND_LOG_LEVEL" not in line:
                     os.write(2, line + b"\n")
-
-
-def _portable(error: Exception) -> Exception:
-    """The exception with its traceback as a note, or a WorkerFailed where it does not survive pickling."""
-    error.add_note("in the worker:\n" + "".join(traceback.format_exception(error)))
-    try:
-        pickle.loads(pickle.dumps(error))
-    except Exception:  # whatever a foreign class's pickling may raise
-        failed = WorkerFailed(f"{type(error).__name__}: {error}")
-        for note in error.__notes__:
-            failed.add_note(note)
-        return failed
-    return error
-
-
-def _is_worker_death(error: BaseException | None) -> bool:
-    """Whether an actor's death is among an exception and its causes."""
-    from ray.exceptions import ActorDiedError, ActorUnavailableError, WorkerCrashedError
-
-    while error is not None:
-        if isinstance(error, (ActorDiedError, ActorUnavailableError, WorkerCrashedError)):
-            return True
-        error = getattr(error, "cause", None) or error.__cause__
-    return False
 
 
 def _death_message(num_items: int, unfinished: Mapping[int, Item]) -> str:

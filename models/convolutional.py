@@ -14,6 +14,7 @@ from pydantic import PositiveInt
 from torch import Tensor, nn
 
 from models.config import Config
+from models.ranks import mean_over_ranks
 
 
 class ConvConfig(Config):
@@ -194,6 +195,6 @@ class PatchDiscriminator(nn.Module):
 
 
 def gradient_norm(loss: Tensor, weight: Tensor) -> Tensor:
-    """L2 norm of the gradient of `loss` by `weight`, detached."""
+    """L2 norm of the gradient of `loss` by `weight`, detached; with several ranks, of their mean gradient."""
     (gradient,) = torch.autograd.grad(loss, weight, retain_graph=True)
-    return gradient.detach().norm()
+    return mean_over_ranks(gradient.detach()).norm()

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from models.backbone_teacher import BackboneTeacher
 from models.config import Config, CountsByContent, Fraction
 from models.convolutional import gradient_norm
+from models.ranks import gather_rows
 
 
 class LossConfig(Config):
@@ -75,13 +76,14 @@ def contrastive_loss(images: Tensor, texts: Tensor, logit_scale: Tensor) -> Tens
     """Symmetric cross-entropy of matching images with texts (CLIP, arXiv 2103.00020, section 2.3).
 
     Args:
-        images: unit vectors `[B, E]`.
+        images: unit vectors `[B, E]`; with several ranks, those of all ranks are compared with one another.
         texts: unit vectors `[B, E]`; row b belongs to image b.
         logit_scale: logarithm of the inverse temperature, scalar.
 
     Returns:
         Scalar, nats.
     """
+    images, texts = gather_rows(images), gather_rows(texts)
     with torch.autocast(images.device.type, enabled=False):  # bf16 rounds a logit of 30 to a quarter
         logits = logit_scale.exp().clamp(max=100.0) * images.float() @ texts.float().T
     own = torch.arange(len(images), device=images.device)

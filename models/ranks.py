@@ -2,9 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
+from typing import Any
+
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+
+_BUCKET_ELEMENTS = 1 << 24
+"""Gradients travel together up to this many (64 MiB of float32): few large messages, and little memory for copies."""
+
+
+def num_ranks() -> int:
+    """How many processes train together; 1 where there is no process group."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """Number of this process among them, from 0."""
+    return dist.get_rank() if dist.is_initialized() else 0
 
 
 def sum_over_ranks(values: Tensor) -> Tensor:
@@ -26,7 +42,91 @@ def take_from_first_rank(values: Tensor) -> Tensor:
 
 def is_first_rank() -> bool:
     """Whether this process is rank 0, or the only one."""
-    return not dist.is_initialized() or dist.get_rank() == 0
+    return rank() == 0
+
+
+def gather_objects(own: Any) -> list[Any]:
+    """Something picklable of each rank, in rank order, on every rank. A collective."""
+    found: list[Any] = [own] * num_ranks()
+    if dist.is_initialized():
+        dist.all_gather_object(found, own)
+    return found
+
+
+def own_part(num_rows: int) -> slice:
+    """This rank's rows of a batch that all ranks share: equal parts, in rank order.
+
+    Raises:
+        ValueError: the rows cannot be shared out equally.
+    """
+    each, left = divmod(num_rows, num_ranks())
+    if left:
+        raise ValueError(f"{num_rows} rows cannot be shared by {num_ranks()} processes; take a multiple")
+    return slice(rank() * each, (rank() + 1) * each)
+
+
+def mean_over_ranks(values: Tensor) -> Tensor:
+    """Mean of a tensor over all ranks, in place; without a gradient. A collective, as `sum_over_ranks`."""
+    return sum_over_ranks(values).div_(num_ranks()) if dist.is_initialized() else values
+
+
+def mean_terms(terms: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Scalars by name, each as its mean over all ranks, detached; every rank has to bring the same names."""
+    if not dist.is_initialized():
+        return dict(terms)
+    values = mean_over_ranks(torch.stack([value.detach().float() for value in terms.values()]))
+    return dict(zip(terms, values, strict=True))
+
+
+def gather_rows(values: Tensor) -> Tensor:
+    """Rows `[B, ...]` of each rank to those of all, `[ranks * B, ...]` in rank order; gradients flow back to them all.
+
+    Every rank has to have the same number of rows.
+    """
+    if not dist.is_initialized():
+        return values
+    from torch.distributed.nn.functional import all_gather
+
+    return torch.cat(all_gather(values.contiguous()))
+
+
+@torch.no_grad()
+def average_gradients(module: nn.Module) -> None:
+    """Replace each gradient by its mean over all ranks.
+
+    A parameter that no rank used keeps none; one that some ranks did not use counts as zero there, as the rows of those
+    ranks would in one process.
+    """
+    if not dist.is_initialized():
+        return
+    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    used = torch.tensor([parameter.grad is not None for parameter in parameters], device=parameters[0].device)
+    trained = [
+        parameter
+        for parameter, count in zip(parameters, sum_over_ranks(used.long()).tolist(), strict=True)
+        if count > 0
+    ]
+    for bucket in _buckets(trained):
+        gradients = [torch.zeros_like(one) if one.grad is None else one.grad for one in bucket]
+        means = mean_over_ranks(torch.cat([gradient.flatten() for gradient in gradients]))
+        parts = means.split([gradient.numel() for gradient in gradients])
+        for one, part in zip(bucket, parts, strict=True):
+            if one.grad is None:
+                one.grad = torch.empty_like(one)
+            one.grad.copy_(part.view_as(one))
+
+
+def _buckets(parameters: Iterable[nn.Parameter]) -> list[list[nn.Parameter]]:
+    buckets: list[list[nn.Parameter]] = []
+    room: dict[tuple[torch.dtype, torch.device], int] = {}
+    for parameter in parameters:
+        kind = (parameter.dtype, parameter.device)
+        if not buckets or room.get(kind, 0) < parameter.numel():
+            buckets.append([])
+            room = {kind: _BUCKET_ELEMENTS}
+        buckets[-1].append(parameter)
+        room[kind] -= parameter.numel()
+    return buckets
 
 
 def rows_of_ranks(num_rows: int, device: torch.device) -> tuple[int, int]:

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from types import TracebackType
 
-from infra.executors import WorkerDied, WorkerFailed
+from infra.worker_errors import WorkerDied, WorkerFailed
 from storage.errors import StoreError
 
 DEBUG_VARIABLE = "MUSEVL_DEBUG"

@@ -6,19 +6,14 @@ import logging
 import os
 import platform
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-import torch
-
 from infra.executors import Executor
-from models.config import Config
 from stages.recipe import STAGES, Recipe
 from stages.stage import Stage, StageContext, normalised_config
-from stages.training import LoopConfig
+from stages.training import thread_count
 from storage.manifest import Manifest
 from storage.store import Store
 
@@ -76,7 +71,7 @@ def run_stage(name: str, recipe: Recipe, store: Store, executor: Executor, *, ru
         logger.info("stage %s: making %s", name, key[:12])
         with store.attempt_dir() as scratch:
             context: StageContext[Any] = StageContext(config, recipe.seed, inputs, store, key, executor, scratch)
-            with _thread_count(config):
+            with thread_count(config):
                 outcome = stage.run(context)
         manifest = Manifest(
             kind=outcome.kind,
@@ -135,21 +130,6 @@ def find_artifacts(recipe: Recipe, store: Store, names: list[str] | None = None)
         return found[name]
 
     return {name: resolve(name) for name in names or list(STAGES)}
-
-
-@contextmanager
-def _thread_count(config: Config) -> Iterator[None]:
-    """The threads that a training stage's config asks for, and the caller's own again afterwards.
-
-    Whatever ran in this process before must not reach the result.
-    """
-    before = torch.get_num_threads()
-    try:
-        if isinstance(config, LoopConfig):
-            torch.set_num_threads(config.cpu_threads)
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _stage(name: str) -> Stage[Any]:

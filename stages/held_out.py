@@ -14,6 +14,7 @@ from torch import Tensor
 from models.frechet import frechet_distance
 from models.image_tokenizer import ImageTokenizer, semantic_cosine
 from models.metrics import book_statistics, psnr, ssim
+from models.ranks import gather_objects, num_ranks, rank
 from models.transforms import normalise, to_pixels
 from stages.image_data import ImageSource
 from stages.measuring import FeatureSpace, Perceptual, ZeroShot
@@ -52,10 +53,10 @@ class HeldOut:
     def measure(self, tokenizer: ImageTokenizer) -> HeldOutResult:
         """Distances of image pairs and of the two sets, codebook use, semantic cosine and zero-shot accuracy."""
         parts: dict[str, list[Tensor]] = {}
-        for start in range(0, len(self.source), _BATCH):
-            rows = list(range(start, min(start + _BATCH, len(self.source))))
-            for name, value in self._batch(tokenizer, rows).items():
-                parts.setdefault(name, []).append(value)
+        for batches in gather_objects([self._batch(tokenizer, rows) for rows in self._own_batches()]):
+            for batch in batches:
+                for name, value in batch.items():
+                    parts.setdefault(name, []).append(value)
         found = {name: torch.cat(values) for name, values in parts.items()}
         settings: dict[str, Any] = {"split": self.split, "num_images": len(self.source)}
         metrics: dict[str, float] = {name: float(found[name].mean()) for name in _MEANS if name in found}
@@ -72,6 +73,13 @@ class HeldOut:
             size = self.source.transform.image_size
             settings[distance.metric] = distance.settings | {"image_size": size, "format": "PNG"}
         return HeldOutResult(metrics, settings)
+
+    def _own_batches(self) -> list[list[int]]:
+        """This rank's part of the images, in order."""
+        every = list(range(len(self.source)))
+        batches = [every[start : start + _BATCH] for start in range(0, len(every), _BATCH)]
+        each = -(-len(batches) // num_ranks())
+        return batches[rank() * each : (rank() + 1) * each]
 
     def _batch(self, tokenizer: ImageTokenizer, rows: list[int]) -> dict[str, Tensor]:
         """For each row what is averaged or compared later, on the CPU."""

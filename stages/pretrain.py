@@ -8,15 +8,17 @@ import torch
 from pydantic import PositiveInt
 
 from models.config import Fraction
+from models.ranks import is_first_rank
 from models.visual_codes import VisualCodesConfig
 from models.vlm import LlmConfig, UnifiedVlm, build_small_llm, extend_llm, load_base_llm, start_from_codebook
 from models.vocabulary import extend_tokenizer, train_bpe
 from stages import external_codes
 from stages.loading import load_tokenizer
 from stages.sequences import Sequence, SequenceBuilder
+from stages.shared_training import SharedLoopConfig, run_shared
 from stages.stage import Outcome, Stage, StageContext
 from stages.standalone import run_standalone
-from stages.training import LoopConfig, mix_seed, train
+from stages.training import mix_seed, train
 from stages.vlm_training import CodedRows, SequenceMaker, VlmTraining, build_visual, load_rows, put_vlm
 from storage.store import Store
 
@@ -24,7 +26,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 
-class PretrainConfig(LoopConfig):
+class PretrainConfig(SharedLoopConfig):
     """The language model and its pretraining."""
 
     llm: LlmConfig = LlmConfig()
@@ -43,6 +45,10 @@ class PretrainConfig(LoopConfig):
 
 def run(context: StageContext[PretrainConfig]) -> Outcome:
     """Make the `vlm` artifact: a plain Hugging Face folder, `vocabulary.json` and loss curves."""
+    return run_shared(context, _train, context.config)
+
+
+def _train(context: StageContext[PretrainConfig]) -> Outcome | None:
     config = context.config
     rows = load_rows(context.store, context.inputs["tokenize"], split="train", views=True)
     torch.manual_seed(mix_seed(context.seed, "llm"))
@@ -50,6 +56,8 @@ def run(context: StageContext[PretrainConfig]) -> Outcome:
     builder = SequenceBuilder(tokenizer, vlm.vocabulary)
     training = VlmTraining(config, context.seed, vlm, builder, rows, _sequence_maker(config))
     history = train(context, training, config)
+    if not is_first_rank():
+        return None
     files = [*put_vlm(context, training.vlm, tokenizer), history.save(context)]
     metadata = {"tokenizer": rows.info.tokenizer_digest, "vocabulary_size": vlm.vocabulary.size}
     return Outcome("vlm", files, metrics={"loss": history.last("loss")}, metadata=metadata)

@@ -7,12 +7,14 @@ from pydantic import NonNegativeFloat, PositiveInt
 from torch import Tensor
 
 from models.config import Config, Fraction
+from models.ranks import is_first_rank
 from models.vlm import LossAverage
 from stages.image_data import fill
 from stages.sequences import Sequence, SequenceBuilder
+from stages.shared_training import SharedLoopConfig, run_shared
 from stages.stage import Outcome, Stage, StageContext
 from stages.standalone import run_standalone
-from stages.training import LoopConfig, train
+from stages.training import train
 from stages.vlm_training import CodedRows, SequenceMaker, VlmTraining, load_rows, load_vlm, put_vlm
 
 
@@ -27,7 +29,7 @@ class QuestionTemplate(Config):
     """How often it is asked, relative to the other questions."""
 
 
-class SftConfig(LoopConfig):
+class SftConfig(SharedLoopConfig):
     """The mixture and its training."""
 
     understanding_weight: NonNegativeFloat = 1.0
@@ -58,12 +60,18 @@ class SftConfig(LoopConfig):
 
 def run(context: StageContext[SftConfig]) -> Outcome:
     """Make the `vlm` artifact: a plain Hugging Face folder, `vocabulary.json` and loss curves."""
+    return run_shared(context, _train, context.config)
+
+
+def _train(context: StageContext[SftConfig]) -> Outcome | None:
     config = context.config
     pretrained = context.inputs["pretrain"]
     rows = load_rows(context.store, context.inputs["tokenize"], split="train", views=True)
     vlm, builder = load_vlm(context.store, pretrained)
     training = VlmTraining(config, context.seed, vlm, builder, rows, _sequence_maker(config), config.loss_average)
     history = train(context, training, config)
+    if not is_first_rank():
+        return None
     files = [*put_vlm(context, training.vlm, builder.tokenizer), history.save(context)]
     metadata = {"tokenizer": rows.info.tokenizer_digest, "vocabulary_size": builder.vocabulary.size}
     return Outcome("vlm", files, metrics={"loss": history.last("loss")}, metadata=metadata)

@@ -25,6 +25,7 @@ from models.losses import (
     hinge_discriminator_loss,
     semantic_loss,
 )
+from models.ranks import is_first_rank, mean_terms, own_part
 from models.teachers import Teacher
 from models.tokenizers import build_tokenizer
 from models.transforms import normalise, to_pixels
@@ -34,11 +35,11 @@ from stages.held_out import HeldOut
 from stages.image_data import ImageSource, fill
 from stages.loading import load_teacher, put_json, put_weights, read_state, subset
 from stages.measuring import ZeroShot, feature_space, lpips_distance, perceptual_of, weights_inputs
+from stages.shared_training import SharedLoopConfig, run_shared
 from stages.stage import Outcome, RuntimeStr, Stage, StageContext
 from stages.standalone import run_standalone
 from stages.training import (
     EpochSampler,
-    LoopConfig,
     OptimiserConfig,
     autocast,
     build_optimiser,
@@ -57,7 +58,7 @@ _FEATURE_CACHE_BYTES = 2 << 30
 """Teacher features of the training images are computed once while they fit into this, else at every step."""
 
 
-class TrainTokenizerConfig(LoopConfig, TokenizerConfig):
+class TrainTokenizerConfig(SharedLoopConfig, TokenizerConfig):
     """The tokenizer (fields of `TokenizerConfig`), its loss and its training."""
 
     loss: LossConfig = LossConfig()
@@ -95,6 +96,11 @@ def run(context: StageContext[TrainTokenizerConfig]) -> Outcome:
     config = context.config
     if config.kind == "external":
         return external_codes.keep(context)
+    return run_shared(context, _train, config)
+
+
+def _train(context: StageContext[TrainTokenizerConfig]) -> Outcome | None:
+    config = context.config
     source = ImageSource(context.store, context.inputs["download"], config.transform, split="train")
     teacher = load_teacher(context.store, context.inputs["prepare_teacher"])
     torch.manual_seed(mix_seed(context.seed, "tokenizer"))
@@ -103,6 +109,8 @@ def run(context: StageContext[TrainTokenizerConfig]) -> Outcome:
     history = train(context, training, config)
     tokenizer = training.final_tokenizer()
     found = training.held_out.measure(tokenizer)
+    if not is_first_rank():
+        return None
     for name, value in found.metrics.items():
         history.add(config.steps, f"held_out_{name}", value)
     files = [
@@ -148,9 +156,11 @@ class TokenizerTraining:
         self.teacher_features = self._precompute_teacher_features()
 
     def step(self, step: int) -> dict[str, Tensor]:
-        rows = self.sampler.batch(step)
+        batch = self.sampler.batch(step)
+        own = own_part(len(batch))
+        rows = batch[own]
         images = normalise(self.source.pixels(rows).to(self.device))
-        mirrored = torch.rand(len(rows)) < (0.5 if self.config.horizontal_flip else 0.0)
+        mirrored = (torch.rand(len(batch)) < (0.5 if self.config.horizontal_flip else 0.0))[own]
         images = torch.where(mirrored.to(self.device)[:, None, None, None], images.flip(3), images)
         target = None
         if self.teacher_features is not None:
@@ -165,6 +175,7 @@ class TokenizerTraining:
         )
         if self._adversarial(step):
             terms["discriminator"] = self._train_discriminator(output.reconstruction.detach(), images, step)
+        terms = mean_terms(terms)
         self._average_weights()
         every = self.config.measure_every
         if self.held_out is not None and every and (step + 1) % every == 0 and step + 1 < self.config.steps:

@@ -11,7 +11,7 @@ import logging
 import math
 import sys
 from collections.abc import Generator, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from models.config import Config, Fraction
+from models.ranks import average_gradients, gather_objects, is_first_rank
 from stages.stage import RuntimeInt, RuntimeStr, StageContext
 from storage.manifest import FileEntry
 from storage.tables import write_table
@@ -134,12 +135,14 @@ class History:
 def train(context: StageContext[Any], trainable: Trainable, config: LoopConfig) -> History:
     """Run the loop from the newest checkpoint, if any, to the last step.
 
+    Where several processes share it, all take the same steps; the first one alone writes checkpoints and events.
+
     Raises:
         ValueError: a loss is not finite; the message names the step, the term and the batch's keys.
     """
     history, pending = History(), dict[str, list[float]]()
     done = _restore(context, trainable, history, pending)
-    writer = _tensorboard(config.tensorboard, done) if config.tensorboard else None
+    writer = _tensorboard(config.tensorboard, done) if config.tensorboard and is_first_rank() else None
     with progress(config.steps, f"{context.action_key[:6]} training", initial=done) as bar:
         for step in range(done, config.steps):
             torch.manual_seed(mix_seed(context.seed, "step", step))
@@ -157,7 +160,7 @@ def train(context: StageContext[Any], trainable: Trainable, config: LoopConfig) 
             if writer and ((step + 1) % config.pictures_every == 0 or last):
                 for name, picture in trainable.pictures().items():
                     writer.add_image(name, picture, step + 1)
-            if (step + 1) % config.checkpoint_every == 0 and not last:
+            if (step + 1) % config.checkpoint_every == 0 and not last and is_first_rank():
                 _save(context, trainable, history, pending, step + 1)
     if writer:
         writer.close()
@@ -216,9 +219,10 @@ def build_optimiser(
 def optimise(
     loss: Tensor, module: nn.Module, optimiser: torch.optim.Optimizer, config: OptimiserConfig, step: int, steps: int
 ) -> Tensor:
-    """Backward, clip, schedule and one optimiser step; returns the gradient norm before clipping."""
+    """Backward, mean over ranks, clip, schedule and one optimiser step; returns the gradient norm before clipping."""
     optimiser.zero_grad(set_to_none=True)
     loss.backward()
+    average_gradients(module)
     norm = nn.utils.clip_grad_norm_(module.parameters(), config.gradient_clip)
     for group in optimiser.param_groups:
         group["lr"] = config.learning_rate * group["fraction"] * schedule(step, steps, config)
@@ -235,8 +239,23 @@ def schedule(step: int, steps: int, config: OptimiserConfig) -> float:
     return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * min(1.0, progressed)))
 
 
+@contextmanager
+def thread_count(config: Config) -> Iterator[None]:
+    """The threads that a training stage's config asks for, and the caller's own again afterwards.
+
+    Whatever ran in this process before must not reach the result.
+    """
+    before = torch.get_num_threads()
+    try:
+        if isinstance(config, LoopConfig):
+            torch.set_num_threads(config.cpu_threads)
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def resolve_device(name: str) -> torch.device:
-    """`auto` is the first GPU if there is one, else the CPU."""
+    """`auto` is the GPU of this process (the first, unless it was given another) if there is one, else the CPU."""
     return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
 
 
@@ -254,7 +273,13 @@ def progress(total: int, label: str, *, initial: int = 0) -> tqdm[Any]:
     """A progress bar on a terminal; in a log, a line every half minute."""
     interval = 0.5 if sys.stderr.isatty() else 30.0
     return tqdm(
-        total=total, initial=initial, desc=label, mininterval=interval, maxinterval=interval, dynamic_ncols=True
+        total=total,
+        initial=initial,
+        desc=label,
+        mininterval=interval,
+        maxinterval=interval,
+        dynamic_ncols=True,
+        disable=not is_first_rank(),
     )
 
 
@@ -295,6 +320,11 @@ def _restore(
     folder: Path = context.scratch / "restored"
     folder.mkdir()
     step = context.store.load_checkpoint(context.action_key, folder)
+    if len(set(gather_objects(step))) > 1:
+        raise ValueError(
+            f"the workers found different checkpoints in the store {context.store.uri}; all of them have to reach the "
+            "same store: a folder that every machine has, or s3://"
+        )
     if step is None:
         return 0
     state = torch.load(folder / _CHECKPOINT, weights_only=True, map_location="cpu")
@@ -302,5 +332,6 @@ def _restore(
     trainable.load_state_dict(state["trainable"])
     history.points = [tuple(point) for point in state["history"]]
     pending.update(state["pending"])
-    logger.info("resuming at step %d", step)
+    if is_first_rank():
+        logger.info("resuming at step %d", step)
     return step

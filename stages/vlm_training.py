@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from models.ranks import mean_terms, num_ranks, own_part, rank
 from models.torchvision_compat import make_torchvision_importable
 from models.visual_codes import VisualCodes, VisualCodesConfig
 from models.vlm import LossAverage, UnifiedVlm, next_token_loss
@@ -17,8 +18,9 @@ from models.vocabulary import Vocabulary
 from stages.image_data import ORIGINAL
 from stages.loading import put_json, put_weights, read_json, read_weights
 from stages.sequences import Sequence, SequenceBuilder
+from stages.shared_training import SharedLoopConfig
 from stages.stage import StageContext
-from stages.training import EpochSampler, LoopConfig, autocast, build_optimiser, optimise, resolve_device
+from stages.training import EpochSampler, autocast, build_optimiser, mix_seed, optimise, resolve_device
 from storage.code_table import CodeTableInfo, read_code_table
 from storage.manifest import FileEntry, Manifest
 from storage.store import Store
@@ -92,7 +94,7 @@ class VlmTraining:
 
     def __init__(
         self,
-        config: LoopConfig,
+        config: SharedLoopConfig,
         seed: int,
         vlm: UnifiedVlm,
         builder: SequenceBuilder,
@@ -101,18 +103,22 @@ class VlmTraining:
         average: LossAverage = "token",
     ) -> None:
         self.config, self.builder, self.rows, self.make, self.average = config, builder, rows, make, average
+        self.seed = seed
         self.device = resolve_device(config.device)
         self.vlm = vlm.to(self.device).train()
         self.optimiser = build_optimiser(vlm, config.optimiser)
         self.sampler = EpochSampler(len(rows), config.batch_size, seed)
 
     def step(self, step: int) -> dict[str, Tensor]:
-        sequences = [self.make(self.builder, self.rows, index) for index in self.sampler.batch(step)]
+        if num_ranks() > 1:  # each draws for its own part alone
+            torch.manual_seed(mix_seed(self.seed, "step", step, rank()))
+        indices = self.sampler.batch(step)
+        sequences = [self.make(self.builder, self.rows, index) for index in indices[own_part(len(indices))]]
         batch = self.builder.batch(sequences).to(self.device)
         with autocast(self.device, self.config.precision):
             loss = next_token_loss(self.vlm, *batch, average=self.average)
         norm = optimise(loss, self.vlm, self.optimiser, self.config.optimiser, step, self.config.steps)
-        return {"loss": loss, "gradient_norm": norm}
+        return mean_terms({"loss": loss}) | {"gradient_norm": norm}
 
     def batch_keys(self, step: int) -> list[str]:
         return [self.rows.keys[index] for index in self.sampler.batch(step)]

@@ -7,7 +7,8 @@ import httpx
 import pytest
 
 from flows.stage_task import artifact_key, is_infrastructure_error, summary_markdown
-from infra.executors import ClusterUnreachable, WorkerDied
+from infra.executors import ClusterUnreachable
+from infra.worker_errors import WorkerDied
 from stages.execution import StageResult
 from stages.recipe import STAGES, RecipeError
 from storage.errors import StoreError

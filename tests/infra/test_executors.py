@@ -17,11 +17,10 @@ from infra.executors import (
     LocalExecutor,
     RayExecutor,
     Worker,
-    WorkerDied,
-    WorkerFailed,
     build_executor,
     cpus_per_worker,
 )
+from infra.worker_errors import WorkerDied, WorkerFailed
 
 ROOT = Path(__file__).parents[2]
 ITEMS: list[Item] = [{"number": number, "name": f"item {number}"} for number in range(5)]

@@ -1,0 +1,78 @@
+"""A training stage in several processes that share every batch (data parallelism)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import PositiveInt, model_validator
+
+from infra.executors import LocalExecutor
+from stages.stage import Outcome, RuntimeFloat, StageContext
+from stages.standalone import prepare_process
+from stages.training import LoopConfig, thread_count
+from storage.manifest import Manifest
+from storage.store import Store
+
+
+class SharedLoopConfig(LoopConfig):
+    """A loop whose batches several processes can share."""
+
+    num_workers: PositiveInt = 1
+    """Processes that share each batch: every one has a copy of the model and an equal part of `batch_size`, and their
+    gradients are averaged. On a GPU cluster one for each GPU. Sums are split over them, so the last bits of the result
+    depend on their number."""
+    gpus_per_worker: RuntimeFloat = 0.0
+    """GPUs that each of several workers holds, 1 or 0; one worker alone takes what `device` says."""
+
+    @model_validator(mode="after")
+    def _check_parts(self) -> SharedLoopConfig:
+        if self.batch_size % self.num_workers:
+            raise ValueError(
+                f"batch_size={self.batch_size} cannot be shared equally by num_workers={self.num_workers}; make it a "
+                "multiple"
+            )
+        return self
+
+
+def run_shared(
+    context: StageContext[Any], function: Callable[[StageContext[Any]], Outcome | None], workers: SharedLoopConfig
+) -> Outcome:
+    """Run a stage's function here, or in the number of processes that its config asks for.
+
+    Args:
+        context: of the stage.
+        function: of a module; makes the outcome. In several processes `torch.distributed` is ready, and what it
+            returns counts in the first one alone.
+        workers: the config.
+    """
+    if workers.num_workers == 1:
+        outcome = function(context)
+    else:
+        outcome = context.executor.run_together(
+            _Part(function, workers, context.seed, context.inputs, context.store, context.action_key),
+            num_processes=workers.num_workers,
+            num_gpus=workers.gpus_per_worker,
+        )
+    assert isinstance(outcome, Outcome), "the first process has an outcome"
+    return outcome
+
+
+@dataclass(frozen=True)
+class _Part:
+    """What one of several processes does; travels there."""
+
+    function: Callable[[StageContext[Any]], Outcome | None]
+    config: SharedLoopConfig
+    seed: int
+    inputs: dict[str, Manifest]
+    store: Store
+    action_key: str
+
+    def __call__(self) -> Outcome | None:
+        prepare_process()
+        with self.store.attempt_dir() as scratch, thread_count(self.config):
+            return self.function(
+                StageContext(self.config, self.seed, self.inputs, self.store, self.action_key, LocalExecutor(), scratch)
+            )

@@ -1,0 +1,127 @@
+"""One function in several processes: what each sees, whose result counts, and what a death or an exception does."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from infra import process_groups
+from infra.executors import Executor, LocalExecutor, RayExecutor
+from infra.worker_errors import WorkerDied
+from models.losses import contrastive_loss
+from models.ranks import average_gradients, gather_objects, mean_terms, own_part
+
+
+@pytest.fixture(params=["local", pytest.param("ray", marks=pytest.mark.slow)])
+def executor(request: pytest.FixtureRequest) -> Iterator[Executor]:
+    made: Executor = RayExecutor(num_cpus=2) if request.param == "ray" else LocalExecutor()
+    yield made
+    made.close()
+
+
+class Troubled:
+    """Its second process dies in the first round; in the second round it raises what a bad sample would."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __call__(self) -> None:
+        rounds = len(gather_objects(sorted(self.folder.glob("round-*")))[0])
+        if dist.get_rank() == 1:
+            (self.folder / f"round-{rounds}").touch()
+            if rounds == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            raise KeyError("sample 000000007")
+        dist.barrier()
+
+
+def test_a_death_starts_all_again_and_an_exception_is_raised_as_itself(executor: Executor, tmp_path: Path) -> None:
+    with pytest.raises(KeyError, match="sample 000000007") as caught:
+        executor.run_together(Troubled(tmp_path), num_processes=2)
+    assert len(list(tmp_path.iterdir())) == 2, "one round before the death, one after it, none after the exception"
+    assert "in the worker:" in caught.value.__notes__[0]
+
+
+def test_process_zero_answers_and_sums_reach_all() -> None:
+    assert LocalExecutor().run_together(_ranks, num_processes=3) == [3.0, [0, 1, 2]]
+
+
+def _ranks() -> list[object]:
+    total = torch.ones(())
+    dist.all_reduce(total)
+    return [float(total), gather_objects(dist.get_rank())]
+
+
+def test_deaths_without_end_are_an_error_that_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(process_groups, "RESTARTS", 1)
+    with pytest.raises(WorkerDied, match="died of SIGKILL.*1 times before.*more memory.*last checkpoint"):
+        LocalExecutor().run_together(_die, num_processes=2)
+
+
+def _die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_gpus_that_are_not_there_are_an_error() -> None:
+    if torch.cuda.device_count() >= 64:
+        pytest.skip("this machine has them")
+    with pytest.raises(ValueError, match=r"64 workers.*num_workers"):
+        LocalExecutor().run_together(_ranks, num_processes=64, num_gpus=1)
+
+
+class Net(nn.Module):
+    """Two layers, one of which only some rows use, and one that none uses."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.all = nn.Linear(4, 3)
+        self.some = nn.Linear(4, 3)
+        self.none = nn.Linear(4, 3)
+
+
+def gradients_of(module: Net, images: Tensor, texts: Tensor) -> dict[str, Tensor | None]:
+    """Contrastive over all rows, and a mean that only rows above a mark enter."""
+    loss = contrastive_loss(F.normalize(module.all(images), dim=1), texts, torch.zeros(()))
+    chosen = images[images[:, 0] > 0]
+    if len(chosen):
+        loss = loss + module.some(chosen).square().sum() / len(images)
+    loss.backward()
+    average_gradients(module)
+    terms = mean_terms({"loss": loss})
+    return {name: parameter.grad for name, parameter in module.named_parameters()} | {"loss": terms["loss"].detach()}
+
+
+def _batch() -> tuple[Net, Tensor, Tensor]:
+    torch.manual_seed(0)
+    images, texts = torch.randn(8, 4), F.normalize(torch.randn(8, 3), dim=1)
+    images[:4, 0] = -1  # the rows of the first process do not use `some`
+    return Net(), images, texts
+
+
+def _shared_gradients() -> dict[str, Tensor | None]:
+    module, images, texts = _batch()
+    own = own_part(len(images))
+    return gradients_of(module, images[own], texts[own])
+
+
+def test_gradients_of_two_processes_are_those_of_one_with_the_whole_batch() -> None:
+    expected = gradients_of(*_batch())
+    found = LocalExecutor().run_together(_shared_gradients, num_processes=2)
+    assert {name for name, gradient in found.items() if gradient is None} == {"none.weight", "none.bias"}
+    for name, gradient in expected.items():
+        if gradient is not None:
+            torch.testing.assert_close(found[name], gradient)
+
+
+def test_a_batch_that_cannot_be_shared_equally_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("models.ranks.num_ranks", lambda: 3)
+    with pytest.raises(ValueError, match="8 rows cannot be shared by 3 processes"):
+        own_part(8)
