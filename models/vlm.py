@@ -13,7 +13,6 @@ from pydantic import PositiveInt
 from torch import Tensor, nn
 
 from models.config import Config, CountsByContent, Fraction
-from models.ranks import mean_over_ranks
 from models.sampling import SamplingConfig, guided, pick
 from models.torchvision_compat import make_torchvision_importable
 from models.visual_codes import VisualCodes
@@ -244,15 +243,10 @@ def next_token_loss(
         average: over the `token`s of the batch, or over its sequences, each the mean over its own tokens.
 
     Returns:
-        Scalar, nats. With several ranks the mean over ranks is that of one process with all their sequences, which has
-        to be the same number on each.
+        Scalar, nats.
     """
     losses, rows = vlm.losses(token_ids, labels, attention_mask, codes)
-    if average == "sequence":
-        return _row_means(losses, rows, len(token_ids)).mean()
-    # ranks have different numbers of tokens, and each token of the whole batch counts the same
-    share = len(losses) / mean_over_ranks(torch.tensor(float(len(losses)), device=losses.device))
-    return losses.mean() * share
+    return losses.mean() if average == "token" else _row_means(losses, rows, len(token_ids)).mean()
 
 
 @torch.no_grad()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import tarfile
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -117,6 +119,41 @@ class ImageSource:
         self._places.append(place)
         for name in extra:
             self.columns.setdefault(name, []).append(row[name] or "")
+
+
+class BatchReader:
+    """Images of batches; threads decode those of the next batch while the caller works with this one.
+
+    Args:
+        source: where they are.
+        rows_of: positions of the images of each batch, by its number.
+        num_batches: how many there are; nothing after them is decoded.
+        num_threads: how many images are decoded at a time.
+    """
+
+    def __init__(
+        self, source: ImageSource, rows_of: Callable[[int], list[int]], num_batches: int, num_threads: int
+    ) -> None:
+        self._source, self._rows_of, self._num_batches = source, rows_of, num_batches
+        self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="decode")
+        self._begun: dict[int, list[Future[Tensor]]] = {}
+
+    def __enter__(self) -> BatchReader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+    def pixels(self, batch: int) -> Tensor:
+        """uint8 `[rows, 3, H, W]` of a batch, in the order of its positions."""
+        self._begin(batch)
+        if batch + 1 < self._num_batches:
+            self._begin(batch + 1)
+        return torch.cat([future.result() for future in self._begun.pop(batch)])
+
+    def _begin(self, batch: int) -> None:
+        if batch not in self._begun:
+            self._begun[batch] = [self._pool.submit(self._source.pixels, [row]) for row in self._rows_of(batch)]
 
 
 def fill(template: str, row: dict[str, str]) -> str:

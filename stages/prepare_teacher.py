@@ -197,7 +197,7 @@ class _Alignment:
         same = torch.tensor([[self.captions[a] == self.captions[b] for b in rows] for a in rows])
         labels = same.float() * 2 - 1
         loss = -F.logsigmoid(labels * logits).sum(1).mean()
-        norm = optimise(loss, self.head, self.optimiser, self.config.optimiser, step, self.config.steps)
+        norm = optimise([loss], self.head, self.optimiser, self.config.optimiser, step, self.config.steps)
         matched = (logits.argmax(1) == torch.arange(len(rows))).float().mean()
         return {"loss": loss, "batch_accuracy": matched, "gradient_norm": norm}
 

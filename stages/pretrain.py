@@ -15,18 +15,18 @@ from models.vocabulary import extend_tokenizer, train_bpe
 from stages import external_codes
 from stages.loading import load_tokenizer
 from stages.sequences import Sequence, SequenceBuilder
-from stages.shared_training import SharedLoopConfig, run_shared
+from stages.shared_training import run_shared
 from stages.stage import Outcome, Stage, StageContext
 from stages.standalone import run_standalone
 from stages.training import mix_seed, train
-from stages.vlm_training import CodedRows, SequenceMaker, VlmTraining, build_visual, load_rows, put_vlm
+from stages.vlm_training import CodedRows, SequenceMaker, VlmLoopConfig, VlmTraining, build_visual, load_rows, put_vlm
 from storage.store import Store
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 
-class PretrainConfig(SharedLoopConfig):
+class PretrainConfig(VlmLoopConfig):
     """The language model and its pretraining."""
 
     llm: LlmConfig = LlmConfig()

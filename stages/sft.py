@@ -11,11 +11,11 @@ from models.ranks import is_first_rank
 from models.vlm import LossAverage
 from stages.image_data import fill
 from stages.sequences import Sequence, SequenceBuilder
-from stages.shared_training import SharedLoopConfig, run_shared
+from stages.shared_training import run_shared
 from stages.stage import Outcome, Stage, StageContext
 from stages.standalone import run_standalone
 from stages.training import train
-from stages.vlm_training import CodedRows, SequenceMaker, VlmTraining, load_rows, load_vlm, put_vlm
+from stages.vlm_training import CodedRows, SequenceMaker, VlmLoopConfig, VlmTraining, load_rows, load_vlm, put_vlm
 
 
 class QuestionTemplate(Config):
@@ -29,7 +29,7 @@ class QuestionTemplate(Config):
     """How often it is asked, relative to the other questions."""
 
 
-class SftConfig(SharedLoopConfig):
+class SftConfig(VlmLoopConfig):
     """The mixture and its training."""
 
     understanding_weight: NonNegativeFloat = 1.0

@@ -32,11 +32,11 @@ from models.transforms import normalise, to_pixels
 from models.zero_shot import Templates
 from stages import external_codes
 from stages.held_out import HeldOut
-from stages.image_data import ImageSource, fill
+from stages.image_data import BatchReader, ImageSource, fill
 from stages.loading import load_teacher, put_json, put_weights, read_state, subset
 from stages.measuring import ZeroShot, feature_space, lpips_distance, perceptual_of, weights_inputs
 from stages.shared_training import SharedLoopConfig, run_shared
-from stages.stage import Outcome, RuntimeStr, Stage, StageContext
+from stages.stage import Outcome, RuntimeInt, RuntimeStr, Stage, StageContext
 from stages.standalone import run_standalone
 from stages.training import (
     EpochSampler,
@@ -68,6 +68,8 @@ class TrainTokenizerConfig(SharedLoopConfig, TokenizerConfig):
     tower_learning_rate_fraction: Fraction = 1.0
     """Part of the learning rate that the trained copy of the teacher's tower has: its weights are good already, and a
     rate that suits the new parts can destroy them."""
+    decode_threads: RuntimeInt = 2
+    """Threads that read and decode the images of the next step."""
     horizontal_flip: bool = True
     """Mirror half of the training images."""
     codes: RuntimeStr = ""
@@ -106,7 +108,8 @@ def _train(context: StageContext[TrainTokenizerConfig]) -> Outcome | None:
     torch.manual_seed(mix_seed(context.seed, "tokenizer"))
     training = TokenizerTraining(config, context.seed, source, teacher)
     training.held_out = _held_out(context, training)
-    history = train(context, training, config)
+    with training.reader:
+        history = train(context, training, config)
     tokenizer = training.final_tokenizer()
     found = training.held_out.measure(tokenizer)
     if not is_first_rank():
@@ -152,15 +155,15 @@ class TokenizerTraining:
         if self.average is not None:
             self.average.load_state_dict(self.tokenizer.state_dict())
         self.sampler = EpochSampler(len(source), config.batch_size, seed)
+        self.reader = BatchReader(source, self._own_rows, config.steps, config.decode_threads)
         self.held_out: HeldOut | None = None
         self.teacher_features = self._precompute_teacher_features()
 
     def step(self, step: int) -> dict[str, Tensor]:
-        batch = self.sampler.batch(step)
-        own = own_part(len(batch))
-        rows = batch[own]
-        images = normalise(self.source.pixels(rows).to(self.device))
-        mirrored = (torch.rand(len(batch)) < (0.5 if self.config.horizontal_flip else 0.0))[own]
+        rows = self._own_rows(step)
+        images = normalise(self.reader.pixels(step).to(self.device))
+        mirrored = torch.rand(self.config.batch_size) < (0.5 if self.config.horizontal_flip else 0.0)
+        mirrored = mirrored[own_part(self.config.batch_size)]
         images = torch.where(mirrored.to(self.device)[:, None, None, None], images.flip(3), images)
         target = None
         if self.teacher_features is not None:
@@ -171,7 +174,7 @@ class TokenizerTraining:
             loss, terms = self._generator_loss(output, images, rows, step)
         terms["loss"] = loss
         terms["gradient_norm"] = optimise(
-            loss, self.tokenizer, self.optimiser, self.config.optimiser, step, self.config.steps
+            [loss], self.tokenizer, self.optimiser, self.config.optimiser, step, self.config.steps
         )
         if self._adversarial(step):
             terms["discriminator"] = self._train_discriminator(output.reconstruction.detach(), images, step)
@@ -184,6 +187,10 @@ class TokenizerTraining:
             finite = {name: value for name, value in measured.items() if math.isfinite(value)}
             terms |= {f"held_out_{name}": torch.tensor(value) for name, value in finite.items()}
         return terms
+
+    def _own_rows(self, step: int) -> list[int]:
+        """Positions of the images that this process takes of a step."""
+        return self.sampler.batch(step)[own_part(self.config.batch_size)]
 
     @torch.no_grad()
     def _precompute_teacher_features(self) -> Tensor | None:
@@ -264,7 +271,7 @@ class TokenizerTraining:
         with autocast(self.device, self.config.precision):
             loss = hinge_discriminator_loss(self.discriminator(images), self.discriminator(drawn))
         optimise(
-            loss,
+            [loss],
             self.discriminator,
             self.discriminator_optimiser,
             self.config.discriminator_optimiser,

@@ -10,7 +10,7 @@ import hashlib
 import logging
 import math
 import sys
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from types import MappingProxyType
@@ -217,11 +217,29 @@ def build_optimiser(
 
 
 def optimise(
-    loss: Tensor, module: nn.Module, optimiser: torch.optim.Optimizer, config: OptimiserConfig, step: int, steps: int
+    losses: Iterable[Tensor],
+    module: nn.Module,
+    optimiser: torch.optim.Optimizer,
+    config: OptimiserConfig,
+    step: int,
+    steps: int,
 ) -> Tensor:
-    """Backward, mean over ranks, clip, schedule and one optimiser step; returns the gradient norm before clipping."""
+    """Backward, mean over ranks, clip, schedule and one optimiser step.
+
+    Args:
+        losses: parts of one sum, each taken back before the next one is asked for, so that only one graph exists.
+        module: what is trained.
+        optimiser: its own.
+        config: clipping and schedule.
+        step: number of this step.
+        steps: of the whole training.
+
+    Returns:
+        The gradient norm before clipping.
+    """
     optimiser.zero_grad(set_to_none=True)
-    loss.backward()
+    for loss in losses:
+        loss.backward()
     average_gradients(module)
     norm = nn.utils.clip_grad_norm_(module.parameters(), config.gradient_clip)
     for group in optimiser.param_groups:

@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from pydantic import NonNegativeInt
 from torch import Tensor
 
-from models.ranks import mean_terms, num_ranks, own_part, rank
+from models.ranks import mean_over_ranks, mean_terms, num_ranks, own_part, rank
 from models.torchvision_compat import make_torchvision_importable
 from models.visual_codes import VisualCodes, VisualCodesConfig
-from models.vlm import LossAverage, UnifiedVlm, next_token_loss
+from models.vlm import IGNORED, LossAverage, UnifiedVlm, next_token_loss
 from models.vocabulary import Vocabulary
 from stages.image_data import ORIGINAL
 from stages.loading import put_json, put_weights, read_json, read_weights
-from stages.sequences import Sequence, SequenceBuilder
+from stages.sequences import Batch, Sequence, SequenceBuilder
 from stages.shared_training import SharedLoopConfig
-from stages.stage import StageContext
+from stages.stage import RuntimeBool, StageContext
 from stages.training import EpochSampler, autocast, build_optimiser, mix_seed, optimise, resolve_device
 from storage.code_table import CodeTableInfo, read_code_table
 from storage.manifest import FileEntry, Manifest
@@ -86,6 +87,17 @@ def load_rows(store: Store, table: Manifest, *, split: str, views: bool) -> Code
     return CodedRows(loaded.info, [loaded.keys[index] for index in kept], columns, codes)
 
 
+class VlmLoopConfig(SharedLoopConfig):
+    """The loop of a language model, and what lets a larger one fit."""
+
+    micro_batch_size: NonNegativeInt = 0
+    """Sequences that a process reads at a time; the gradients of its part of the batch add up before the optimiser's
+    step (gradient accumulation). 0 reads all at once. Sums are split by it, so the last bits depend on it."""
+    recompute_activations: RuntimeBool = False
+    """Forget the layers' activations in the forward pass and compute them again in the backward pass: a third more
+    time for a fraction of the memory, and the same result."""
+
+
 SequenceMaker = Callable[[SequenceBuilder, CodedRows, int], Sequence]
 
 
@@ -94,7 +106,7 @@ class VlmTraining:
 
     def __init__(
         self,
-        config: SharedLoopConfig,
+        config: VlmLoopConfig,
         seed: int,
         vlm: UnifiedVlm,
         builder: SequenceBuilder,
@@ -106,6 +118,8 @@ class VlmTraining:
         self.seed = seed
         self.device = resolve_device(config.device)
         self.vlm = vlm.to(self.device).train()
+        if config.recompute_activations:
+            self.vlm.llm.gradient_checkpointing_enable({"use_reentrant": False})
         self.optimiser = build_optimiser(vlm, config.optimiser)
         self.sampler = EpochSampler(len(rows), config.batch_size, seed)
 
@@ -114,11 +128,27 @@ class VlmTraining:
             torch.manual_seed(mix_seed(self.seed, "step", step, rank()))
         indices = self.sampler.batch(step)
         sequences = [self.make(self.builder, self.rows, index) for index in indices[own_part(len(indices))]]
-        batch = self.builder.batch(sequences).to(self.device)
-        with autocast(self.device, self.config.precision):
-            loss = next_token_loss(self.vlm, *batch, average=self.average)
-        norm = optimise(loss, self.vlm, self.optimiser, self.config.optimiser, step, self.config.steps)
-        return mean_terms({"loss": loss}) | {"gradient_norm": norm}
+        size = self.config.micro_batch_size or len(sequences)
+        batches = [self.builder.batch(sequences[start : start + size]) for start in range(0, len(sequences), size)]
+        total = torch.zeros((), device=self.device)
+        norm = optimise(
+            self._losses(batches, total), self.vlm, self.optimiser, self.config.optimiser, step, self.config.steps
+        )
+        return mean_terms({"loss": total}) | {"gradient_norm": norm}
+
+    def _losses(self, batches: list[Batch], total: Tensor) -> Iterator[Tensor]:
+        """Each batch's share of the loss; their sum, which is added to `total`, averages to that of all ranks."""
+        if self.average == "token":  # ranks and parts have different numbers, and each token counts the same
+            weights = torch.tensor([float((batch.labels[:, 1:] != IGNORED).sum()) for batch in batches])
+        else:
+            weights = torch.tensor([float(len(batch.labels)) for batch in batches])
+        weights = weights.to(self.device)
+        weights = weights / mean_over_ranks(weights.sum())
+        for batch, weight in zip(batches, weights, strict=True):
+            with autocast(self.device, self.config.precision):
+                loss = weight * next_token_loss(self.vlm, *batch.to(self.device), average=self.average)
+            total += loss.detach()
+            yield loss
 
     def batch_keys(self, step: int) -> list[str]:
         return [self.rows.keys[index] for index in self.sampler.batch(step)]

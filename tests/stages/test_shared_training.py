@@ -44,26 +44,35 @@ def points(store: Store, result: StageResult) -> dict[tuple[int, str], float]:
 
 
 @pytest.mark.parametrize(
-    ("stage", "section", "settings"),
+    ("stage", "settings", "split"),
     [
-        ("train_tokenizer", "tokenizer", (*TOKENIZER, "tokenizer.kind=sde")),
-        ("train_tokenizer", "tokenizer", (*TOKENIZER, "tokenizer.kind=vila_u")),
-        ("pretrain", "pretrain", PRETRAIN),
+        ("train_tokenizer", (*TOKENIZER, "tokenizer.kind=sde"), "tokenizer.num_workers=2"),
+        ("train_tokenizer", (*TOKENIZER, "tokenizer.kind=vila_u"), "tokenizer.num_workers=2"),
+        ("pretrain", PRETRAIN, "pretrain.num_workers=2"),
+        ("pretrain", PRETRAIN, "pretrain.micro_batch_size=5"),
     ],
-    ids=["sde", "vila_u", "pretrain"],
+    ids=["sde", "vila_u", "pretrain", "micro-batches"],
 )
-def test_two_workers_take_the_steps_of_one(
-    stage: str, section: str, settings: tuple[str, ...], tiny_run: TinyRun, tmp_path: Path
+def test_a_batch_in_parts_takes_the_steps_of_a_whole_one(
+    stage: str, settings: tuple[str, ...], split: str, tiny_run: TinyRun, tmp_path: Path
 ) -> None:
     store = tiny_run.store_before(stage, tmp_path / "store")
-    alone, shared = (
-        run_stage(stage, load_recipe("tiny", [*settings, f"{section}.num_workers={number}"]), store, LocalExecutor())
-        for number in (1, 2)
+    whole, parted = (
+        run_stage(stage, load_recipe("tiny", [*settings, *added]), store, LocalExecutor()) for added in ([], [split])
     )
-    assert alone.action_key != shared.action_key, "the last bits differ"
-    expected, found = points(store, alone), points(store, shared)
+    assert whole.action_key != parted.action_key, "the last bits differ"
+    expected, found = points(store, whole), points(store, parted)
     assert set(found) == set(expected)
     assert found == {name: pytest.approx(value, rel=2e-3, abs=1e-4) for name, value in expected.items()}
+
+
+def test_activations_that_are_computed_again_give_the_same_result(tiny_run: TinyRun, tmp_path: Path) -> None:
+    digests = set()
+    for again in (False, True):
+        store = tiny_run.store_before("pretrain", tmp_path / f"store {again}")
+        recipe = load_recipe("tiny", [*PRETRAIN, f"pretrain.recompute_activations={again}"])
+        digests.add(run_stage("pretrain", recipe, store, LocalExecutor()).digest)
+    assert len(digests) == 1
 
 
 def test_a_batch_that_workers_cannot_share_is_refused() -> None:

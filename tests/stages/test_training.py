@@ -40,7 +40,7 @@ class Noisy:
         if step == self.fail_at:
             return {"loss": torch.tensor(float("nan"))}
         loss = (self.module(torch.randn(8, 4)) - torch.randn(8, 4)).square().mean()
-        optimise(loss, self.module, self.optimiser, self.config.optimiser, step, self.config.steps)
+        optimise([loss], self.module, self.optimiser, self.config.optimiser, step, self.config.steps)
         return {"loss": loss}
 
     def batch_keys(self, step: int) -> list[str]:
@@ -118,7 +118,7 @@ def test_a_submodule_learns_at_its_part_of_the_rate() -> None:
     optimiser = build_optimiser(module, config, {"tower": 0.01})
     before = {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
     loss = torch.stack([parameter.sum() for parameter in module.parameters()]).sum()
-    optimise(loss, module, optimiser, config, step=0, steps=10)
+    optimise([loss], module, optimiser, config, step=0, steps=10)
     after = {name: parameter.detach() for name, parameter in module.named_parameters()}
     moved = {name: float((before[name] - after[name]).abs().sum()) for name in after}
     # Adam's first step is the learning rate, whatever the gradient

@@ -1,0 +1,55 @@
+"""Batches of images that threads decode ahead."""
+
+from __future__ import annotations
+
+import threading
+from typing import cast
+
+import pytest
+import torch
+from torch import Tensor
+
+from stages.image_data import BatchReader, ImageSource
+
+
+class Source:
+    """Image n is a pixel of value n; remembers what was decoded, and can refuse an image."""
+
+    def __init__(self, broken: int | None = None) -> None:
+        self.decoded: list[int] = []
+        self.broken, self.lock = broken, threading.Lock()
+
+    def pixels(self, rows: list[int]) -> Tensor:
+        with self.lock:
+            self.decoded += rows
+        if self.broken in rows:
+            raise OSError(f"image {self.broken} cannot be decoded")
+        return torch.tensor(rows, dtype=torch.uint8)[:, None, None, None].expand(-1, 3, 1, 1)
+
+
+def reader(source: Source) -> BatchReader:
+    batches = [[3, 1, 2], [0, 4, 3], [5, 5, 1]]
+    return BatchReader(cast(ImageSource, source), batches.__getitem__, len(batches), num_threads=4)
+
+
+def test_batches_come_in_order_and_one_is_decoded_ahead() -> None:
+    source = Source()
+    with reader(source) as batches:
+        assert batches.pixels(0)[:, 0, 0, 0].tolist() == [3, 1, 2]
+        assert batches.pixels(1)[:, 0, 0, 0].tolist() == [0, 4, 3]
+        assert batches.pixels(2)[:, 0, 0, 0].tolist() == [5, 5, 1]
+    assert sorted(source.decoded) == [0, 1, 1, 2, 3, 3, 4, 5, 5], "each once, and none after the last batch"
+
+
+def test_a_run_that_begins_in_the_middle_decodes_nothing_before() -> None:
+    source = Source()
+    with reader(source) as batches:
+        assert batches.pixels(2)[:, 0, 0, 0].tolist() == [5, 5, 1]
+    assert sorted(source.decoded) == [1, 5, 5]
+
+
+def test_an_image_that_cannot_be_decoded_is_an_error_of_its_own_batch() -> None:
+    with reader(Source(broken=4)) as batches:
+        batches.pixels(0)
+        with pytest.raises(OSError, match="image 4"):
+            batches.pixels(1)
