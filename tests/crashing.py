@@ -55,16 +55,24 @@ def dying(store: Store, at: int | None, side: Side = "before") -> tuple[Store, D
     return opened, objects._backend  # type: ignore[return-value]
 
 
-def die_everywhere(fresh: Callable[[], Store], work: Callable[[Store], object], check: Callable[[Store], None]) -> int:
-    """Do `work` on fresh stores, dying before and after each of its calls; then `check` each, which resumes the work.
+def die_everywhere(
+    fresh: Callable[[], Store], work: Callable[[Store], object], check: Callable[[Store], None], *, every: int = 1
+) -> int:
+    """Do `work` on fresh stores, dying before and after its calls; then `check` each, which resumes the work.
+
+    Args:
+        fresh: makes a store in which the work has not begun.
+        work: calls the store in an order of its own.
+        check: takes the store that is left.
+        every: 1 dies at every call; 5 at every fifth, beginning elsewhere on the other side.
 
     Returns:
         How many calls the work has.
     """
     counting, backend = dying(fresh(), None)
     work(counting)
-    for side in ("before", "after"):
-        for at in range(len(backend.calls)):
+    for first, side in ((0, "before"), (every // 2, "after")):
+        for at in range(first, len(backend.calls), every):
             store = fresh()
             try:
                 work(dying(store, at, side)[0])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 
 from infra.executors import LocalExecutor
-from stages.execution import run_stage
+from stages.execution import StageResult, run_stage
 from stages.recipe import STAGES, Recipe, load_recipe
 from stages.stage import Outcome, Stage, StageContext
 from stages.tokenize import TokenizeConfig
@@ -64,6 +65,11 @@ def _check_visible(store: Store) -> None:
         assert store.lookup(info.action_key) is not None
 
 
+def _every(uri: str, on_s3: int) -> int:
+    """All calls on a folder; on S3, where a call takes longer, some of them, unless MUSEVL_CRASH_POINTS=all."""
+    return on_s3 if uri.startswith("s3://") and os.environ.get("MUSEVL_CRASH_POINTS") != "all" else 1
+
+
 def _stores(uri: str) -> Callable[[], Store]:
     numbers = itertools.count()
     return lambda: Store(f"{uri}/{next(numbers)}")
@@ -80,30 +86,45 @@ def test_a_mapped_stage_that_dies_at_any_call_of_the_store_is_completed_by_the_n
         assert run_stage("square", recipe, store, LocalExecutor()).digest == expected
         assert store.verify() == []
 
-    num_calls = die_everywhere(fresh, lambda store: run_stage("square", recipe, store, LocalExecutor()), resume)
+    every = _every(store_uri, 3)
+    num_calls = die_everywhere(
+        fresh, lambda store: run_stage("square", recipe, store, LocalExecutor()), resume, every=every
+    )
     assert num_calls > 20, "the stage calls the store too seldom for this test to mean something"
 
 
-def test_tokenize_that_dies_at_any_call_of_the_store_is_completed_by_the_next_run(tmp_path: Path) -> None:
-    run = light_run(tmp_path, num_images=4, rows_per_shard=2)
+@pytest.mark.parametrize("stage", ["download", "tokenize"])
+def test_a_real_stage_that_dies_at_any_call_of_the_store_is_completed_by_the_next_run(
+    stage: str, store_uri: str, tmp_path: Path
+) -> None:
+    images = tmp_path / "images"
+    images.mkdir()
+    run = light_run(images, num_images=4, rows_per_shard=2)
+    recipe = run.recipe
+    if stage == "download":
+        for path in images.glob("*.png"):
+            path.with_suffix(".txt").write_text(f"image {path.stem}")
+        files = f"download.files={{kind: folder, path: {images}}}"
+        recipe = load_recipe(str(run.recipe_path), [files, "download.extra_columns=[]", "download.keep={}"])
     numbers = itertools.count()
 
     def fresh() -> Store:
-        return run.store(str(tmp_path / f"store{next(numbers)}"))
+        uri = f"{store_uri}/{next(numbers)}"
+        return Store(uri) if stage == "download" else run.store(uri)
 
-    def work(store: Store) -> str:
-        return run_stage("tokenize", run.recipe, store, LocalExecutor()).digest
+    def work(store: Store) -> StageResult:
+        return run_stage(stage, recipe, store, LocalExecutor())
 
     expected = work(fresh())
 
     def resume(store: Store) -> None:
         _check_visible(store)
-        before = {key: store.objects.read(key) for key in store.objects.list(f"receipts/{run.action_key}")}
-        assert work(store) == expected
+        before = {key: store.objects.read(key) for key in store.objects.list(f"receipts/{expected.action_key}")}
+        assert work(store).digest == expected.digest
         assert all(store.objects.read(key) == data for key, data in before.items())
-        assert len(store.receipts(run.action_key)) == 2
+        assert len(store.receipts(expected.action_key)) == 2
 
-    assert die_everywhere(fresh, work, resume) > 30
+    assert die_everywhere(fresh, work, resume, every=_every(store_uri, 9)) > 30
 
 
 @pytest.mark.parametrize("damage", ["cut", "flipped", "deleted"])

@@ -11,6 +11,7 @@ import pytest
 
 from infra.executors import LocalExecutor
 from stages.execution import run_stage
+from storage import tables
 from storage.code_table import read_code_table
 from storage.digests import sha256_bytes
 from storage.store import Store
@@ -76,3 +77,11 @@ def test_no_number_of_threads_changes_the_artifact(threads: int, tmp_path: Path)
 
 def test_no_size_of_shards_changes_a_code(tmp_path: Path) -> None:
     assert here(tmp_path / "of five", {}, rows_per_shard=5)[1] == here(tmp_path / "of six", {})[1]
+
+
+def test_no_size_of_row_groups_changes_a_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = here(tmp_path / "one group", {})
+    monkeypatch.setattr(tables, "ROW_GROUP_ROWS", 5)
+    found = here(tmp_path / "groups of five", {})
+    assert found[0] != expected[0], "the files differ"
+    assert found[1] == expected[1]
