@@ -8,7 +8,10 @@ with half each.
 
 - ours: `stages.tokenize.run` on Ray with a local store: read, check, decode, encode, write Parquet, receipts. Steady
   state is from the moment when every worker has delivered a shard; what comes before is a line of its own.
-- bare loop: the tokenizer alone, as many images at a time as the stage gives it, all decoded before the clock starts.
+- bare loop: the tokenizer alone, as many images at a time as the stage gives it, all decoded before the clock starts;
+  PyTorch's threads share each convolution.
+- loop of the stage's encoder: the same, with the encoder of one worker, whose threads take images of their own. What is
+  missing to 1 is the price of reading, checking, decoding and writing on the same cores.
 - one `.npy` an image: decode, encode at batch 1, `np.save`, as LlamaGen extracts codes.
 
 Each line is a cost (milliseconds an image), so `ratio` 0.9 means nine tenths of the peer's images a second.
@@ -28,9 +31,11 @@ import numpy as np
 import torch
 
 from infra.executors import Executor, Item, RayExecutor, WorkerFactory
+from infra.process_groups import Function
 from models.transforms import load_image, normalise
-from stages.encoding import CPU_CHUNK, Encoder
+from stages.encoding import CPU_CHUNK, Batch, Encoder
 from stages.execution import find_artifacts
+from stages.image_data import ORIGINAL
 from stages.stage import StageContext
 from stages.tokenize import STAGE
 from stages.tokenize import WorkerFactory as TokenizeFactory
@@ -63,6 +68,7 @@ def main() -> None:
         folder = Path(name)
         runs = {workers: _run(folder, workers, cores, arguments) for workers in (1, 2)}
         loop = _bare_loop(runs[1], folder / "loop")
+        own_loop = _loop_of_the_stages_encoder(runs[1], folder / "own loop")
         files = _one_file_an_image(runs[1], folder / "files")
         for workers, run in runs.items():
             executor = _Timed(RayExecutor())
@@ -72,6 +78,7 @@ def main() -> None:
                 executor.close()
             label = f"tokenize, {workers} worker{'s' if workers > 1 else ''} of {max(1, cores // workers)} threads"
             report(f"{label}, against a bare loop of the encoder", cost, loop, "ms/img")
+            report(f"{label}, against a loop of the stage's encoder", cost, own_loop, "ms/img")
             report(f"{label}, against one .npy an image at batch 1", cost, files, "ms/img")
             report(f"{label}: start-up and first shards, against their images in a bare loop", *start_up, "s")
 
@@ -109,6 +116,9 @@ class _Timed:
         for result in self._inner.map(factory, items, num_workers=num_workers, num_gpus=num_gpus):
             self.times.append(time.perf_counter())
             yield result
+
+    def run_together(self, function: Function, *, num_processes: int, num_gpus: float = 0) -> Any:
+        return self._inner.run_together(function, num_processes=num_processes, num_gpus=num_gpus)
 
     def close(self) -> None:
         self._inner.close()
@@ -162,6 +172,22 @@ def _bare_loop(run: LightRun, folder: Path) -> float:
     for images in batches:
         _codes(encoder, images)
     return (time.perf_counter() - start) / len(pixels) * 1e3
+
+
+def _loop_of_the_stages_encoder(run: LightRun, folder: Path) -> float:
+    """Milliseconds an image."""
+    encoder = _encoder(run, run.store(str(folder)))
+    size = run.recipe.tokenize.batch_size
+    batches = []
+    for start in range(0, len(run.keys), size):
+        keys = run.keys[start : start + size]
+        pixels = np.stack([_pixels(run, encoder, key) for key in keys])
+        batches.append(Batch(pixels, keys, [ORIGINAL] * len(keys)))
+    encoder.encode(batches[0], list(range(len(batches[0]))))
+    start_s = time.perf_counter()
+    for batch in batches:
+        encoder.encode(batch, list(range(len(batch))))
+    return (time.perf_counter() - start_s) / len(run.keys) * 1e3
 
 
 @torch.no_grad()

@@ -35,6 +35,7 @@ def test_tokenize(tmp_path: Path) -> None:
     """Without Ray, which other tests start."""
     run = bench_tokenize._run(tmp_path, 1, 1, SimpleNamespace(images=24, shard=8))
     assert bench_tokenize._bare_loop(run, tmp_path / "loop") > 0
+    assert bench_tokenize._loop_of_the_stages_encoder(run, tmp_path / "own loop") > 0
     assert bench_tokenize._one_file_an_image(run, tmp_path / "files") > 0
     cost, (before, _) = bench_tokenize._stage(run, tmp_path / "store", bench_tokenize._Timed(LocalExecutor()), 1, 8)
     assert cost > 0
