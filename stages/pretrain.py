@@ -45,7 +45,7 @@ class PretrainConfig(VlmLoopConfig):
 
 def run(context: StageContext[PretrainConfig]) -> Outcome:
     """Make the `vlm` artifact: a plain Hugging Face folder, `vocabulary.json` and loss curves."""
-    return run_shared(context, _train, context.config)
+    return run_shared(context, _train)
 
 
 def _train(context: StageContext[PretrainConfig]) -> Outcome | None:

@@ -60,7 +60,7 @@ class SftConfig(VlmLoopConfig):
 
 def run(context: StageContext[SftConfig]) -> Outcome:
     """Make the `vlm` artifact: a plain Hugging Face folder, `vocabulary.json` and loss curves."""
-    return run_shared(context, _train, context.config)
+    return run_shared(context, _train)
 
 
 def _train(context: StageContext[SftConfig]) -> Outcome | None:

@@ -36,24 +36,22 @@ class SharedLoopConfig(LoopConfig):
         return self
 
 
-def run_shared(
-    context: StageContext[Any], function: Callable[[StageContext[Any]], Outcome | None], workers: SharedLoopConfig
-) -> Outcome:
+def run_shared(context: StageContext[Any], function: Callable[[StageContext[Any]], Outcome | None]) -> Outcome:
     """Run a stage's function here, or in the number of processes that its config asks for.
 
     Args:
-        context: of the stage.
+        context: of the stage; its config is a `SharedLoopConfig`.
         function: of a module; makes the outcome. In several processes `torch.distributed` is ready, and what it
             returns counts in the first one alone.
-        workers: the config.
     """
-    if workers.num_workers == 1:
+    config: SharedLoopConfig = context.config
+    if config.num_workers == 1 or not config.steps:  # without steps there is nothing to share
         outcome = function(context)
     else:
         outcome = context.executor.run_together(
-            _Part(function, workers, context.seed, context.inputs, context.store, context.action_key),
-            num_processes=workers.num_workers,
-            num_gpus=workers.gpus_per_worker,
+            _Part(function, config, context.seed, context.inputs, context.store, context.action_key),
+            num_processes=config.num_workers,
+            num_gpus=config.gpus_per_worker,
         )
     assert isinstance(outcome, Outcome), "the first process has an outcome"
     return outcome

@@ -98,7 +98,7 @@ def run(context: StageContext[TrainTokenizerConfig]) -> Outcome:
     config = context.config
     if config.kind == "external":
         return external_codes.keep(context)
-    return run_shared(context, _train, config)
+    return run_shared(context, _train)
 
 
 def _train(context: StageContext[TrainTokenizerConfig]) -> Outcome | None:
