@@ -152,11 +152,14 @@ class RayExecutor:
                 f"{num_processes} workers with {num_gpus:g} GPUs each, and this machine has {gpus:g}; set num_workers "
                 "or gpus_per_worker of the stage to less, or use a Ray cluster (RAY_ADDRESS)"
             )
-        cpus: float = cpus_per_worker(nodes, num_processes, num_gpus)
-        if RayExecutor._cluster_is_ours:  # more workers than cores share them
-            cpus = min(cpus, cores / num_processes)
+        cpus: float = cpus_together(nodes, num_processes, num_gpus)
+        if not cpus and RayExecutor._cluster_is_ours:  # more workers than cores share them
+            cpus = cores / num_processes
+        if not cpus:
+            logger.warning("the Ray cluster has no room for %d workers at once; waiting for machines", num_processes)
+            cpus = 1
         resources = {"CPU": cpus} | ({"GPU": num_gpus} if num_gpus else {})
-        return run_on_ray(function, num_processes, resources)
+        return run_on_ray(function, num_processes, resources, waits=not RayExecutor._cluster_is_ours)
 
     def _nodes(self, num_gpus: float) -> list[dict[str, float]]:
         """Connect, and return the resources of each living machine.
@@ -301,6 +304,24 @@ def cpus_per_worker(nodes: Sequence[Mapping[str, float]], num_workers: int, num_
     if not cores:
         return 1
     return max(1, min(min(cores), sum(cores) // max(1, num_workers)))
+
+
+def cpus_together(nodes: Sequence[Mapping[str, float]], num_workers: int, num_gpus: float) -> int:
+    """The most whole cores that each of several workers can have if all are to run at once; 0 where they cannot.
+
+    Args:
+        nodes: resources of each machine, as Ray lists them.
+        num_workers: how many.
+        num_gpus: of each.
+    """
+
+    def room(cores: int) -> int:
+        by_cores = (int(node.get("CPU", 0)) // cores for node in nodes)
+        by_gpus = (int(node.get("GPU", 0) / num_gpus) if num_gpus else num_workers for node in nodes)
+        return sum(map(min, by_cores, by_gpus))
+
+    most = max((int(node.get("CPU", 0)) for node in nodes), default=0)
+    return next((cores for cores in range(most, 0, -1) if room(cores) >= num_workers), 0)
 
 
 def _check_answers(address: str) -> None:

@@ -10,21 +10,24 @@ import io
 import logging
 import os
 import pickle
+import signal
 import sys
 import tempfile
 import threading
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stderr
+from concurrent.futures import Future
+from contextlib import contextmanager, redirect_stderr, suppress
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 from infra.worker_errors import WorkerDied, is_worker_death, portable
 
 logger = logging.getLogger(__name__)
 
 Function = Callable[[], Any]
+T = TypeVar("T")
 
 RESTARTS = 3
 """How often all processes are started again after one was lost."""
@@ -33,15 +36,16 @@ _TIMEOUT = timedelta(hours=2)
 
 
 class _Lost(Exception):
-    """Processes died, or raised what a process raises whose peer died.
+    """The processes ended, and may do better when they start again.
 
     Attributes:
-        raised: the exceptions of those that did not die.
+        died: whether one is known to have died; otherwise one raised what a process raises whose peer is gone.
+        raised: exceptions of those that did not die.
     """
 
-    def __init__(self, what: str, raised: list[Exception]) -> None:
+    def __init__(self, what: str, *, died: bool, raised: list[Exception]) -> None:
         super().__init__(what)
-        self.raised = raised
+        self.died, self.raised = died, raised
 
 
 def run_here(function: Function, num_processes: int, num_gpus: float) -> Any:
@@ -72,17 +76,20 @@ def run_here(function: Function, num_processes: int, num_gpus: float) -> Any:
     return _outliving_deaths(lambda: _run_here_once(function, num_processes, num_gpus))
 
 
-def run_on_ray(function: Function, num_processes: int, resources: dict[str, float]) -> Any:
+def run_on_ray(function: Function, num_processes: int, resources: dict[str, float], *, waits: bool) -> Any:
     """Run a function in workers of Ray Train, on the cluster that this process is connected to.
 
     Args:
         function: picklable; finds `torch.distributed` ready.
         num_processes: how many.
         resources: of each, by Ray's names; with a GPU they talk by NCCL, else by gloo.
+        waits: whether machines may yet join the cluster, so that it is worth waiting for room.
 
     Returns, raises: as `run_here`.
     """
-    return _outliving_deaths(lambda: _run_on_ray_once(function, num_processes, resources))
+    # Otherwise a worker starts in a folder of Ray's, where a config's relative paths lead nowhere
+    os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
+    return _outliving_deaths(lambda: _run_on_ray_once(function, num_processes, resources, waits))
 
 
 def _outliving_deaths(run_once: Callable[[], Any]) -> Any:
@@ -92,11 +99,11 @@ def _outliving_deaths(run_once: Callable[[], Any]) -> Any:
         except _Lost as lost:
             if restart < RESTARTS:
                 logger.warning("%s; all workers start again from the last checkpoint", lost)
-            elif lost.raised:
+            elif lost.raised and not lost.died:
                 raise lost.raised[0] from None
             else:
                 raise WorkerDied(
-                    f"{lost}, and had died {RESTARTS} times before (out of memory?); give each worker more memory or a "
+                    f"{lost}, after {RESTARTS} new starts (out of memory?); give each worker more memory or a "
                     "smaller part of the batch. The same command goes on from the last checkpoint"
                 ) from None
     raise AssertionError("the last round returns or raises")
@@ -109,12 +116,10 @@ def _may_be_of_a_lost_peer(error: Exception) -> bool:
     return type(error) is RuntimeError or isinstance(error, DistError)
 
 
-def _raise_or_lose(raised: list[Exception], what: str) -> None:
-    """Raise the first exception that has nothing to do with a lost process, else `_Lost`."""
+def _raise_unless_of_a_lost_peer(raised: list[Exception]) -> None:
     for error in raised:
         if not _may_be_of_a_lost_peer(error):
             raise error
-    raise _Lost(what, raised)
 
 
 def _run_here_once(function: Function, num_processes: int, num_gpus: float) -> Any:
@@ -123,16 +128,29 @@ def _run_here_once(function: Function, num_processes: int, num_gpus: float) -> A
     with tempfile.TemporaryDirectory(prefix="musevl-group-") as name:
         folder = Path(name)
         arguments = (num_processes, num_gpus > 0, folder, pickle.dumps(function))
+        started = start_processes(
+            _be_a_process, arguments, num_processes, daemon=True, start_method="spawn", join=False
+        )
         try:
-            start_processes(_be_a_process, arguments, num_processes, daemon=True, start_method="spawn")
-        except (ProcessRaisedException, ProcessExitedException) as error:
+            while not started.join():
+                pass
+        except (ProcessRaisedException, ProcessExitedException):
             raised = [pickle.loads(path.read_bytes()) for path in sorted(folder.glob("raised-*"))]
-            signal = getattr(error, "signal_name", None)
-            _raise_or_lose(raised, f"worker {error.error_index} died" + (f" of {signal}" if signal else ""))
+            _raise_unless_of_a_lost_peer(raised)
+            # torch ends the others with SIGTERM
+            codes = [process.exitcode or 0 for process in started.processes]
+            dead = [rank for rank, code in enumerate(codes) if code < 0 and code != -signal.SIGTERM]
+            if not dead and raised:
+                raise raised[0] from None
+            rank = dead[0] if dead else 0
+            how = f" of {signal.Signals(-codes[rank]).name}" if codes[rank] < 0 else ""
+            raise _Lost(f"worker {rank} died{how}", died=True, raised=raised) from None
         return pickle.loads((folder / "result").read_bytes())
 
 
 def _be_a_process(rank: int, num_processes: int, with_gpu: bool, folder: Path, function: bytes) -> None:
+    # Python's own handler would wait for a collective to return; torch sends this when the driver is gone
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     import torch
     import torch.distributed as dist
 
@@ -163,12 +181,15 @@ def _write_whole(path: Path, value: Any) -> None:
     unfinished.rename(path)
 
 
-def _run_on_ray_once(function: Function, num_processes: int, resources: dict[str, float]) -> Any:
-    from ray.train import RunConfig, ScalingConfig
+def _run_on_ray_once(function: Function, num_processes: int, resources: dict[str, float], waits: bool) -> Any:
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
-    from ray.train.v2.api.exceptions import WorkerGroupError
+    from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
 
     with tempfile.TemporaryDirectory(prefix="musevl-train-") as folder, _first_workers_stderr() as stderr:
+        # Failures are looked at here: Ray would also repeat those that have a reason. It does start anew where a
+        # machine is taken away, or is not there yet.
+        retries = {"max_failures": 0, "controller_failure_limit": -1 if waits else RESTARTS}
         trainer = TorchTrainer(
             _be_a_ray_worker,
             train_loop_config={"function": pickle.dumps(function), "stderr": stderr},
@@ -176,17 +197,40 @@ def _run_on_ray_once(function: Function, num_processes: int, resources: dict[str
             scaling_config=ScalingConfig(
                 num_workers=num_processes, use_gpu=resources.get("GPU", 0) > 0, resources_per_worker=resources
             ),
-            # No restarts by Ray: it would also repeat what failed for a reason
-            run_config=RunConfig(name=uuid.uuid4().hex, storage_path=folder),
+            run_config=RunConfig(
+                name=uuid.uuid4().hex, storage_path=folder, failure_config=cast(Any, FailureConfig)(**retries)
+            ),
         )
         try:
-            return cast(Any, trainer.fit()).return_value  # of Train v2's Result, which the types do not know
+            result: Any = _in_a_thread(trainer.fit)
+            return result.return_value
         except WorkerGroupError as error:
             failures = sorted(error.worker_failures.items())
             dead = [rank for rank, failure in failures if _is_lost(failure)]
             raised = [_as_raised(failure) for rank, failure in failures if rank not in dead]
-            what = f"worker {dead[0]} died" if dead else "a worker lost another"
-            _raise_or_lose(raised, what)
+            _raise_unless_of_a_lost_peer(raised)
+            what = f"worker {dead[0]} died" if dead else f"a worker failed ({_first_line(raised)})"
+            raise _Lost(what, died=bool(dead), raised=raised) from None
+        except TrainingFailedError as error:
+            raise _Lost(f"the workers could not work ({_first_line([error])})", died=True, raised=[]) from None
+
+
+def _in_a_thread(function: Callable[[], T]) -> T:
+    """Call it in another thread: in the main one Ray Train takes over SIGINT, ends the process with 0, and keeps it."""
+    future: Future[T] = Future()
+
+    def call() -> None:
+        try:
+            future.set_result(function())
+        except BaseException as error:  # raised again where the result is asked for
+            future.set_exception(error)
+
+    threading.Thread(target=call, daemon=True).start()
+    return future.result()
+
+
+def _first_line(errors: list[Exception]) -> str:
+    return next((line for error in errors for line in str(error).splitlines() if line), "no reason given")[:300]
 
 
 def _is_lost(failure: Exception) -> bool:
@@ -223,7 +267,10 @@ class _DistantStderr(io.TextIOBase):
         return type(self), (self._queue, self._is_terminal)
 
     def write(self, text: str) -> int:
-        self._queue.put(text)
+        from ray.exceptions import RayError
+
+        with suppress(RayError):  # a line that nobody sees is no reason to stop
+            self._queue.put(text)
         return len(text)
 
     def isatty(self) -> bool:
@@ -233,9 +280,13 @@ class _DistantStderr(io.TextIOBase):
 @contextmanager
 def _first_workers_stderr() -> Iterator[_DistantStderr]:
     """A stderr for the first worker, so that its progress is seen where the stage was started."""
+    import ray
+    from ray.exceptions import RayError
     from ray.util.queue import Empty, Queue
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    queue = Queue(actor_options={"num_cpus": 0})
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    queue = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here})
     ended = threading.Event()
 
     def show() -> None:
@@ -246,6 +297,8 @@ def _first_workers_stderr() -> Iterator[_DistantStderr]:
             except Empty:
                 if ended.is_set():
                     return
+            except RayError:
+                return
 
     thread = threading.Thread(target=show, daemon=True)
     thread.start()

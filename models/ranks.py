@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -46,11 +47,27 @@ def is_first_rank() -> bool:
 
 
 def gather_objects(own: Any) -> list[Any]:
-    """Something picklable of each rank, in rank order, on every rank. A collective."""
+    """Something picklable of each rank, in rank order, on every rank. A collective; nothing goes through a GPU."""
     found: list[Any] = [own] * num_ranks()
     if dist.is_initialized():
-        dist.all_gather_object(found, own)
+        dist.all_gather_object(found, own, group=_cpu_group())
     return found
+
+
+@functools.cache
+def _cpu_group() -> dist.ProcessGroup | None:
+    """All ranks over gloo; None, the default group, where that is gloo's already."""
+    return None if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
+
+
+@torch.no_grad()
+def start_equal(*modules: nn.Module) -> None:
+    """Give every rank the weights and buffers of rank 0: machines may round otherwise when they make them."""
+    if not dist.is_initialized():
+        return
+    for module in modules:
+        for own in (*module.parameters(), *module.buffers()):
+            own.copy_(take_from_first_rank(own.detach().clone(memory_format=torch.contiguous_format)))
 
 
 def own_part(num_rows: int) -> slice:
@@ -107,6 +124,10 @@ def average_gradients(module: nn.Module) -> None:
         if count > 0
     ]
     for bucket in _buckets(trained):
+        only = bucket[0].grad
+        if len(bucket) == 1 and only is not None and only.is_contiguous():  # large: no copy
+            mean_over_ranks(only)
+            continue
         gradients = [torch.zeros_like(one) if one.grad is None else one.grad for one in bucket]
         means = mean_over_ranks(torch.cat([gradient.flatten() for gradient in gradients]))
         parts = means.split([gradient.numel() for gradient in gradients])

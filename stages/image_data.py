@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from models.ranks import num_ranks
 from models.transforms import TransformConfig, load_image, to_tensor
 from storage.image_shards import ImageSample
 from storage.manifest import Manifest
@@ -22,7 +23,8 @@ from storage.tables import read_table
 ORIGINAL = "original"
 """Value of a code table's `view` column at the image itself, as against augmented views of it."""
 _CACHE_BYTES = 2 << 30
-"""Decoded images are kept in memory while all of them fit into this; larger sets are decoded at every use."""
+"""Decoded images are kept in memory while all of them fit into this, shared by the processes of a training; larger sets
+are decoded at every use."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,7 @@ class ImageSource:
                 f"`musevl artifacts show {download.digest[:12]}`, and the `split` column of the URL list"
             )
         decoded_bytes = len(self.keys) * 3 * transform.image_size**2
-        self._cache: dict[int, Tensor] | None = {} if decoded_bytes <= _CACHE_BYTES else None
+        self._cache: dict[int, Tensor] | None = {} if decoded_bytes <= _CACHE_BYTES // num_ranks() else None
 
     def __len__(self) -> int:
         return len(self.keys)

@@ -24,7 +24,8 @@ class SharedLoopConfig(LoopConfig):
     gradients are averaged. On a GPU cluster one for each GPU. Sums are split over them, so the last bits of the result
     depend on their number."""
     gpus_per_worker: RuntimeFloat = 0.0
-    """GPUs that each of several workers holds, 1 or 0; one worker alone takes what `device` says."""
+    """GPUs that each of several workers holds, 1 or 0; they then train there, and on the CPU without. One worker alone
+    takes what `device` says."""
 
     @model_validator(mode="after")
     def _check_parts(self) -> SharedLoopConfig:
@@ -33,7 +34,25 @@ class SharedLoopConfig(LoopConfig):
                 f"batch_size={self.batch_size} cannot be shared equally by num_workers={self.num_workers}; make it a "
                 "multiple"
             )
+        if self.num_workers == 1:
+            return self
+        if self.gpus_per_worker not in (0, 1):
+            raise ValueError(
+                f"gpus_per_worker={self.gpus_per_worker:g} with num_workers={self.num_workers}: workers that share a "
+                "batch cannot share a GPU; give each 1, or 0"
+            )
+        if self.device != "auto" and (self.device != "cpu") != bool(self.gpus_per_worker):
+            raise ValueError(
+                f"device={self.device} does not fit gpus_per_worker={self.gpus_per_worker:g} with num_workers="
+                f"{self.num_workers}; leave device out: several workers train on the GPUs that they hold, else on the "
+                "CPU"
+            )
         return self
+
+    @property
+    def shared_device(self) -> str:
+        """Where each of several workers trains: on the GPU that it holds, else on the CPU."""
+        return "cuda" if self.gpus_per_worker else "cpu"
 
 
 def run_shared(context: StageContext[Any], function: Callable[[StageContext[Any]], Outcome | None]) -> Outcome:
@@ -70,7 +89,8 @@ class _Part:
 
     def __call__(self) -> Outcome | None:
         prepare_process()
-        with self.store.attempt_dir() as scratch, thread_count(self.config):
+        config = self.config.model_copy(update={"device": self.config.shared_device})
+        with self.store.attempt_dir() as scratch, thread_count(config):
             return self.function(
-                StageContext(self.config, self.seed, self.inputs, self.store, self.action_key, LocalExecutor(), scratch)
+                StageContext(config, self.seed, self.inputs, self.store, self.action_key, LocalExecutor(), scratch)
             )

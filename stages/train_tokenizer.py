@@ -25,7 +25,7 @@ from models.losses import (
     hinge_discriminator_loss,
     semantic_loss,
 )
-from models.ranks import is_first_rank, mean_terms, own_part
+from models.ranks import is_first_rank, mean_terms, num_ranks, own_part, start_equal
 from models.teachers import Teacher
 from models.tokenizers import build_tokenizer
 from models.transforms import normalise, to_pixels
@@ -144,6 +144,7 @@ class TokenizerTraining:
                 f"its final features alone, tokenizer.semantic_layer=null); set it to 0"
             )
         self.discriminator = PatchDiscriminator(loss.discriminator_channels, loss.discriminator_layers).to(self.device)
+        start_equal(self.tokenizer, self.discriminator)
         self.optimiser = build_optimiser(
             self.tokenizer, config.optimiser, {"tower": config.tower_learning_rate_fraction}
         )
@@ -201,7 +202,7 @@ class TokenizerTraining:
         if not self.tokenizer.has_semantic_branch:
             return None
         rows, columns = self.tokenizer.grid
-        if 2 * len(self.source) * rows * columns * self.teacher.feature_dim * 4 > _FEATURE_CACHE_BYTES:
+        if 2 * len(self.source) * rows * columns * self.teacher.feature_dim * 4 > _FEATURE_CACHE_BYTES // num_ranks():
             return None
         views: list[list[Tensor]] = [[], []]
         for start in range(0, len(self.source), _EVALUATION_BATCH):

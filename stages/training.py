@@ -345,7 +345,7 @@ def _restore(
         )
     if step is None:
         return 0
-    state = torch.load(folder / _CHECKPOINT, weights_only=True, map_location="cpu")
+    state = torch.load(folder / _CHECKPOINT, weights_only=True, map_location="cpu", mmap=True)
     (folder / _CHECKPOINT).unlink()
     trainable.load_state_dict(state["trainable"])
     history.points = [tuple(point) for point in state["history"]]

@@ -11,7 +11,7 @@ import torch
 from pydantic import NonNegativeInt
 from torch import Tensor
 
-from models.ranks import mean_over_ranks, mean_terms, num_ranks, own_part, rank
+from models.ranks import mean_over_ranks, mean_terms, num_ranks, own_part, rank, start_equal
 from models.torchvision_compat import make_torchvision_importable
 from models.visual_codes import VisualCodes, VisualCodesConfig
 from models.vlm import IGNORED, LossAverage, UnifiedVlm, next_token_loss
@@ -118,6 +118,7 @@ class VlmTraining:
         self.seed = seed
         self.device = resolve_device(config.device)
         self.vlm = vlm.to(self.device).train()
+        start_equal(self.vlm)
         if config.recompute_activations:
             self.vlm.llm.gradient_checkpointing_enable({"use_reentrant": False})
         self.optimiser = build_optimiser(vlm, config.optimiser)

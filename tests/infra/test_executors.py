@@ -19,6 +19,7 @@ from infra.executors import (
     Worker,
     build_executor,
     cpus_per_worker,
+    cpus_together,
 )
 from infra.worker_errors import WorkerDied, WorkerFailed
 
@@ -219,3 +220,22 @@ def test_a_share_of_a_gpu_that_no_machine_has_ends_the_run(ray_executor: RayExec
     executor = RayExecutor() if joins else ray_executor
     with pytest.raises(ValueError, match="no machine of the Ray cluster has the 999 GPUs .* gpus_per_worker"):
         list(executor.map(lambda: lambda item: item, [{"a": 1}], num_workers=1, num_gpus=999))
+
+
+@pytest.mark.parametrize(
+    ("machines", "num_workers", "num_gpus", "expected"),
+    [
+        ([(8, 0)] * 3, 4, 0, 4),
+        ([(8, 2)] * 2, 3, 1, 4),
+        ([(16, 8), (16, 1)], 9, 1, 2),
+        ([(2, 0)], 2, 0, 1),
+        ([(2, 0)], 3, 0, 0),
+        ([(16, 1)], 2, 1, 0),
+        ([], 2, 0, 0),
+    ],
+)
+def test_workers_that_run_at_once_get_cores_that_all_of_them_can_have(
+    machines: list[tuple[float, float]], num_workers: int, num_gpus: float, expected: int
+) -> None:
+    nodes = [{"CPU": cores, "GPU": gpus} for cores, gpus in machines]
+    assert cpus_together(nodes, num_workers, num_gpus) == expected

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -62,8 +63,33 @@ def _ranks() -> list[object]:
 
 def test_deaths_without_end_are_an_error_that_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(process_groups, "RESTARTS", 1)
-    with pytest.raises(WorkerDied, match="died of SIGKILL.*1 times before.*more memory.*last checkpoint"):
+    with pytest.raises(WorkerDied, match="died of SIGKILL, after 1 new starts.*more memory.*last checkpoint"):
         LocalExecutor().run_together(_die, num_processes=2)
+
+
+def test_what_looks_like_a_lost_peer_but_is_a_defect_is_raised_at_once(caplog: pytest.LogCaptureFixture) -> None:
+    with pytest.raises(RuntimeError, match="shapes do not fit"):
+        LocalExecutor().run_together(_fail, num_processes=2)
+    assert not [record for record in caplog.records if record.name == "infra.process_groups"]
+
+
+def _fail() -> None:
+    raise RuntimeError("shapes do not fit")
+
+
+def test_an_interrupt_ends_a_worker_even_inside_a_collective(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(process_groups, "RESTARTS", 0)
+    with pytest.raises(WorkerDied, match="died of SIGINT"):
+        LocalExecutor().run_together(_wait_for_an_interrupt, num_processes=2)
+
+
+def _wait_for_an_interrupt() -> None:
+    first, _ = gather_objects(os.getpid())
+    if dist.get_rank() == 0:
+        dist.barrier()  # the other one never comes
+    time.sleep(0.5)  # until the first one waits
+    os.kill(first, signal.SIGINT)
+    time.sleep(60)
 
 
 def _die() -> None:

@@ -75,9 +75,18 @@ def test_activations_that_are_computed_again_give_the_same_result(tiny_run: Tiny
     assert len(digests) == 1
 
 
-def test_a_batch_that_workers_cannot_share_is_refused() -> None:
-    with pytest.raises(RecipeError, match="batch_size=16 cannot be shared equally by num_workers=3"):
-        load_recipe("tiny", ["sft.num_workers=3"])
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["num_workers=3"], "batch_size=16 cannot be shared equally by num_workers=3"),
+        (["num_workers=2", "gpus_per_worker=0.5"], "gpus_per_worker=0.5.*cannot share a GPU"),
+        (["num_workers=2", "gpus_per_worker=1", "device=cpu"], "device=cpu does not fit gpus_per_worker=1"),
+        (["num_workers=2", "device=cuda"], "device=cuda does not fit gpus_per_worker=0"),
+    ],
+)
+def test_workers_that_cannot_share_a_batch_are_refused(settings: list[str], message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        load_recipe("tiny", [f"sft.{setting}" for setting in settings])
 
 
 def test_a_loss_that_is_not_finite_names_the_batch_of_all_workers(tiny_run: TinyRun, tmp_path: Path) -> None:
