@@ -1,7 +1,8 @@
 """What a stage is: a plain function of a config and input artifacts, made restartable by the store.
 
 The action key decides whether a result exists already. It is the digest of everything that decides the bytes of the
-result and of nothing else: stage, code version, config, input digests and seed; never a path, a host, or a worker count that changes nothing.
+result and of nothing else: stage, code version, config, input digests and seed; never a path, a host, or a number of
+workers that changes nothing.
 """
 
 from __future__ import annotations
