@@ -1,6 +1,8 @@
 # `make mini` and `make test` are all that a fresh machine with Python 3.11+ and a package index needs.
 
 PYTHON ?= python3
+# processes that run tests; each starts servers and Ray clusters of its own
+TEST_WORKERS ?= 2
 BIN := .venv/bin
 STAMP := .venv/.installed
 
@@ -23,7 +25,7 @@ mini: $(STAMP) ## run the whole pipeline on sample data and write its report
 
 test: lint ## linters, types, import rules and all tests
 	@bash infra/install-browser.sh
-	$(BIN)/python -m infra.malloc $(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m infra.malloc $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile $(ARGS)
 
 lint: $(STAMP) ## ruff, mypy and import-linter
 	$(BIN)/ruff check .

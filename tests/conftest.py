@@ -1,5 +1,7 @@
 """What all tests share: tests marked `gpu` are skipped where there is no CUDA device."""
 
+import os
+
 import pytest
 
 from tests.fault_proxy import impatient, proxy, short_waits
@@ -7,6 +9,9 @@ from tests.s3 import s3_endpoint, s3_uri, store_uri
 from tests.tiny import tiny_run
 
 __all__ = ["impatient", "proxy", "s3_endpoint", "s3_uri", "short_waits", "store_uri", "tiny_run"]
+
+# Ray's workers are nicer than others by default, and would starve beside the tests of another process
+os.environ.setdefault("RAY_worker_niceness", "0")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -11,7 +11,18 @@ import pyarrow as pa
 from models.config import Config
 from stages.sources.folder import FolderImages
 from stages.sources.known_lists import look_up_list
-from stages.sources.source import PLACE, URL, Failure, Fetched, Row, check_columns, place, placed
+from stages.sources.source import (
+    NO_CAPTION,
+    PLACE,
+    URL,
+    Failure,
+    Fetched,
+    Row,
+    check_columns,
+    no_place,
+    place,
+    placed,
+)
 from stages.sources.text import clean, json_lines, load_json, strings
 from stages.stage import RuntimeStr
 from storage.input_files import read_input
@@ -54,12 +65,17 @@ class Conversations:
 
     def rows(self, columns: Sequence[str]) -> pa.Table:
         entries = self._entries(read_input(self._config.path, _WHAT, _EXPECTED))
-        described = [self._columns(entry) for entry in entries]
-        names = [_image(entry) for entry in entries]
+        problems = [_problem(entry) for entry in entries]
+        described = [{} if wrong else self._columns(entry) for entry, wrong in zip(entries, problems, strict=True)]
+        names = ["" if wrong else _image(entry) for entry, wrong in zip(entries, problems, strict=True)]
+        places = [
+            no_place(NO_CAPTION, f"the entry {wrong.partition(':')[0]}") if wrong else place(name) if name else ""
+            for name, wrong in zip(names, problems, strict=True)
+        ]
         check_columns(self.what, columns, list(dict.fromkeys(name for row in described for name in row)))
         return pa.table(
             {name: strings([row.get(name) for row in described]) for name in columns}
-            | {URL: strings(names), PLACE: strings([place(name) if name else "" for name in names])}
+            | {URL: strings(names), PLACE: strings(places)}
         )
 
     def fetch(self, rows: list[Row], scratch: Path) -> Iterator[tuple[int, Fetched]]:
@@ -67,9 +83,10 @@ class Conversations:
             yield position, found if isinstance(found, Failure) else self._images.read(found[0])
 
     def _names_in(self, data: bytes) -> list[str]:
-        return [_image(entry) for entry in self._entries(data)]
+        return ["" if _problem(entry) else _image(entry) for entry in self._entries(data)]
 
-    def _entries(self, data: bytes) -> list[dict[str, Any]]:
+    def _entries(self, data: bytes) -> list[Any]:
+        """All of them, those too of which `_problem` says something, as long as there is one that is right."""
         try:
             if self._config.path.endswith((".jsonl", ".ndjson")):
                 entries = [entry for _, entry in json_lines(data)]
@@ -79,9 +96,8 @@ class Conversations:
             raise ValueError(f"{self.what} is not readable as JSON: {error}; give {_EXPECTED}") from error
         if not isinstance(entries, list):
             raise ValueError(f"{self.what} holds a {type(entries).__name__}, not a list; give {_EXPECTED}")
-        for index, entry in enumerate(entries):
-            if problem := _problem(entry):
-                raise ValueError(f"{self.what}: entry {index} {problem}; give {_EXPECTED}, turns {{from, value}}")
+        if entries and all(map(_problem, entries)):
+            raise ValueError(f"{self.what}: entry 0 {_problem(entries[0])}; give {_EXPECTED}, turns {{from, value}}")
         return entries
 
     def _columns(self, entry: dict[str, Any]) -> dict[str, Any]:
@@ -103,6 +119,7 @@ def _image(entry: dict[str, Any]) -> str:
 
 
 def _problem(entry: Any) -> str:
+    """What is wrong with an entry; '' where nothing is."""
     if not isinstance(entry, dict) or not isinstance(entry.get("conversations"), list) or not entry["conversations"]:
         return "has no list 'conversations'"
     image = entry.get("image")

@@ -48,7 +48,7 @@ STATUSES: dict[str, str] = {
     TOO_MANY_PIXELS: "more pixels than `download.max_pixels`",
     UNDECODABLE: "an image that is damaged or cut off",
     MISSING: "the row names no image, or a file that is not there",
-    NO_CAPTION: "no text beside the image, or a .json that cannot be read",
+    NO_CAPTION: "no text beside the image; a .json, or an entry of a conversation file, that cannot be used",
     NOT_FETCHED: "img2dataset said nothing of the row",
 }
 """What can become of a row."""

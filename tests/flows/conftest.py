@@ -23,6 +23,7 @@ def prefect_environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, s
     return kept | {
         "PREFECT_HOME": str(tmp_path_factory.mktemp("prefect")),
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        "RAY_worker_niceness": "0",
         "PYTHONPATH": str(ROOT),
     }
 

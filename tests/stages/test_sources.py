@@ -195,6 +195,19 @@ def test_conversation_keeps_its_first_turn_and_all_turns_as_columns(tmp_path: Pa
     assert [turn["value"] for turn in turns] == ["What is it?", CAPTIONS[0], "Sure?", "Yes."]
 
 
+def test_entries_of_a_conversation_file_that_cannot_be_used_are_rows_with_the_reason(tmp_path: Path) -> None:
+    files = make_conversations(tmp_path)
+    path = Path(files["path"])
+    turns: list[Any] = [{"from": "bot", "value": "x"}]
+    wrong = [7, {"image": "a.png"}, {"image": ["a.png", "b.png"], "conversations": turns}]
+    path.write_text(json.dumps([*wrong, {"image": "a.png", "conversations": turns}, *json.loads(path.read_text())]))
+    rows, _, _ = run_download(DownloadConfig(files=files, max_failed_fraction=1), tmp_path)
+    assert [row["status"] for row in rows[:4]] == ["no_caption"] * 4
+    for row, reason in zip(rows, ["no list", "no list", "not one path", "not from 'human'"], strict=False):
+        assert row["error"].startswith("the entry has") and reason in row["error"]
+    assert [row["caption"] for row in rows[4:]] == CAPTIONS
+
+
 def bad(kind: str, path: str, prepare: Callable[[Path], Any], message: str, **fields: str) -> Any:
     return pytest.param({"kind": kind, "path": path, **fields}, prepare, message, id=message[:40])
 
