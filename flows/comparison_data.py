@@ -148,7 +148,8 @@ class Comparison:
     @property
     def header(self) -> list[str]:
         """Headings of all tables."""
-        return ["tokenizer", *(column[2] for column in self.columns), f"over {BASELINE}", "published"]
+        first, *others = (column[2] for column in self.columns)
+        return ["tokenizer", first, f"over {BASELINE}", "published", *others]
 
     def tables(self) -> list[tuple[str, list[list[str]]]]:
         """Title and lines of each table: all kinds, then each ablation whose rows were all compared."""
@@ -161,11 +162,11 @@ class Comparison:
         return found
 
     def _line(self, kind: str, name: str, published: str) -> list[str]:
-        cells = [
+        first, *others = [
             spread([factor * value for value in self.values(kind, benchmark, metric)], form)
             for benchmark, metric, _, factor, form in self.columns
         ]
-        return [name, *cells, self._gap(kind), published]
+        return [name, first, self._gap(kind), published, *others]
 
     def _gap(self, kind: str) -> str:
         """Same-category points over the baseline, seed by seed."""
