@@ -165,6 +165,8 @@ def _explain(error: ValidationError, where: str) -> str:
         return f"{where}: unknown field {field!r}; {hint}"
     if first["type"] == "missing":
         return f"{where}: field {field!r} is missing; add it to the recipe"
+    if isinstance(first["input"], dict) and "error" in first.get("ctx", {}):  # of several fields, which it names itself
+        return f"{where}: section {field!r}: {first['ctx']['error']}"
     return f"{where}: field {field!r} has value {first['input']!r}: {first['msg'].lower()}"
 
 

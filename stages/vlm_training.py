@@ -120,7 +120,7 @@ class VlmTraining:
         self.vlm = vlm.to(self.device).train()
         start_equal(self.vlm)
         if config.recompute_activations:
-            self.vlm.llm.gradient_checkpointing_enable({"use_reentrant": False})
+            self.vlm.llm.activation_checkpointing_enable({"use_reentrant": False})
         self.optimiser = build_optimiser(vlm, config.optimiser)
         self.sampler = EpochSampler(len(rows), config.batch_size, seed)
 
