@@ -138,15 +138,16 @@ def average_gradients(module: nn.Module) -> None:
 
 
 def _buckets(parameters: Iterable[nn.Parameter]) -> list[list[nn.Parameter]]:
+    """Runs of parameters of one type on one device, each as large as a bucket may be; a larger one has its own."""
     buckets: list[list[nn.Parameter]] = []
-    room: dict[tuple[torch.dtype, torch.device], int] = {}
+    kind: tuple[torch.dtype, torch.device] | None = None
+    room = 0
     for parameter in parameters:
-        kind = (parameter.dtype, parameter.device)
-        if not buckets or room.get(kind, 0) < parameter.numel():
+        if (parameter.dtype, parameter.device) != kind or room < parameter.numel():
             buckets.append([])
-            room = {kind: _BUCKET_ELEMENTS}
+            kind, room = (parameter.dtype, parameter.device), _BUCKET_ELEMENTS
         buckets[-1].append(parameter)
-        room[kind] -= parameter.numel()
+        room -= parameter.numel()
     return buckets
 
 

@@ -65,12 +65,11 @@ class Conversations:
 
     def rows(self, columns: Sequence[str]) -> pa.Table:
         entries = self._entries(read_input(self._config.path, _WHAT, _EXPECTED))
-        problems = [_problem(entry) for entry in entries]
-        described = [{} if wrong else self._columns(entry) for entry, wrong in zip(entries, problems, strict=True)]
-        names = ["" if wrong else _image(entry) for entry, wrong in zip(entries, problems, strict=True)]
+        described = [{} if wrong else self._columns(entry) for entry, wrong in entries]
+        names = _names(entries)
         places = [
             no_place(NO_CAPTION, f"the entry {wrong.partition(':')[0]}") if wrong else place(name) if name else ""
-            for name, wrong in zip(names, problems, strict=True)
+            for name, (_, wrong) in zip(names, entries, strict=True)
         ]
         check_columns(self.what, columns, list(dict.fromkeys(name for row in described for name in row)))
         return pa.table(
@@ -83,10 +82,10 @@ class Conversations:
             yield position, found if isinstance(found, Failure) else self._images.read(found[0])
 
     def _names_in(self, data: bytes) -> list[str]:
-        return ["" if _problem(entry) else _image(entry) for entry in self._entries(data)]
+        return _names(self._entries(data))
 
-    def _entries(self, data: bytes) -> list[Any]:
-        """All of them, those too of which `_problem` says something, as long as there is one that is right."""
+    def _entries(self, data: bytes) -> list[tuple[Any, str]]:
+        """Each with what is wrong with it, '' where nothing is; raises ValueError where none is right."""
         try:
             if self._config.path.endswith((".jsonl", ".ndjson")):
                 entries = [entry for _, entry in json_lines(data)]
@@ -96,9 +95,10 @@ class Conversations:
             raise ValueError(f"{self.what} is not readable as JSON: {error}; give {_EXPECTED}") from error
         if not isinstance(entries, list):
             raise ValueError(f"{self.what} holds a {type(entries).__name__}, not a list; give {_EXPECTED}")
-        if entries and all(map(_problem, entries)):
-            raise ValueError(f"{self.what}: entry 0 {_problem(entries[0])}; give {_EXPECTED}, turns {{from, value}}")
-        return entries
+        problems = [_problem(entry) for entry in entries]
+        if problems and all(problems):
+            raise ValueError(f"{self.what}: entry 0 {problems[0]}; give {_EXPECTED}, turns {{from, value}}")
+        return list(zip(entries, problems, strict=True))
 
     def _columns(self, entry: dict[str, Any]) -> dict[str, Any]:
         turns = [
@@ -110,6 +110,11 @@ class Conversations:
         others = {name: value for name, value in entry.items() if name not in ("image", "conversations")}
         first = {QUESTION: question, ANSWER: answer, CONVERSATION: turns}
         return {self._caption_column: answer} | others | first
+
+
+def _names(entries: list[tuple[Any, str]]) -> list[str]:
+    """The path of each entry's image; '' where it has none, or something is wrong with it."""
+    return ["" if wrong else _image(entry) for entry, wrong in entries]
 
 
 def _image(entry: dict[str, Any]) -> str:
