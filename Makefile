@@ -16,7 +16,7 @@ help: ## list the targets
 
 setup: $(STAMP) ## make or update the environment in .venv
 
-$(STAMP): requirements.lock pyproject.toml infra/setup.sh
+$(STAMP): requirements.lock pyproject.toml infra/setup.sh infra/torchvision_ops.py
 	bash infra/setup.sh
 	@touch $@
 

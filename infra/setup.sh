@@ -100,6 +100,8 @@ main() {
   # The lock is complete, so nothing is resolved again; torch stays as it is.
   uv_install --no-deps -r requirements.lock
   uv_install --no-deps --no-build-isolation --editable .
+  say "torch, torchvision and transformers together"
+  .venv/bin/python -I infra/torchvision_ops.py
 }
 
 main "$@"
