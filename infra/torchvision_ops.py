@@ -1,8 +1,8 @@
 """Makes torchvision importable in an environment whose build of torch its compiled operators do not fit.
 
 The package index has only a CUDA build of torchvision. Beside a CPU build of torch its operators do not load, and
-`import torchvision` fails with "operator torchvision::nms does not exist"; with it fail timm, open_clip, lpips and, since
-it looks whether torchvision is there, every model class of transformers. None of them calls such an operator; torchvision
+`import torchvision` fails with "operator torchvision::nms does not exist". With it fail timm, open_clip, lpips and
+transformers, which imports torchvision where it is installed. None of them calls such an operator; torchvision
 only describes two of them when it is imported. So it is enough to declare those two.
 
 `python infra/torchvision_ops.py` finds out whether that is needed, and only then copies this file into the environment
