@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from models.ranks import sum_over_ranks
-from models.torchvision_compat import make_torchvision_importable
 
 
 class CodebookStatistics(NamedTuple):
@@ -44,25 +44,86 @@ def psnr(pixels: Tensor, references: Tensor) -> Tensor:
     return 10 * torch.log10(255.0**2 / error.clamp_min(1 / pixels[0].numel()))
 
 
-def ssim(pixels: Tensor, references: Tensor, *, data_range: float = 1.0) -> Tensor:
-    """Structural similarity of each image pair (Wang et al. 2004; Gaussian window of 11, sigma 1.5).
+class SsimRule(NamedTuple):
+    """One of the ways to compute SSIM that published numbers come from; each is a call of scikit-image's function.
+
+    Windows that reach over the border do not count, as in Wang et al. 2004 and in scikit-image, which leaves them out.
+    """
+
+    window: Literal["gaussian", "uniform"]
+    """`gaussian`: sigma 1.5, 11 pixels (Wang et al. 2004); `uniform`: all pixels of the window weigh the same."""
+    size: int
+    """Side of the window, pixels."""
+    data_range: float
+    """Of images in [0, 1]; it sets the two stabilising constants."""
+    sample_covariance: bool
+    """Variances with N - 1 in place of N."""
+
+    def line(self) -> list[float]:
+        """Weights of the window along one axis; they add up to 1."""
+        half = self.size // 2
+        raw = [1.0 if self.window == "uniform" else math.exp(-((at - half) ** 2) / 4.5) for at in range(self.size)]
+        return [weight / sum(raw) for weight in raw]
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What belongs beside the number."""
+        window = "11x11 Gaussian, sigma 1.5" if self.window == "gaussian" else f"{self.size}x{self.size} uniform"
+        return {
+            "window": window,
+            "border": f"left out: windows inside the image alone, {self.size // 2} pixels from its edge",
+            "data_range": self.data_range,
+            "covariance": "sample (N - 1)" if self.sample_covariance else "population (N)",
+            "channels": "mean over RGB",
+        }
+
+
+SSIM_WANG = SsimRule("gaussian", 11, 1.0, sample_covariance=False)
+"""Wang et al. 2004, and scikit-image with `gaussian_weights=True, sigma=1.5, use_sample_covariance=False`."""
+SSIM_LLAMAGEN = SsimRule("uniform", 7, 2.0, sample_covariance=True)
+"""What LlamaGen's and TokenFlow's scripts report: scikit-image's defaults, but with the range of [-1, 1] on images in
+[0, 1], which inflates the number."""
+
+
+def _windowed(values: Tensor, line: list[float]) -> Tensor:
+    """`[B, 3, H, W]` to means weighted by `line` along both axes, `[B, 3, H - len(line) + 1, W - len(line) + 1]`."""
+    for axis in (2, 3):
+        length = values.shape[axis] - len(line) + 1
+        total = line[0] * values.narrow(axis, 0, length)
+        for start, weight in enumerate(line[1:], 1):
+            total.add_(values.narrow(axis, start, length), alpha=weight)
+        values = total
+    return values
+
+
+def ssim(pixels: Tensor, references: Tensor, rule: SsimRule = SSIM_WANG) -> Tensor:
+    """Structural similarity of each image pair (Wang et al. 2004, equation 13), mean over windows and channels.
 
     Args:
         pixels: uint8 `[B, 3, H, W]`; scaled to [0, 1] here.
         references: uint8, same shape.
-        data_range: 1.0 is right for [0, 1]; LlamaGen and TokenFlow report with 2.0, which inflates the value.
+        rule: window, range and kind of variance.
 
     Returns:
-        `[B]` float32.
-    """
-    make_torchvision_importable()
-    from torchmetrics.functional.image import structural_similarity_index_measure
+        `[B]` float32, as scikit-image has it.
 
-    values = structural_similarity_index_measure(
-        pixels.float() / 255, references.float() / 255, data_range=data_range, reduction="none"
-    )
-    assert isinstance(values, Tensor), "one value an image with reduction='none'"
-    return values.flatten()
+    Raises:
+        ValueError: the images are smaller than the window.
+    """
+    if min(pixels.shape[-2:]) < rule.size:
+        height, width = pixels.shape[-2:]
+        raise ValueError(f"SSIM's window of {rule.size} pixels does not fit into images of {height} x {width} pixels")
+    # float64: a variance is the small difference of two means of squares
+    x, y = pixels.double() / 255, references.double() / 255
+    windowed = functools.partial(_windowed, line=rule.line())
+    mean_x, mean_y = windowed(x), windowed(y)
+    unbiased = rule.size**2 / (rule.size**2 - 1) if rule.sample_covariance else 1.0
+    var_x = unbiased * (windowed(x * x) - mean_x.square())
+    var_y = unbiased * (windowed(y * y) - mean_y.square())
+    covariance = unbiased * (windowed(x * y) - mean_x * mean_y)
+    c1, c2 = (0.01 * rule.data_range) ** 2, (0.03 * rule.data_range) ** 2
+    similar = (2 * mean_x * mean_y + c1) * (2 * covariance + c2)
+    return (similar / ((mean_x.square() + mean_y.square() + c1) * (var_x + var_y + c2))).mean((1, 2, 3)).float()
 
 
 def codebook_statistics(codes: Tensor, codebook_size: int) -> CodebookStatistics:

@@ -11,7 +11,7 @@ from pydantic import PositiveInt
 
 from models.config import Config
 from models.frechet import frechet_distance
-from models.metrics import book_statistics
+from models.metrics import SSIM_LLAMAGEN, SSIM_WANG, book_statistics
 from models.sampling import SamplingConfig
 from models.zero_shot import Templates
 from stages import external_codes
@@ -165,8 +165,8 @@ def _reconstruction_rows(common: dict[str, Any], table: pa.Table) -> list[dict[s
     found = []
     notes: dict[str, dict[str, Any]] = {
         "psnr": {"rule": "mean of per-image dB"},
-        "ssim": {"data_range": 1.0},
-        "ssim_range2": {"data_range": 2.0, "rule": "LlamaGen's and TokenFlow's range on [0, 1] images; inflated"},
+        "ssim": SSIM_WANG.settings,
+        "ssim_llamagen": SSIM_LLAMAGEN.settings | {"rule": "LlamaGen's and TokenFlow's; their range inflates it"},
         "lpips": {"library": "lpips", "network": "VGG16, v0.1", "input": "[-1, 1]"},
         "perceptual": {"rule": "distance of backbone features; a stand-in for LPIPS that does not compare with it"},
         "semantic_cosine": {"rule": "decoded from codes against the teacher's features"},
@@ -289,7 +289,7 @@ STAGE = Stage(
     config_class=EvaluateConfig,
     inputs=("download", "prepare_teacher", "train_tokenizer", "tokenize", "sft"),
     run=run,
-    version=4,  # bits an image
+    version=5,  # SSIM as scikit-image has it, and LlamaGen's own
     external_inputs=_external_inputs,
 )
 

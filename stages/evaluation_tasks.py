@@ -21,7 +21,7 @@ from models.backbone_teacher import BackboneTeacher
 from models.decoding import draw_codes
 from models.image_tokenizer import ImageTokenizer
 from models.losses import BackbonePerceptualDistance
-from models.metrics import psnr, ssim
+from models.metrics import SSIM_LLAMAGEN, psnr, ssim
 from models.sampling import SamplingConfig
 from models.teachers import Teacher
 from models.transforms import TransformConfig, normalise, to_pil, to_pixels
@@ -234,7 +234,7 @@ class EvaluationWorker:
             measured: dict[str, Tensor | None] = {
                 "psnr": psnr(drawn, pixels),
                 "ssim": ssim(drawn, pixels),
-                "ssim_range2": ssim(drawn, pixels, data_range=2.0),
+                "ssim_llamagen": ssim(drawn, pixels, SSIM_LLAMAGEN),
                 "semantic_cosine": cosines,
             }
             if self.perceptual is not None:

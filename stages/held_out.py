@@ -13,7 +13,7 @@ from torch import Tensor
 
 from models.frechet import frechet_distance
 from models.image_tokenizer import ImageTokenizer, semantic_cosine
-from models.metrics import book_statistics, psnr, ssim
+from models.metrics import SSIM_WANG, book_statistics, psnr, ssim
 from models.ranks import gather_objects, num_ranks, rank
 from models.transforms import normalise, to_pixels
 from stages.image_data import ImageSource
@@ -58,7 +58,7 @@ class HeldOut:
                 for name, value in batch.items():
                     parts.setdefault(name, []).append(value)
         found = {name: torch.cat(values) for name, values in parts.items()}
-        settings: dict[str, Any] = {"split": self.split, "num_images": len(self.source)}
+        settings: dict[str, Any] = {"split": self.split, "num_images": len(self.source), "ssim": SSIM_WANG.settings}
         metrics: dict[str, float] = {name: float(found[name].mean()) for name in _MEANS if name in found}
         for name, use in book_statistics(found["codes"], tokenizer.book_names, tokenizer.codebook_sizes).items():
             metrics[f"codebook_usage{name}"], metrics[f"codebook_perplexity{name}"] = use

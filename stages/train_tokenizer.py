@@ -387,7 +387,7 @@ STAGE = Stage(
     config_class=TrainTokenizerConfig,
     inputs=("download", "prepare_teacher"),
     run=run,
-    version=3,  # averages hold gradient codebooks; contrastive logits are float32
+    version=4,  # SSIM as scikit-image has it
     external_inputs=_external_inputs,
 )
 

@@ -4,7 +4,16 @@ import numpy as np
 import pytest
 import torch
 
-from models.metrics import codebook_statistics, mean_interval, psnr, ssim, wilson_interval
+from models.metrics import (
+    SSIM_LLAMAGEN,
+    SSIM_WANG,
+    SsimRule,
+    codebook_statistics,
+    mean_interval,
+    psnr,
+    ssim,
+    wilson_interval,
+)
 
 
 def pictures(seed: int, batch: int = 3) -> torch.Tensor:
@@ -31,40 +40,83 @@ def test_psnr_of_the_largest_error_is_zero() -> None:
     assert psnr(black, black + 255).tolist() == [0.0]
 
 
-def slow_ssim(a: np.ndarray, b: np.ndarray, data_range: float) -> float:
-    """Wang et al. 2004, equation 13, averaged over all positions of one channel; borders are reflected."""
-    a, b = (np.pad(image, 5, mode="reflect") for image in (a, b))
-    axis = np.arange(11) - 5
-    line = np.exp(-(axis**2) / (2 * 1.5**2))
+def striped_pictures(side: int) -> list[torch.Tensor]:
+    """Two uint8 `[1, 3, side, side]` images that any program can make again."""
+    rows, columns = np.mgrid[0:side, 0:side]
+    first = [rows * 7 + columns * 3, rows * rows + 5 * columns, columns * 11]
+    second = [
+        rows * 7 + columns * 3 + 9 * (rows % 5),
+        rows * rows + 5 * columns + columns % 7 * 6,
+        columns * 11 + rows,
+    ]
+    return [torch.from_numpy((np.stack(image) % 256).astype(np.uint8))[None] for image in (first, second)]
+
+
+# skimage.metrics.structural_similarity 0.26.0 on the images / 255 with channel_axis=-1 and
+# Wang: data_range=1, gaussian_weights=True, sigma=1.5, use_sample_covariance=False;
+# LlamaGen (tokenizer_image/reconstruction_vq_ddp.py): data_range=2
+@pytest.mark.parametrize(
+    ("side", "rule", "value"),
+    [
+        (24, SSIM_WANG, 0.7590521055332843),
+        (64, SSIM_WANG, 0.5486620808617736),
+        (24, SSIM_LLAMAGEN, 0.7938266979129877),
+        (64, SSIM_LLAMAGEN, 0.615585867668885),
+    ],
+)
+def test_ssim_is_scikit_images(side: int, rule: SsimRule, value: float) -> None:
+    a, b = striped_pictures(side)
+    assert float(ssim(a, b, rule)) == pytest.approx(value, abs=1e-6)
+
+
+def slow_ssim(a: np.ndarray, b: np.ndarray, rule: SsimRule) -> float:
+    """Wang et al. 2004, equation 13, averaged over the windows that lie inside one channel."""
+    axis = np.arange(rule.size) - rule.size // 2
+    line = np.exp(-(axis**2) / (2 * 1.5**2)) if rule.window == "gaussian" else np.ones(rule.size)
     window = np.outer(line, line) / line.sum() ** 2
-    c1, c2 = (0.01 * data_range) ** 2, (0.03 * data_range) ** 2
+    unbiased = rule.size**2 / (rule.size**2 - 1) if rule.sample_covariance else 1
+    c1, c2 = (0.01 * rule.data_range) ** 2, (0.03 * rule.data_range) ** 2
     values = []
-    for row in range(a.shape[0] - 10):
-        for column in range(a.shape[1] - 10):
-            x, y = a[row : row + 11, column : column + 11], b[row : row + 11, column : column + 11]
+    for row in range(a.shape[0] - rule.size + 1):
+        for column in range(a.shape[1] - rule.size + 1):
+            here = np.s_[row : row + rule.size, column : column + rule.size]
+            x, y = a[here], b[here]
             mx, my = (window * x).sum(), (window * y).sum()
-            vx, vy = (window * x * x).sum() - mx**2, (window * y * y).sum() - my**2
-            vxy = (window * x * y).sum() - mx * my
+            vx, vy = (window * (x - mx) ** 2).sum() * unbiased, (window * (y - my) ** 2).sum() * unbiased
+            vxy = (window * (x - mx) * (y - my)).sum() * unbiased
             values.append((2 * mx * my + c1) * (2 * vxy + c2) / ((mx**2 + my**2 + c1) * (vx + vy + c2)))
     return float(np.mean(values))
 
 
-@pytest.mark.parametrize("data_range", [1.0, 2.0])
-def test_ssim_equals_a_slow_one(data_range: float) -> None:
+@pytest.mark.parametrize("rule", [SSIM_WANG, SSIM_LLAMAGEN])
+def test_ssim_equals_a_slow_one(rule: SsimRule) -> None:
     a = pictures(0, 2)
     b = ((a.float() + 2 * pictures(1, 2).float()) / 3).to(torch.uint8)
-    measured = ssim(a, b, data_range=data_range)
+    measured = ssim(a, b, rule)
     assert measured.shape == (2,)
     for index in range(2):
         channels = zip(a[index].numpy() / 255, b[index].numpy() / 255, strict=True)
-        expected = np.mean([slow_ssim(x, y, data_range) for x, y in channels])
-        assert float(measured[index]) == pytest.approx(expected, abs=1e-4)
+        expected = np.mean([slow_ssim(x, y, rule) for x, y in channels])
+        assert float(measured[index]) == pytest.approx(expected, abs=1e-6)
+
+
+def test_ssim_says_window_border_and_range() -> None:
+    assert SSIM_WANG.settings["window"] == "11x11 Gaussian, sigma 1.5"
+    assert SSIM_LLAMAGEN.settings["window"] == "7x7 uniform"
+    for rule, margin, data_range in ((SSIM_WANG, 5, 1.0), (SSIM_LLAMAGEN, 3, 2.0)):
+        assert f"{margin} pixels from its edge" in rule.settings["border"]
+        assert rule.settings["data_range"] == data_range
 
 
 def test_ssim_with_range_two_is_inflated() -> None:
     a, b = pictures(0), pictures(1)
-    assert bool((ssim(a, b, data_range=2.0) > ssim(a, b)).all())
+    assert bool((ssim(a, b, SSIM_LLAMAGEN) > ssim(a, b, SSIM_LLAMAGEN._replace(data_range=1.0))).all())
     torch.testing.assert_close(ssim(a, a), torch.ones(3))
+
+
+def test_images_below_the_window_have_no_ssim() -> None:
+    with pytest.raises(ValueError, match=r"window of 11 pixels does not fit into images of 8 x 24 pixels"):
+        ssim(pictures(0)[:, :, :8], pictures(1)[:, :, :8])
 
 
 def test_uniform_codes_use_the_whole_codebook() -> None:

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pytest
 import torch
 
-from stages.evaluate import EvaluateConfig, _generation_rows, _understanding_rows
+from stages.evaluate import EvaluateConfig, _generation_rows, _reconstruction_rows, _understanding_rows
 from stages.evaluation_tasks import RANDOM, SAME_CATEGORY, EvaluationWorker, TaskFactory
 from stages.vlm_training import CodedRows
 from tests.tiny import TinyRun
@@ -35,6 +35,15 @@ def test_several_drawings_of_a_prompt_are_one_sample() -> None:
     assert own["value"] == pytest.approx((1 + 0.5 + 0 + 0) / 4)
     assert (own["num_samples"], ceiling["num_samples"], ceiling["value"]) == (4, 4, 0.75)
     assert own["settings"]["interval"] == "over prompts" and own["settings"]["images_per_prompt"] == 2
+
+
+def test_both_ssim_rows_name_window_border_and_range() -> None:
+    table = pa.table({"ssim": [0.5, 0.7], "ssim_llamagen": [0.8, 0.9]})
+    common = {"model": "sde", "benchmark": "reconstruction", "split": "test", "settings": {"format": "PNG"}}
+    own, llamagen = (row["settings"] for row in _reconstruction_rows(common, table))
+    assert (own["window"], own["data_range"]) == ("11x11 Gaussian, sigma 1.5", 1.0)
+    assert (llamagen["window"], llamagen["data_range"]) == ("7x7 uniform", 2.0)
+    assert "5 pixels from its edge" in own["border"] and "3 pixels from its edge" in llamagen["border"]
 
 
 def _worker(run: TinyRun, **changes: Any) -> EvaluationWorker:

@@ -181,9 +181,11 @@ def test_measured_rows_carry_what_is_needed_to_compare(tiny_run: TinyRun) -> Non
     table = read_table(tiny_run.store.fetch(tiny_run.results["evaluate"].manifest.file("metrics.parquet")))
     validate_metrics(table)
     rows = {(row["model"], row["metric"]): row for row in table.to_pylist()}
-    assert {"psnr", "ssim", "ssim_range2", "codebook_usage", "accuracy_same_category", "recognition"} <= {
+    assert {"psnr", "ssim", "ssim_llamagen", "codebook_usage", "accuracy_same_category", "recognition"} <= {
         metric for _, metric in rows
     }
+    ssim = json.loads(rows["sde", "ssim"]["settings"])
+    assert (ssim["window"], ssim["data_range"]) == ("11x11 Gaussian, sigma 1.5", 1.0)
     drawing = json.loads(rows["sde", "recognition"]["settings"])
     assert drawing["guidance_convention"] == "u + s(c - u)"
     assert drawing["sampling"]["guidance"] == 2.0
