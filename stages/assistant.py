@@ -9,10 +9,10 @@ from models.decoding import answer_tokens, draw_codes
 from models.image_tokenizer import ImageTokenizer
 from models.sampling import SamplingConfig
 from models.transforms import normalise, shape_image, to_pil, to_pixels, to_tensor
+from stages.devices import autocast, resolve_device, with_precision
 from stages.execution import require_artifact
 from stages.loading import load_tokenizer
 from stages.recipe import Recipe
-from stages.training import autocast, resolve_device
 from stages.vlm_training import load_vlm
 from storage.store import Store
 
@@ -28,7 +28,8 @@ class Assistant:
             MissingInput: the recipe has not been run on this store.
         """
         sft = require_artifact("sft", recipe, store, needed_by="ask and generate")
-        self.config = recipe.evaluate
+        made_by = {"train_tokenizer": store.load(sft.metadata["tokenizer"])}
+        self.config = with_precision(recipe.evaluate, made_by)
         self.device = resolve_device(self.config.device)
         self.vlm, self.builder = load_vlm(store, sft)
         self.vlm.to(self.device)

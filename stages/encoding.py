@@ -19,9 +19,10 @@ from torch import Tensor
 from models.image_tokenizer import ImageTokenizer
 from models.transforms import ViewsConfig, normalise, random_view
 from stages.caption_match import CaptionMatch
+from stages.devices import autocast
 from stages.image_data import ORIGINAL
 from stages.loading import load_teacher, load_tokenizer
-from stages.training import autocast, mix_seed
+from stages.training import mix_seed
 from storage.store import Store
 
 Pixels = npt.NDArray[np.uint8]

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import torch
 from pydantic import PositiveInt
 
-from models.config import Config
 from models.frechet import frechet_distance
 from models.metrics import SSIM_LLAMAGEN, SSIM_WANG, book_statistics
 from models.sampling import SamplingConfig
 from models.zero_shot import Templates
 from stages import external_codes
+from stages.devices import PrecisionConfig, resolve_device
 from stages.evaluation_results import (
     DRAWN_FEATURES,
     FILES,
@@ -39,7 +39,7 @@ from storage.digests import canonical_json
 from storage.tables import metrics_table, write_table
 
 
-class EvaluateConfig(Config):
+class EvaluateConfig(PrecisionConfig):
     """What is asked, drawn and measured. The scoring rule is fixed: highest mean log-likelihood a token."""
 
     max_rows: int | None = None
@@ -73,8 +73,6 @@ class EvaluateConfig(Config):
     sentences of CLIP's ImageNet evaluation."""
     rows_per_shard: PositiveInt = 48
     """Held-out rows measured, and lost by a crash, together."""
-    precision: Literal["bf16", "fp32"] = "bf16"
-    """Autocast type."""
     num_workers: RuntimeInt = 1
     """Workers at a time."""
     gpus_per_worker: RuntimeFloat = 0.0
@@ -83,6 +81,9 @@ class EvaluateConfig(Config):
     """CPU threads of each worker; part of the identity of the result as in training."""
     device: RuntimeStr = "auto"
     """`auto` (a GPU if there is one), `cpu`, `cuda`."""
+
+    def computes_on(self) -> str:
+        return "cuda" if self.gpus_per_worker else resolve_device(self.device).type
 
 
 def run(context: StageContext[EvaluateConfig]) -> Outcome:

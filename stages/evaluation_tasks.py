@@ -27,12 +27,13 @@ from models.teachers import Teacher
 from models.transforms import TransformConfig, normalise, to_pil, to_pixels
 from models.vlm import UnifiedVlm, mean_log_likelihood
 from models.zero_shot import Templates
+from stages.devices import autocast, resolve_device
 from stages.evaluation_results import DRAWN_FEATURES, ORIGINAL_FEATURES, RANK, TEACHER_RANK, store_rows
 from stages.image_data import ImageSource, fill
 from stages.loading import load_teacher, load_tokenizer
 from stages.measuring import FeatureSpace, Perceptual, ZeroShot, feature_space, lpips_distance, perceptual_of
 from stages.sequences import SequenceBuilder
-from stages.training import autocast, mix_seed, resolve_device
+from stages.training import mix_seed
 from stages.vlm_training import CodedRows, load_rows, load_vlm
 from storage.manifest import Manifest
 from storage.store import Store

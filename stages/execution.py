@@ -11,6 +11,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from infra.executors import Executor
+from stages.devices import acceptable_precisions, warn_of_emulation
 from stages.recipe import STAGES, Recipe
 from stages.stage import Stage, StageContext, normalised_config
 from stages.training import thread_count
@@ -62,13 +63,15 @@ def run_stage(name: str, recipe: Recipe, store: Store, executor: Executor, *, ru
     stage = _stage(name)
     available = find_artifacts(recipe, store, list(stage.inputs))
     inputs = {feeder: _required(feeder, available, recipe, store, needed_by=name) for feeder in stage.inputs}
-    config = recipe.section(stage)
-    key = stage.action_key(config, recipe.seed, {feeder: manifest.digest for feeder, manifest in inputs.items()})
-    found = store.lookup(key)
+    wanted = _wanted(stage, recipe, inputs)
+    found = _look_up(wanted, store)
     if found is not None:
-        result = StageResult(name, key, found, True, time.monotonic() - started)
+        key, manifest = found
+        result = StageResult(name, key, manifest, True, time.monotonic() - started)
     else:
+        key, config = next(iter(wanted.items()))
         logger.info("stage %s: making %s", name, key[:12])
+        warn_of_emulation(config, stage.section)
         with store.attempt_dir() as scratch:
             context: StageContext[Any] = StageContext(config, recipe.seed, inputs, store, key, executor, scratch)
             with thread_count(config):
@@ -123,13 +126,25 @@ def find_artifacts(recipe: Recipe, store: Store, names: list[str] | None = None)
     def resolve(name: str) -> Manifest | None:
         if name not in found:
             stage = _stage(name)
-            digests = {feeder: artifact.digest for feeder in stage.inputs if (artifact := resolve(feeder)) is not None}
-            complete = len(digests) == len(stage.inputs)
-            key = stage.action_key(recipe.section(stage), recipe.seed, digests) if complete else None
-            found[name] = store.lookup(key) if key is not None else None
+            inputs = {feeder: artifact for feeder in stage.inputs if (artifact := resolve(feeder)) is not None}
+            complete = len(inputs) == len(stage.inputs)
+            hit = _look_up(_wanted(stage, recipe, inputs), store) if complete else None
+            found[name] = hit[1] if hit is not None else None
         return found[name]
 
     return {name: resolve(name) for name in names or list(STAGES)}
+
+
+def _wanted(stage: Stage[Any], recipe: Recipe, inputs: dict[str, Manifest]) -> dict[str, Any]:
+    """The configs whose results satisfy the recipe's by their action keys, that of this machine first."""
+    digests = {feeder: manifest.digest for feeder, manifest in inputs.items()}
+    configs = acceptable_precisions(recipe.section(stage), inputs)
+    return {stage.action_key(config, recipe.seed, digests): config for config in configs}
+
+
+def _look_up(wanted: dict[str, Any], store: Store) -> tuple[str, Manifest] | None:
+    """The first of some action keys that has an artifact, and that."""
+    return next(((key, manifest) for key in wanted if (manifest := store.lookup(key)) is not None), None)
 
 
 def _stage(name: str) -> Stage[Any]:

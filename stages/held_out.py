@@ -16,9 +16,9 @@ from models.image_tokenizer import ImageTokenizer, semantic_cosine
 from models.metrics import SSIM_WANG, book_statistics, psnr, ssim
 from models.ranks import gather_objects, num_ranks, rank
 from models.transforms import normalise, to_pixels
+from stages.devices import autocast
 from stages.image_data import ImageSource
 from stages.measuring import FeatureSpace, Perceptual, ZeroShot
-from stages.training import autocast
 
 _BATCH = 32
 _MEANS = ("psnr", "ssim", "lpips", "perceptual", "semantic_cosine")

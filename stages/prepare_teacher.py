@@ -8,9 +8,8 @@ training split by SigLIP's pairwise sigmoid loss (arXiv 2303.15343, section 3.2)
 from __future__ import annotations
 
 from collections import Counter
-from contextlib import nullcontext
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
@@ -34,6 +33,7 @@ from models.teachers import (
     TransformersTeacherConfig,
 )
 from models.transforms import TransformConfig, normalise
+from stages.devices import Precision, autocast, resolve_device
 from stages.image_data import ImageSource
 from stages.loading import put_json, put_weights, read_state
 from stages.stage import Outcome, RuntimeStr, Stage, StageContext
@@ -42,11 +42,9 @@ from stages.training import (
     EpochSampler,
     LoopConfig,
     OptimiserConfig,
-    autocast,
     build_optimiser,
     mix_seed,
     optimise,
-    resolve_device,
     train,
 )
 from storage.digests import sha256_file
@@ -75,11 +73,15 @@ class PrepareTeacherConfig(LoopConfig):
     """Image-caption pairs a step."""
     optimiser: OptimiserConfig = OptimiserConfig(learning_rate=2e-3, weight_decay=1e-2, warmup_steps=20)
     """Optimiser of the head."""
-    precision: Literal["bf16", "fp32"] = "bf16"
-    """Autocast type of the backbone on a GPU. On a CPU it computes in float32, as the head trains in everywhere."""
+    precision: Precision = "auto"
+    """Autocast type of the backbone; the head trains in float32. `auto` is `bf16` on a GPU and `fp32` on a CPU."""
     device: RuntimeStr = "auto"
     """Where the backbone computes: `auto` (a GPU if there is one), `cpu`, `cuda`. The head is small and trains on the
     CPU."""
+
+    def native_precision(self) -> Precision:
+        """On a CPU fp32 even where it has bf16: the features of small data cost little; all else rests on them."""
+        return "fp32" if self.computes_on() == "cpu" else super().native_precision()
 
 
 def run(context: StageContext[PrepareTeacherConfig]) -> Outcome:
@@ -158,14 +160,12 @@ def _features(
     teacher: BackboneTeacher, source: ImageSource, count: int, device: torch.device, precision: str
 ) -> Tensor:
     """Backbone features of the images and of their mirror images, `[2, N, h, w, C]` bf16 on the CPU."""
-    # bf16 on a CPU would give other features than those that teachers were prepared with so far
-    on_gpu = device.type != "cpu"
     teacher.backbone.to(device)
     views: list[list[Tensor]] = [[], []]
     for start in range(0, count, 16):
         images = normalise(source.pixels(list(range(start, min(start + 16, count))))).to(device)
         for view, shown in zip(views, (images, images.flip(3)), strict=True):
-            with autocast(device, precision) if on_gpu else nullcontext():
+            with autocast(device, precision):
                 found = teacher.raw_features(shown, teacher.native_grid)
             view.append(found.bfloat16().cpu())
     teacher.backbone.cpu()

@@ -49,6 +49,9 @@ class SharedLoopConfig(LoopConfig):
             )
         return self
 
+    def computes_on(self) -> str:
+        return super().computes_on() if self.num_workers == 1 else self.shared_device
+
     @property
     def shared_device(self) -> str:
         """Where each of several workers trains: on the GPU that it holds, else on the CPU."""

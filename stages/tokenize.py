@@ -23,10 +23,10 @@ import numpy.typing as npt
 import pyarrow as pa
 from pydantic import Field, PositiveInt
 
-from models.config import Config
 from models.transforms import TransformConfig, ViewsConfig, load_image
 from stages import external_codes
 from stages.child_process import DEATHS_BEFORE_ISOLATION
+from stages.devices import Precision, PrecisionConfig
 from stages.encoding import Batch, Codes, Encoder, EncoderFactory
 from stages.image_data import ORIGINAL, table_columns
 from stages.isolation import Sandbox, isolate, loses_device
@@ -51,14 +51,15 @@ _SPOT_CHECKS = 2
 _T = TypeVar("_T")
 
 
-class TokenizeConfig(Config):
+class TokenizeConfig(PrecisionConfig):
     """How images become rows of codes."""
 
     views: ViewsConfig = ViewsConfig()
     """Random views of each training image that are tokenized beside it, as rows of their own (column `view`): the
     augmentation of a language model that reads codes, as LlamaGen tokenizes ten crops of each image."""
-    precision: str = "bf16"
-    """Autocast type of the encoder, `bf16` or `fp32`; distances to the codebook are float32 in both."""
+    precision: Precision = "auto"
+    """Autocast type of the encoder; distances to the codebook are float32 in any. `auto` is `bf16` on a GPU and on a
+    CPU that computes in it, else `fp32`, and `fp32` for imported weights that were not trained further."""
     batch_size: PositiveInt = 32
     """Images encoded at a time on a GPU. Part of the identity of the result: there the last bits of a convolution, and
     so now and then a code, depend on the batch. A CPU takes eight at a time whatever is said here, so that the same
@@ -78,6 +79,9 @@ class TokenizeConfig(Config):
     """Share of a GPU that each encoder holds; 0 encodes on the CPU."""
     threads_per_worker: RuntimeInt = 2
     """CPU threads of each encoder, each with images of its own."""
+
+    def computes_on(self) -> str:
+        return "cuda" if self.gpus_per_worker else "cpu"
 
 
 def run(context: StageContext[TokenizeConfig]) -> Outcome:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from models.tokenizers import build_tokenizer
 from models.transforms import normalise, to_pixels
 from models.zero_shot import Templates
 from stages import external_codes
+from stages.devices import autocast, resolve_device
 from stages.held_out import HeldOut
 from stages.image_data import BatchReader, ImageSource, fill
 from stages.loading import load_teacher, put_json, put_weights, read_state, subset
@@ -41,14 +43,13 @@ from stages.standalone import run_standalone
 from stages.training import (
     EpochSampler,
     OptimiserConfig,
-    autocast,
     build_optimiser,
     mix_seed,
     optimise,
-    resolve_device,
     train,
 )
 from storage.digests import sha256_file
+from storage.manifest import Manifest
 
 logger = logging.getLogger(__name__)
 
@@ -91,6 +92,10 @@ class TrainTokenizerConfig(SharedLoopConfig, TokenizerConfig):
     """Optimiser steps."""
     ema_decay: Fraction = 0.0
     """Decay of the averaged weights that the artifact holds in place of the last ones; 0 keeps the last ones."""
+
+    def needs_fp32(self, inputs: Mapping[str, Manifest]) -> bool:
+        """Weights that are taken as they are (`steps: 0`) are measured in the fp32 that they are encoded in."""
+        return not self.steps or super().needs_fp32(inputs)
 
 
 def run(context: StageContext[TrainTokenizerConfig]) -> Outcome:

@@ -11,10 +11,10 @@ import logging
 import math
 import sys
 from collections.abc import Generator, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import pyarrow as pa
 import torch
@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from models.config import Config, Fraction
 from models.ranks import average_gradients, gather_objects, is_first_rank
+from stages.devices import PrecisionConfig, resolve_device
 from stages.stage import RuntimeInt, RuntimeStr, StageContext
 from storage.manifest import FileEntry
 from storage.tables import write_table
@@ -53,7 +54,7 @@ class OptimiserConfig(Config):
     """Largest gradient norm."""
 
 
-class LoopConfig(Config):
+class LoopConfig(PrecisionConfig):
     """Length of a training stage and what it records."""
 
     steps: PositiveInt = 1000
@@ -62,8 +63,6 @@ class LoopConfig(Config):
     """Samples a step."""
     optimiser: OptimiserConfig = OptimiserConfig()
     """Optimiser and schedule."""
-    precision: Literal["bf16", "fp32"] = "bf16"
-    """Autocast type of the forward pass; weights stay float32."""
     cpu_threads: PositiveInt = 2
     """Threads of the CPU's kernels. Sums are split over them, so the last bits of the result depend on their number: it
     is a setting, not the number of cores, and the same recipe gives the same result on a larger machine."""
@@ -77,6 +76,9 @@ class LoopConfig(Config):
     """Folder for TensorBoard events of this stage, loss curves and pictures; empty writes none."""
     pictures_every: RuntimeInt = 500
     """Steps between pictures in TensorBoard; only a tokenizer has any."""
+
+    def computes_on(self) -> str:
+        return resolve_device(self.device).type
 
 
 class Trainable(Protocol):
@@ -270,16 +272,6 @@ def thread_count(config: Config) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def resolve_device(name: str) -> torch.device:
-    """`auto` is the GPU of this process (the first, unless it was given another) if there is one, else the CPU."""
-    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
-
-
-def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any]:
-    """bf16 autocast on `device`, or nothing for fp32."""
-    return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
 
 
 def mix_seed(*parts: object) -> int:

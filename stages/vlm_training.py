@@ -16,12 +16,13 @@ from models.torchvision_compat import make_torchvision_importable
 from models.visual_codes import VisualCodes, VisualCodesConfig
 from models.vlm import IGNORED, LossAverage, UnifiedVlm, next_token_loss
 from models.vocabulary import Vocabulary
+from stages.devices import autocast, resolve_device
 from stages.image_data import ORIGINAL
 from stages.loading import put_json, put_weights, read_json, read_weights
 from stages.sequences import Batch, Sequence, SequenceBuilder
 from stages.shared_training import SharedLoopConfig
 from stages.stage import RuntimeBool, StageContext
-from stages.training import EpochSampler, autocast, build_optimiser, mix_seed, optimise, resolve_device
+from stages.training import EpochSampler, build_optimiser, mix_seed, optimise
 from storage.code_table import CodeTableInfo, read_code_table
 from storage.manifest import FileEntry, Manifest
 from storage.store import Store

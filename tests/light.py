@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 
 from models.image_tokenizer import TokenizerConfig
 from models.tokenizers import build_tokenizer
+from stages.devices import with_precision
 from stages.loading import WEIGHTS, put_json, subset
 from stages.recipe import STAGES, Recipe, load_recipe
 from stages.stage import normalised_config
@@ -89,7 +90,9 @@ def light_run(
     run = LightRun(recipe, path, "", keys)
     with tempfile.TemporaryDirectory() as scratch:
         inputs = _fill(Store(scratch), recipe, run._images())
-    return replace(run, action_key=STAGES["tokenize"].action_key(recipe.tokenize, recipe.seed, inputs))
+    return replace(
+        run, action_key=STAGES["tokenize"].action_key(with_precision(recipe.tokenize, {}), recipe.seed, inputs)
+    )
 
 
 def _fill(store: Store, recipe: Recipe, shards: list[list[ImageSample]]) -> dict[str, str]:
@@ -126,6 +129,6 @@ def _commit(
 ) -> None:
     stage = STAGES[name]
     inputs = {feeder: digests[feeder] for feeder in stage.inputs}
-    config = recipe.section(stage)
+    config = with_precision(recipe.section(stage), {})
     manifest = Manifest(kind, 1, name, normalised_config(config), inputs, tuple(files), metrics or {}, metadata)
     digests[name] = store.commit(stage.action_key(config, recipe.seed, inputs), manifest).digest

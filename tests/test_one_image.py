@@ -15,6 +15,7 @@ from PIL import Image
 
 from models.transforms import normalise, to_pixels
 from stages.assistant import Assistant
+from stages.devices import autocast
 from stages.image_data import ImageSource
 from stages.loading import load_tokenizer
 from stages.vlm_training import load_rows, load_vlm
@@ -41,7 +42,7 @@ def test_one_image_from_url_to_drawing(tiny_run: TinyRun) -> None:
     pixels = source.pixels([position])  # [1, 3, H, W] uint8
     size = recipe.tokenizer.transform.image_size
     assert pixels.shape == (1, 3, size, size)
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+    with torch.no_grad(), autocast(torch.device("cpu"), artifacts["tokenize"].config["precision"]):
         codes = tokenizer.encode(normalise(pixels))  # [1, N, D, h, w]
     assert codes.shape == (1, *tokenizer.code_shape)
 

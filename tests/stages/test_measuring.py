@@ -13,6 +13,7 @@ import torch
 from infra.executors import LocalExecutor
 from models.frechet import InceptionFeatures, frechet_distance
 from stages import train_tokenizer
+from stages.devices import autocast
 from stages.execution import StageResult, run_stage
 from stages.image_data import ImageSource
 from stages.loading import load_tokenizer
@@ -101,7 +102,7 @@ def test_rfid_takes_the_other_distances_place_and_says_how(dualtoken: tuple[Stor
     network = InceptionFeatures(torch.load(weights, weights_only=True))
     source = held_out(store, result)
     originals = source.pixels(list(range(NUM_HELD_OUT)))
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+    with torch.no_grad(), autocast(torch.device("cpu"), result.manifest.config["precision"]):
         drawn = tokenizer(originals.float() / 127.5 - 1).reconstruction
     pixels = ((drawn.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
     assert metrics["rfid"] == pytest.approx(frechet_distance(network(pixels), network(originals)), rel=0.05)

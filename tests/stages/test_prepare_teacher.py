@@ -17,7 +17,8 @@ from infra.executors import LocalExecutor
 from models.backbone_teacher import BackboneTeacher, BackboneTeacherConfig
 from models.teachers import OpenClipTeacher, OpenClipTeacherConfig, Teacher, TransformersTeacher
 from models.torchvision_compat import make_torchvision_importable
-from stages import prepare_teacher
+from stages import devices, prepare_teacher
+from stages.devices import with_precision
 from stages.execution import StageResult, run_stage
 from stages.loading import load_teacher, read_json
 from stages.prepare_teacher import STAGE, PrepareTeacherConfig
@@ -198,10 +199,12 @@ def features(device: str, precision: str) -> Tensor:
     return prepare_teacher._features(teacher, source, 20, torch.device(device), precision)
 
 
-def test_on_a_cpu_the_backbone_computes_in_float32() -> None:
-    found = features("cpu", "bf16")
-    assert torch.equal(found, features("cpu", "fp32"))
+def test_on_a_cpu_the_backbone_computes_in_float32_unless_bf16_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(devices, "native_precision", lambda device: "bf16")
+    assert with_precision(load_recipe("tiny").teacher, {}).precision == "fp32"
+    found = features("cpu", "fp32")
     assert found.dtype == torch.bfloat16 and found.shape[:2] == (2, 20)
+    assert not torch.equal(found, features("cpu", "bf16"))
 
 
 def test_on_a_gpu_the_backbone_computes_there_in_the_precision_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
