@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from infra.executors import LocalExecutor
-from stages import devices
+from stages import devices, prepare_teacher
 from stages.devices import acceptable_precisions, autocast, native_precision, with_precision
 from stages.execution import find_artifacts, run_stage
-from stages.recipe import STAGES, Recipe, available_recipes, load_recipe
+from stages.recipe import STAGES, available_recipes, load_recipe
 from storage.manifest import Manifest
 from tests.tiny import TinyRun
 
@@ -142,11 +142,13 @@ def test_an_explicit_bf16_on_a_cpu_that_emulates_it_says_how_slow_that_is(
     cpu(monkeypatch)
     monkeypatch.setattr(devices, "bf16_speedup", lambda: 1 / 17)
     store = tiny_run.store_before("prepare_teacher", tmp_path / "store")
+    monkeypatch.setattr(prepare_teacher, "_features", _stop)
     with caplog.at_level(logging.WARNING):
-        run_stage("prepare_teacher", _short("teacher.precision=fp32"), store, LocalExecutor())
-        assert not caplog.records
-        run_stage("prepare_teacher", _short("teacher.precision=bf16"), store, LocalExecutor())
-    assert len(caplog.records) == 1
+        for precision, num_warnings in {"fp32": 0, "auto": 0, "bf16": 1}.items():
+            recipe = load_recipe("tiny", [f"teacher.precision={precision}", "teacher.steps=1"])
+            with pytest.raises(ValueError, match="the stage has begun"):
+                run_stage("prepare_teacher", recipe, store, LocalExecutor())
+            assert len(caplog.records) == num_warnings, precision
     said = caplog.text
     assert "teacher.precision=bf16" in said and "17 times slower" in said and "set it to auto or fp32" in said
 
@@ -160,5 +162,5 @@ def test_autocast_takes_no_unresolved_precision() -> None:
         pass
 
 
-def _short(*overrides: str) -> Recipe:
-    return load_recipe("tiny", ["teacher.steps=1", *overrides])
+def _stop(*arguments: Any) -> Any:
+    raise ValueError("the stage has begun")
