@@ -17,8 +17,7 @@ from stages.errors import USER_ERRORS, report
 from stages.standalone import DEFAULT_STORE, STORE_VARIABLE, prepare_process, result_line, run_one_stage
 
 if TYPE_CHECKING:
-    from PIL import Image
-
+    from models.images import Limits
     from stages.assistant import Assistant
     from stages.recipe import Recipe
     from storage.store import Store
@@ -349,7 +348,7 @@ def ask(
     overrides: SetOption = None,
 ) -> None:
     """Answer a question about an image with the trained model."""
-    picture = _read_image(image)
+    picture = _read_image(image, _load(recipe, overrides).download.limits)
     print(_assistant(recipe, store, overrides).ask(picture, question))
 
 
@@ -416,17 +415,24 @@ def _assistant(recipe: str, store: str, overrides: list[str] | None) -> Assistan
     return Assistant(_load(recipe, overrides), _open(store))
 
 
-def _read_image(path: Path) -> Image.Image:
-    from PIL import Image, UnidentifiedImageError
+def _read_image(path: Path, limits: Limits) -> bytes:
+    """The bytes of an image that can be decoded."""
+    from models.images import IMAGE_FORMATS, UnusableImage, decode_image
 
     if not path.is_file():
         raise ValueError(f"there is no image file {path}; give the path of one")
     try:
-        image = Image.open(path)
-        image.load()
-    except (UnidentifiedImageError, OSError) as error:
-        raise ValueError(f"{path} cannot be read as an image ({error}); give a PNG, JPEG or WebP file") from error
-    return image
+        with path.open("rb") as file:
+            data = file.read(-1 if limits.max_bytes is None else limits.max_bytes + 1)
+        decode_image(data, limits)
+    except UnusableImage as error:
+        remedy = (
+            "raise download.max_bytes or download.max_pixels with --set, or scale it down"
+            if error.kind in ("too_large", "too_many_pixels")
+            else f"give one of {', '.join(IMAGE_FORMATS)}"
+        )
+        raise ValueError(f"{path} cannot be read as an image ({error.reason}); {remedy}") from error
+    return data
 
 
 def _check_image_target(path: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import io
 import json
 import math
 import re
@@ -12,9 +11,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
-from PIL import Image
 
 from flows.code_pictures import CodeStrip, code_strips
+from models.images import decode_image
 from storage.manifest import Manifest
 from storage.store import Store
 from storage.tables import read_table
@@ -338,9 +337,9 @@ def duration(seconds: float) -> str:
 
 def picture(data: bytes) -> Picture:
     """Embed an encoded image."""
-    with Image.open(io.BytesIO(data)) as image:
-        mime = Image.MIME[image.format or "PNG"]
-        return Picture(f"data:{mime};base64,{base64.b64encode(data).decode()}", *image.size)
+    image = decode_image(data)
+    kind = {"jpg": "jpeg"}.get(image.extension, image.extension)
+    return Picture(f"data:image/{kind};base64,{base64.b64encode(data).decode()}", image.width, image.height)
 
 
 def strips_of(store: Store, table: Manifest, download: Manifest) -> list[tuple[CodeStrip, Picture]]:

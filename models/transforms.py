@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import math
 from typing import Literal
 
@@ -14,9 +13,7 @@ from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveIn
 from torch import Tensor
 
 from models.config import Config, Fraction
-
-IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM")
-"""What is decoded. Of the others that Pillow knows some run programs on what strangers wrote (EPS: Ghostscript)."""
+from models.images import Limits, decode_image
 
 
 class TransformConfig(Config):
@@ -48,39 +45,25 @@ class ViewsConfig(Config):
     """Deviation of the logarithm of width over height."""
 
 
-def load_image(data: bytes, config: TransformConfig) -> Image.Image:
+def load_image(data: bytes, config: TransformConfig, limits: Limits | None = None) -> Image.Image:
     """Decode and shape one image.
 
     Args:
         data: an encoded image in one of `IMAGE_FORMATS`.
         config: target size and resize mode.
+        limits: what it may cost; none but Pillow's own where they are not given.
 
     Returns:
-        RGB image of `image_size` x `image_size` pixels, EXIF orientation applied, transparency flattened.
+        RGB image of `image_size` x `image_size` pixels as a browser shows it: sRGB, upright, transparency flattened.
 
     Raises:
-        OSError: the bytes are not an image, are damaged or cut off, or decode to more pixels than Pillow allows.
+        UnusableImage: the bytes are too many, no image in a format that is read, or damaged; an OSError.
     """
-    try:
-        with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as opened:
-            return shape_image(opened, config)
-    except OSError:
-        raise
-    except Exception as error:  # on damaged bytes Pillow also raises SyntaxError, ValueError, RuntimeError, ...
-        raise OSError(f"cannot decode the image: {error}") from error
+    return shape_image(decode_image(data, limits, config.background).rgb, config)
 
 
-def shape_image(opened: Image.Image, config: TransformConfig) -> Image.Image:
-    """`load_image` for an image that is open already."""
-    upright = ImageOps.exif_transpose(opened)
-    if upright.mode.startswith("I"):
-        upright = eight_bit(upright)
-    if upright.mode in ("RGBA", "LA", "PA") or "transparency" in upright.info:
-        rgba = upright.convert("RGBA")
-        flat = Image.new("RGBA", rgba.size, (*config.background, 255))
-        image = Image.alpha_composite(flat, rgba).convert("RGB")
-    else:
-        image = upright.convert("RGB")
+def shape_image(image: Image.Image, config: TransformConfig) -> Image.Image:
+    """An RGB image of any size as the square."""
     size = (config.image_size, config.image_size)
     if image.size == size:
         return image
@@ -89,11 +72,6 @@ def shape_image(opened: Image.Image, config: TransformConfig) -> Image.Image:
     if config.resize == "pad":
         return ImageOps.pad(image, size, Image.Resampling.BICUBIC, color=config.background)
     return ImageOps.fit(image, size, Image.Resampling.BICUBIC)
-
-
-def eight_bit(image: Image.Image) -> Image.Image:
-    """A 16-bit grey image scaled to 8 bits; Pillow's own conversion clips instead, which makes most of them white."""
-    return Image.fromarray((np.asarray(image).clip(0, 65_535) / 257).round().astype(np.uint8))
 
 
 def to_tensor(images: list[Image.Image]) -> Tensor:

@@ -8,7 +8,7 @@ from PIL import Image
 from models.decoding import answer_tokens, draw_codes
 from models.image_tokenizer import ImageTokenizer
 from models.sampling import SamplingConfig
-from models.transforms import normalise, shape_image, to_pil, to_pixels, to_tensor
+from models.transforms import load_image, normalise, to_pil, to_pixels, to_tensor
 from stages.devices import autocast, resolve_device, with_precision
 from stages.execution import require_artifact
 from stages.loading import load_tokenizer
@@ -38,9 +38,13 @@ class Assistant:
             self.tokenizer.teacher.to(self.device)
 
     @torch.no_grad()
-    def ask(self, image: Image.Image, question: str) -> str:
-        """The model's answer to a question about an image of any size."""
-        shaped = shape_image(image, self.tokenizer.config.transform)
+    def ask(self, image: bytes, question: str) -> str:
+        """The model's answer to a question about an encoded image of any size.
+
+        Raises:
+            UnusableImage: the image cannot be decoded.
+        """
+        shaped = load_image(image, self.tokenizer.config.transform)
         with autocast(self.device, self.config.precision):
             codes = self.tokenizer.encode(normalise(to_tensor([shaped]).to(self.device)))[0].cpu()
             prompt = self.builder.question(codes, question)

@@ -19,11 +19,11 @@ import pyarrow.compute as pc
 from pydantic import Field, NonNegativeInt, PositiveInt, field_validator, model_validator
 
 from models.config import Config, Fraction
+from models.images import MOST_PIXELS, Limits
 from stages.download_shard import DownloadShard
 from stages.duplicates import LeaveOut, ShardFiles, find_duplicates
 from stages.filters import PERCEPTUAL_HASH, FilterConfig
 from stages.held_out_rows import SPLIT, hold_out
-from stages.image_facts import Limits
 from stages.shard_counts import Totals
 from stages.sources.conversations import ConversationFiles, Conversations
 from stages.sources.folder import FolderFiles, ImageFolder
@@ -39,9 +39,6 @@ from storage.digests import sha256_file
 from storage.manifest import FileEntry
 from storage.store import Store
 from storage.tables import IMAGE_METADATA_SCHEMA, write_table
-
-MOST_PIXELS = 178_956_970
-"""Pillow refuses to decode larger images, here and in every later stage."""
 
 FilesConfig = Annotated[WebDatasetFiles | ParquetFiles | FolderFiles | ConversationFiles, Field(discriminator="kind")]
 
@@ -111,6 +108,11 @@ class DownloadConfig(Config):
     def columns(self) -> tuple[str, ...]:
         """What is kept of a row beside its image and caption."""
         return (*self.extra_columns, SPLIT) if self.held_out_fraction else self.extra_columns
+
+    @property
+    def limits(self) -> Limits:
+        """What an image may cost."""
+        return Limits(self.max_bytes, self.max_pixels)
 
 
 @dataclass
@@ -299,7 +301,7 @@ def _worker(store: Store, action_key: str, config: DownloadConfig) -> DownloadSh
         action_key=action_key,
         source=partial(open_source, config),
         filters=config.filters,
-        limits=Limits(config.max_bytes, config.max_pixels),
+        limits=config.limits,
         extra_columns=config.columns,
         metadata_columns=(*config.columns, *hashed),
     )
@@ -400,7 +402,7 @@ STAGE = Stage(
     config_class=DownloadConfig,
     inputs=(),
     run=run,
-    version=3,  # text of lists and captions is kept as it was written
+    version=4,  # images are opened as a browser shows them: colours, depths, chunks; conversations by their turns
     external_inputs=_external_inputs,
 )
 

@@ -13,9 +13,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from models.images import Limits
 from stages.child_process import DEATHS_BEFORE_ISOLATION
 from stages.filters import FilterConfig
-from stages.image_facts import Inspect, Inspector, Limits, apart
+from stages.image_facts import Inspect, Inspector, apart
 from stages.image_rows import DescribedRow, describe, unwanted_caption, without_image
 from stages.shard_counts import receipt_of
 from stages.sources.source import FILTERED, OK, Fetched, Row, Source

@@ -290,7 +290,7 @@ STAGE = Stage(
     config_class=EvaluateConfig,
     inputs=("download", "prepare_teacher", "train_tokenizer", "tokenize", "sft"),
     run=run,
-    version=5,  # SSIM as scikit-image has it, and LlamaGen's own
+    version=5,  # SSIM as scikit-image has it, and LlamaGen's own; images of all colour profiles arrive as sRGB
     external_inputs=_external_inputs,
 )
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 import unicodedata
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from PIL import Image, ImageOps
+from PIL import Image
 from pydantic import Field, PositiveInt
 
 from models.config import Config, Fraction
-from models.transforms import eight_bit
 
 if TYPE_CHECKING:
     import numpy as np
@@ -84,14 +83,8 @@ def image_problem(width: int, height: int, filters: FilterConfig) -> str:
 
 
 def perceptual_hash(image: Image.Image) -> str:
-    """`imagehash.phash` of an image as it is seen: upright, transparent parts over white."""
+    """`imagehash.phash` of an RGB image as it is seen: upright, transparent parts over white."""
     import imagehash
 
-    upright = ImageOps.exif_transpose(image)
-    if upright.mode.startswith("I"):
-        upright = eight_bit(upright)
-    if upright.mode in ("RGBA", "LA", "PA") or "transparency" in upright.info:
-        rgba = upright.convert("RGBA")
-        upright = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
-    bits: np.ndarray = imagehash.phash(upright.convert("L")).hash
+    bits: np.ndarray = imagehash.phash(image.convert("L")).hash
     return f"{int(''.join('1' if bit else '0' for bit in bits.flatten()), 2):016x}"

@@ -266,7 +266,7 @@ STAGE = Stage(
     config_class=PrepareTeacherConfig,
     inputs=("download",),
     run=run,
-    version=2,  # teacher.json does not say where weights came from
+    version=3,  # images of all depths and colour profiles arrive as sRGB
     external_inputs=_external_inputs,
 )
 

@@ -417,7 +417,7 @@ STAGE = Stage(
     config_class=TokenizeConfig,
     inputs=("download", "prepare_teacher", "train_tokenizer"),
     run=run,
-    version=4,  # images go in with their channels last; a caption's score does not depend on those beside it
+    version=5,  # images of all depths and colour profiles arrive as sRGB
 )
 
 if __name__ == "__main__":

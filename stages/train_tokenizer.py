@@ -392,7 +392,7 @@ STAGE = Stage(
     config_class=TrainTokenizerConfig,
     inputs=("download", "prepare_teacher"),
     run=run,
-    version=4,  # SSIM as scikit-image has it
+    version=4,  # SSIM as scikit-image has it; images of all depths and colour profiles arrive as sRGB
     external_inputs=_external_inputs,
 )
 

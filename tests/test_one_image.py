@@ -69,8 +69,7 @@ def test_one_image_from_url_to_drawing(tiny_run: TinyRun) -> None:
 
     # It answers a question about the image, and draws one from words.
     assistant = Assistant(recipe, store)
-    picture = Image.open(io.BytesIO(encoded))
-    assert isinstance(assistant.ask(picture, recipe.evaluate.question), str)
+    assert isinstance(assistant.ask(encoded, recipe.evaluate.question), str)
     (drawing,) = assistant.draw(f"Draw {row['caption']}.", seed=1)
     assert drawing.size == (size, size)
     (again,) = assistant.draw(f"Draw {row['caption']}.", seed=1)

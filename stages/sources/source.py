@@ -46,7 +46,7 @@ STATUSES: dict[str, str] = {
     TOO_LARGE: "more bytes than `download.max_bytes`",
     NOT_AN_IMAGE: "the bytes are no image: a web page, an empty file",
     TOO_MANY_PIXELS: "more pixels than `download.max_pixels`",
-    UNDECODABLE: "an image that is damaged or cut off",
+    UNDECODABLE: "an image that is damaged, cut off, or of a format that is not read, such as HEIC",
     MISSING: "the row names no image, or a file that is not there",
     NO_CAPTION: "no text beside the image; a .json, or an entry of a conversation file, that cannot be used",
     NOT_FETCHED: "img2dataset said nothing of the row",

@@ -16,8 +16,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from infra.executors import Item, LocalExecutor, WorkerFactory
+from models.images import Limits
 from stages.download import STAGE, DownloadConfig, next_attempt
-from stages.image_facts import DIED, ImageFacts, Inspector, Limits, apart
+from stages.image_facts import DIED, ImageFacts, Inspector, apart
 from stages.recipe import STAGES, load_recipe
 from stages.shard_counts import Totals
 from stages.sources import url_list

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import random
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -15,9 +14,11 @@ import pytest
 from PIL import Image
 
 from infra.executors import Item, WorkerFactory
+from models.images import Limits
 from stages.download import STAGE, DownloadConfig
 from stages.duplicates import EXACT, NEAR, near_duplicates
-from stages.filters import FilterConfig, caption_problem, image_problem, perceptual_hash, script_fraction
+from stages.filters import FilterConfig, caption_problem, image_problem, script_fraction
+from stages.image_facts import ImageFacts, Inspector
 from stages.stage import Outcome, StageContext
 from storage.image_shards import read_image_shard
 from storage.store import Store
@@ -154,13 +155,18 @@ def test_copies_that_were_scaled_or_recompressed_are_near_duplicates_and_others_
     assert all(len(row["perceptual_hash"]) == 16 for row in rows)
 
 
+def _hash(data: bytes) -> str:
+    found = Inspector(Limits(), hashed=True)(data)
+    assert isinstance(found, ImageFacts) and found.perceptual_hash
+    return found.perceptual_hash
+
+
 def test_image_is_hashed_as_it_is_seen() -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
     turned = encoded(scene(5), "PNG", exif=exif)
     shown = scene(5).transpose(Image.Transpose.ROTATE_270)
-    with Image.open(io.BytesIO(turned)) as image:
-        assert perceptual_hash(image) == perceptual_hash(shown)
+    assert _hash(turned) == _hash(encoded(shown, "PNG"))
 
 
 def flipped(value: int, bits: Sequence[int]) -> int:
@@ -194,5 +200,5 @@ def test_filters_that_leave_no_image_are_an_error(tmp_path: Path) -> None:
 
 def test_sixteen_bit_images_are_hashed_by_what_is_in_them() -> None:
     ramps = [np.linspace(300, 60_000, 64 * 64).reshape(64, 64).astype(np.uint16) for _ in range(2)]
-    hashes = {perceptual_hash(Image.fromarray(ramp)) for ramp in (ramps[0], ramps[1].T)}
+    hashes = {_hash(encoded(Image.fromarray(ramp), "PNG")) for ramp in (ramps[0], ramps[1].T)}
     assert len(hashes) == 2
