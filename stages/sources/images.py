@@ -4,13 +4,13 @@ from __future__ import annotations
 
 IMAGE_SUFFIXES = frozenset(
     {
-        *("jpg", "jpeg", "jpe", "jfif", "mpo", "png", "apng", "webp", "gif", "bmp", "dib", "tif", "tiff", "avif", "avifs"),
-        *("jp2", "j2k", "j2c", "jpc", "jpf", "jpx", "jpeg2000", "ppm", "pgm", "pbm", "pnm", "pfm"),
+        *("jpg", "jpeg", "jpe", "jfif", "mpo", "png", "apng", "webp", "gif", "bmp", "dib", "tif", "tiff"),
+        *("avif", "avifs", "jp2", "j2k", "j2c", "jpc", "jpf", "jpx", "jpeg2000", "ppm", "pgm", "pbm", "pnm", "pfm"),
         *("heic", "heif", "jxl"),
     }
 )
-"""Those of `IMAGE_FORMATS`, `mpo` and `jpeg2000` of shards that older versions wrote, and formats that are not read yet:
-their rows say so, where passing over them in silence would lose pairs."""
+"""Those of `IMAGE_FORMATS`, also `mpo` and `jpeg2000` in shards that older versions wrote, and of formats that are not
+read: their rows say so, where passing over them in silence would lose pairs."""
 
 
 def is_image_name(name: str) -> bool:

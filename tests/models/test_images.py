@@ -297,20 +297,20 @@ def test_grey_profiles_set_the_tone(mode: str, encoded: Encoder) -> None:
 
 
 def test_cmyk_is_shown_as_its_profile_says(encoded: Encoder) -> None:
-    corners = {(0, 0, 0, 0): (100, 0, 0), (1, 0, 0, 0): (60, -25, -25), (0, 0, 1, 0): (89, -5, 60)}
+    corners = {(0, 0, 0, 0): (100, 0, 0), (1, 0, 0, 0): (75, -15, -15), (0, 0, 1, 0): (89, -5, 40)}
     nodes = [corners.get((c, m, y, k), (20, 0, 0)) for c in (0, 1) for m in (0, 1) for y in (0, 1) for k in (0, 1)]
     grid = b"".join(bytes([round(lightness * 2.55), a + 128, b + 128]) for lightness, a, b in nodes)
     identity = b"".join(_number(float(row == column)) for row in range(3) for column in range(3))
     table = b"mft1\0\0\0\0\4\3\2\0" + identity + bytes(range(256)) * 4 + grid + bytes(range(256)) * 3
     profile = _profile(b"CMYK", {b"A2B0": table}, pcs=b"Lab ", device=b"prtr")
     to_srgb = ImageCms.buildTransform(ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB"), "LAB", "RGB")
-    shown_as = {(255, 0, 0, 0): (153, 103, 103), (0, 0, 255, 0): (227, 123, 188), (0, 0, 0, 0): (255, 128, 128)}
+    shown_as = {(255, 0, 0, 0): (191, 113, 113), (0, 0, 255, 0): (227, 123, 168), (0, 0, 0, 0): (255, 128, 128)}
     for ink, lab in shown_as.items():
         shown = ImageCms.applyTransform(Image.new("LAB", (1, 1), lab), to_srgb)
         assert shown is not None
         for kind in ("TIFF", "JPEG"):
             data = encoded(Image.new("CMYK", (16, 16), ink), kind, icc_profile=profile)
-            np.testing.assert_allclose(pixel(data), shown.getpixel((0, 0)), atol=4)
+            np.testing.assert_allclose(pixel(data), shown.getpixel((0, 0)), atol=8)  # black is fitted as well
 
 
 @pytest.mark.parametrize(

@@ -341,5 +341,5 @@ def test_a_file_that_a_program_would_be_run_for_is_no_image(tmp_path: Path) -> N
     (tmp_path / "images" / "a.png").write_bytes(eps)
     (tmp_path / "list.csv").write_text("file_name,caption\na.png,x\n")
     files = {"kind": "folder", "path": str(tmp_path / "images"), "captions": str(tmp_path / "list.csv")}
-    with pytest.raises(ValueError, match="not_an_image"):
+    with pytest.raises(ValueError, match="undecodable: unsupported format: EPS or PostScript"):
         run_download(DownloadConfig(files=files, max_failed_fraction=1), tmp_path)
