@@ -126,6 +126,12 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(302, b"", {"Location": "/loop"})
         elif path == "/moved":
             self._send(301, b"", {"Location": "/red.png"})
+        elif path.startswith("/to-bytes/"):  # the Location header holds these bytes as they are
+            where = bytes.fromhex(path.removeprefix("/to-bytes/"))
+            self._send(302, b"", {"Location": where.decode("latin-1")})
+        elif path.startswith("/coded/"):  # whatever the path says of the body, asked for or not
+            _, _, coding, body = path.split("/")
+            self._send(200, bytes.fromhex(body), {"Content-Encoding": coding})
         elif path.startswith("/to/"):
             self._send(302, b"", {"Location": path.removeprefix("/to/")})
         elif path == "/hold.png":  # long enough for others to come
@@ -206,7 +212,7 @@ def misbehaving_server() -> Iterator[MisbehavingServer]:
     handler = type("Handler", (_Handler,), state)
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     server.daemon_threads = True
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=[0.02], daemon=True).start()
     try:
         yield MisbehavingServer(server, handler)
     finally:

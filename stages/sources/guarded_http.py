@@ -19,6 +19,7 @@ import time
 import urllib.parse
 import urllib.request
 import urllib.response
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -44,6 +45,8 @@ _PORTS = {"http": 80, "https": 443}
 _CHUNK_BYTES = 1 << 16
 _FIRST_PAUSE_S = 0.5
 _SAFE = "%/:=&?~#+!$,;'@()*[]"
+_UNREAD_CODINGS = ("br", "zstd", "compress", "x-compress")
+_MOST_CODINGS = 3
 
 
 @dataclass(frozen=True)
@@ -188,11 +191,12 @@ class GuardedOpener:
             connection.request("GET", target, headers=headers | for_proxy)
             with connection.getresponse() as response:
                 if response.status in _REDIRECTS and response.headers.get("Location"):
-                    return str(response.headers["Location"])
+                    return _location(str(response.headers["Location"]))
                 if not 200 <= response.status < 300:
                     raise self._refusal(response, parts.hostname)
                 self._gates.served(parts.hostname)
-                body = self._body(response, deadline)
+                codings = ",".join(response.headers.get_all("Content-Encoding", []))
+                body = _unpacked(self._body(response, deadline), codings, self._guard.max_bytes)
                 return urllib.response.addinfourl(io.BytesIO(body), response.headers, parts.geturl(), response.status)
         finally:
             connection.close()
@@ -298,6 +302,53 @@ def _split(base: str, url: str) -> tuple[urllib.parse.SplitResult, int]:
         return parts, parts.port or _PORTS.get(parts.scheme, 0)
     except ValueError as error:
         raise FetchFailed(REFUSED, "not a URL that can be fetched") from error
+
+
+def _location(header: str) -> str:
+    """An address as a server wrote it: http.client reads its bytes as Latin-1, and most beyond ASCII are UTF-8."""
+    written = header.encode("latin-1", errors="replace")
+    try:
+        return written.decode("utf-8")
+    except UnicodeDecodeError:
+        return urllib.parse.quote(written, safe=_SAFE)  # byte by byte, as browsers ask for it
+
+
+def _unpacked(body: bytes, codings: str, max_bytes: int) -> bytes:
+    """A body without the codings that a server put round it although nobody asked for one.
+
+    A body that is not packed as its header says, and a coding that there is not, change nothing: the bytes themselves
+    say what they are.
+
+    Args:
+        body: as it came.
+        codings: the Content-Encoding, '' for none; the last one was put round last.
+        max_bytes: of the body, packed or not.
+
+    Raises:
+        FetchFailed: it unpacks to more, ends early, or its coding is not read here.
+    """
+    for coding in reversed([name.strip().lower() for name in codings.split(",")][:_MOST_CODINGS]):
+        if coding in _UNREAD_CODINGS:
+            raise FetchFailed(HTTP_ERROR, f"the answer has Content-Encoding: {coding}, which was not asked for")
+        if coding in ("gzip", "x-gzip") and body.startswith(b"\x1f\x8b"):
+            body = _inflated(body, 16 + zlib.MAX_WBITS, max_bytes)
+        elif coding == "deflate" and body:
+            with_header = body[0] & 15 == zlib.DEFLATED and int.from_bytes(body[:2], "big") % 31 == 0
+            body = _inflated(body, zlib.MAX_WBITS if with_header else -zlib.MAX_WBITS, max_bytes)
+    return body
+
+
+def _inflated(packed: bytes, window_bits: int, max_bytes: int) -> bytes:
+    stream = zlib.decompressobj(window_bits)
+    try:
+        body = stream.decompress(packed, max_bytes + 1)
+    except zlib.error as error:
+        raise FetchFailed(CONNECTION_ERROR, "the packed body is damaged", try_again=True) from error
+    if len(body) > max_bytes:
+        raise FetchFailed(TOO_LARGE, f"more than {max_bytes} bytes")
+    if not stream.eof:
+        raise FetchFailed(CONNECTION_ERROR, "the body ended early", try_again=True)
+    return body
 
 
 def _retry_after(headers: Message) -> float | None:

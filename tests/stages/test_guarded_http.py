@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import base64
+import gzip
 import http.client
 import socket
 import subprocess
 import sys
 import urllib.request
+import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -91,6 +93,69 @@ def test_bad_url_fails_with_its_status(server: MisbehavingServer, path: str, sta
         get(opener(server, timeout_s=timeout_s), server.url(path))
     assert raised.value.status == status
     assert reason in raised.value.reason
+
+
+@pytest.mark.parametrize(
+    ("location", "asked"),
+    [
+        ("/bücher/Å.png".encode(), "/b%C3%BCcher/%C3%85.png"),
+        ("/b%C3%BCcher/Å.png?q=ü".encode(), "/b%C3%BCcher/%C3%85.png?q=%C3%BC"),
+        ("/日本 語.png".encode(), "/%E6%97%A5%E6%9C%AC%20%E8%AA%9E.png"),
+        ("/bücher.png".encode("latin-1"), "/b%FCcher.png"),
+        (b"/b%25C3.png", "/b%25C3.png"),
+    ],
+)
+def test_a_redirect_is_asked_for_encoded_once(server: MisbehavingServer, location: bytes, asked: str) -> None:
+    with pytest.raises(FetchFailed, match="404"):
+        get(opener(server), server.url(f"/to-bytes/{location.hex()}"))
+    assert server.asked[asked] == 1
+
+
+def _short(value: object) -> str:
+    return f"{len(value)} bytes" if isinstance(value, bytes) else str(value)
+
+
+def _deflated(data: bytes, window_bits: int) -> bytes:
+    packer = zlib.compressobj(wbits=window_bits)
+    return packer.compress(data) + packer.flush()
+
+
+@pytest.mark.parametrize(
+    ("coding", "body"),
+    [
+        ("gzip", gzip.compress(png("red"))),
+        ("x-gzip", gzip.compress(png("red")) + b"trailing"),
+        ("GZIP", gzip.compress(png("red"))),
+        ("deflate", _deflated(png("red"), 15)),
+        ("deflate", _deflated(png("red"), -15)),
+        ("gzip, gzip", gzip.compress(gzip.compress(png("red")))),
+        ("identity", png("red")),
+        ("gzip", png("red")),
+        ("UTF-8", png("red")),
+    ],
+    ids=_short,
+)
+def test_a_coding_that_nobody_asked_for_is_taken_off(server: MisbehavingServer, coding: str, body: bytes) -> None:
+    assert get(opener(server), server.url(f"/coded/{coding.replace(' ', '')}/{body.hex()}")) == png("red")
+
+
+@pytest.mark.parametrize(
+    ("coding", "body", "status", "reason"),
+    [
+        ("gzip", gzip.compress(bytes(300_000)), TOO_LARGE, "more than 200000 bytes"),
+        ("gzip,gzip", gzip.compress(gzip.compress(bytes(20_000_000))), TOO_LARGE, "more than 200000 bytes"),
+        ("gzip", gzip.compress(png("red"))[:40], CONNECTION_ERROR, "the body ended early"),
+        ("gzip", gzip.compress(png("red"))[:20] + bytes(60), CONNECTION_ERROR, "the packed body is damaged"),
+        ("br", b"\x0b\x02\x80hello\x03", HTTP_ERROR, "Content-Encoding: br, which was not asked for"),
+    ],
+    ids=_short,
+)
+def test_what_a_coding_hides_has_the_limits_of_any_body(
+    server: MisbehavingServer, coding: str, body: bytes, status: str, reason: str
+) -> None:
+    with pytest.raises(FetchFailed) as raised:
+        get(opener(server), server.url(f"/coded/{coding}/{body.hex()}"))
+    assert (raised.value.status, reason in raised.value.reason) == (status, True)
 
 
 @pytest.mark.parametrize(
