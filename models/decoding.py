@@ -5,6 +5,7 @@ Shape legend: B batch, T tokens, V visual positions, N books, D depth, h w code 
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -55,7 +56,9 @@ def draw_codes(
 
 
 @torch.no_grad()
-def answer_tokens(vlm: UnifiedVlm, prompt: list[int], codes: Tensor | None, *, max_tokens: int) -> list[int]:
+def answer_tokens(
+    vlm: UnifiedVlm, prompt: list[int], codes: Tensor | None, *, max_tokens: int, control_ids: Collection[int] = ()
+) -> list[int]:
     """The likeliest next token again and again, up to the end of the sequence; text only, never codes or markers.
 
     Args:
@@ -63,12 +66,14 @@ def answer_tokens(vlm: UnifiedVlm, prompt: list[int], codes: Tensor | None, *, m
         prompt: token ids up to and with `assistant`.
         codes: `[V, N, D]` of its visual positions, where they have several codes.
         max_tokens: longest answer.
+        control_ids: what a published tokenizer has beside our markers that is no text (`PlainText.control_ids`).
 
     Returns:
         Token ids without the end.
     """
     vocabulary = vlm.vocabulary
     forbidden = {vocabulary.pad, vocabulary.user, vocabulary.assistant, vocabulary.soi, vocabulary.eoi}
+    forbidden |= {index for index in control_ids if index < vocabulary.first_code}
     forbidden.discard(vocabulary.eos)  # some published LMs pad with the end of the sequence
     shown = codes if codes is None else codes.to(vlm.device)
     inputs = vlm.embed(torch.tensor([prompt], device=vlm.device), shown)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable
-from typing import Annotated, Literal, NamedTuple, cast, get_args
+from typing import Annotated, Any, Literal, NamedTuple, cast, get_args
 
 import torch
 import torch.nn.functional as F
@@ -252,7 +252,7 @@ class OpenClipTeacher(Teacher):
         """The text tower's; made when first needed, because of a SigLIP that is only named it comes from the hub."""
         import open_clip
 
-        return open_clip.get_tokenizer(self.config.name)
+        return _without_markup(open_clip.get_tokenizer(self.config.name))
 
     def _patches(self, pixels: Tensor) -> Tensor:
         """Normalised pixels -> last-layer patch features `[B, C, h', w']`."""
@@ -386,9 +386,24 @@ class TransformersTeacher(Teacher):
     def embed_texts(self, texts: list[str]) -> Tensor:
         # SigLIP learned from texts padded to this length, which SigLIP2's tokenizer does not know
         length = self.model.config.text_config.max_position_embeddings
-        batch = self.tokenizer(texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+        padded = {"padding": "max_length", "max_length": length, "truncation": True, "return_tensors": "pt"}
+        batch = self.tokenizer(texts, split_special_tokens=True, **padded)  # `</s>` in a caption is text
         device = next(self.model.parameters()).device
         return F.normalize(_pooled(self.model.get_text_features(input_ids=batch["input_ids"].to(device))), dim=-1)
+
+
+def _without_markup(tokenizer: Any) -> Callable[[list[str]], Tensor]:
+    """One of open_clip's tokenizers, which from here on reads `<end_of_text>` and the like in a caption as text."""
+    if hasattr(tokenizer, "tokenizer"):  # of transformers
+        tokenizer.tokenizer.split_special_tokens = True
+        return tokenizer
+    import regex  # open_clip's own, whose patterns it compiles
+
+    markers = "|".join(tokenizer.decoder[index] for index in tokenizer.all_special_ids)
+    pattern = tokenizer.pat.pattern
+    assert pattern.startswith(markers), "open_clip's own BPE looks for its markers first"
+    tokenizer.pat = regex.compile(pattern.removeprefix(markers + "|"), tokenizer.pat.flags)
+    return tokenizer
 
 
 def _pooled(output: object) -> Tensor:

@@ -7,19 +7,24 @@ visual position, and the codes travel beside the token ids.
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 PAD, EOS = "<|pad|>", "<|eos|>"
 USER, ASSISTANT = "<|user|>", "<|assistant|>"
 SOI, EOI = "<|soi|>", "<|eoi|>"
 CODES = "<|codes|>"
 """Every visual position, where it has several codes."""
+_MARKUP = re.compile(r"\s*[<\[\uff1c].*[>\]\uff1e]\s*", re.DOTALL)
+"""How added tokens look that are control tokens although their tokenizer does not call them special, such as Qwen's
+`<tool_call>`; other added tokens are text, such as runs of spaces."""
 
 
 @dataclass(frozen=True)
@@ -121,6 +126,8 @@ def extend_tokenizer(
 
     if tokenizer.pad_token is None:
         tokenizer.add_special_tokens({"pad_token": PAD})
+    if tokenizer.eos_token is None:
+        tokenizer.add_special_tokens({"eos_token": EOS})
     markers = [USER, ASSISTANT, SOI, EOI]
     tokenizer.add_tokens([AddedToken(marker, special=True, normalized=False) for marker in markers])
     one_code = code_shape[:2] == (1, 1)
@@ -138,3 +145,85 @@ def extend_tokenizer(
         codebook_sizes=codebook_sizes,
         code_shape=code_shape,
     )
+
+
+class PlainText:
+    """Text to token ids and back, with no control token in between, whatever the text says.
+
+    `tokenizer.encode` reads `<|eos|>` in a caption as the end of the sequence. Here the same characters become the
+    pieces that any other text becomes; control tokens come from code alone, by their ids. It holds for the tokens of
+    our vocabulary and for those that a published tokenizer brought along.
+
+    Attributes:
+        control_ids: the ids that no text has.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, vocabulary: Vocabulary) -> None:
+        """
+        Args:
+            tokenizer: fast or slow, over the extended vocabulary; it is not changed, and must not be afterwards.
+            vocabulary: ids.
+        """
+        self.tokenizer = tokenizer
+        added = tokenizer.added_tokens_decoder.items()
+        controls = {index: token.content for index, token in added if token.special or _MARKUP.fullmatch(token.content)}
+        own = {vocabulary.pad, vocabulary.eos, vocabulary.user, vocabulary.assistant, vocabulary.soi, vocabulary.eoi}
+        codes = range(vocabulary.first_code, vocabulary.size)
+        self.control_ids = frozenset({*controls, *tokenizer.all_special_ids, *own, *codes})
+        # what stands for a character that the vocabulary lacks is text, unless it is a marker as well, as in GPT-2
+        markers = {*own, tokenizer.bos_token_id, tokenizer.cls_token_id, tokenizer.sep_token_id}
+        self._unknown = tokenizer.unk_token_id if tokenizer.unk_token_id not in markers else None
+        self._backend = _without_added_tokens(tokenizer, set(controls.values()))
+        # a copy numbers what is added to the model's vocabulary anew
+        kept = self._backend.get_added_tokens_decoder().items() if self._backend is not None else []
+        self._renumbered = {index: tokenizer.convert_tokens_to_ids(token.content) for index, token in kept}
+
+    def ids(self, text: str) -> list[int]:
+        """Token ids of a text.
+
+        Raises:
+            ValueError: the tokenizer's model itself makes a control token of the text, and of its characters too.
+        """
+        if self._backend is not None:
+            found = self._backend.encode(text, add_special_tokens=False).ids
+            ids = [self._renumbered.get(index, index) for index in found]
+        else:
+            ids = self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+        if self._refused(ids):  # a unigram model may know `</s>` as a piece like any other
+            ids = [part for index in ids for part in (self._characters(index) if self._refused([index]) else [index])]
+        if refused := self._refused(ids):
+            tokens = self.tokenizer.convert_ids_to_tokens(sorted(refused))
+            raise ValueError(
+                f"the text {text[:80]!r} becomes the control tokens {tokens}, which this tokenizer cannot write as "
+                "text; take them out of the text"
+            )
+        return ids
+
+    def text(self, token_ids: list[int]) -> str:
+        """The text of some token ids; control tokens among them say nothing, cut characters become U+FFFD."""
+        words = [index for index in token_ids if index not in self.control_ids]
+        return self.tokenizer.decode(words, clean_up_tokenization_spaces=False)
+
+    def _refused(self, ids: list[int]) -> set[int]:
+        return {index for index in ids if index in self.control_ids and index != self._unknown}
+
+    def _characters(self, index: int) -> list[int]:
+        """Ids of the single characters of a token, which in a tokenizer's vocabulary are pieces of their own."""
+        return [self.tokenizer.convert_tokens_to_ids(part) for part in self.tokenizer.convert_ids_to_tokens(index)]
+
+
+def _without_added_tokens(tokenizer: PreTrainedTokenizerBase, names: set[str]) -> Tokenizer | None:
+    """A copy of a fast tokenizer's backend that does not look for some added tokens in text; None of a slow one.
+
+    `split_special_tokens` alone would still find those that are added, but not special.
+    """
+    from tokenizers import Tokenizer
+
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if not isinstance(backend, Tokenizer):
+        return None
+    description = json.loads(backend.to_str())
+    description["added_tokens"] = [token for token in description["added_tokens"] if token["content"] not in names]
+    # they join what was encoded with the tokens that were taken out, and are not asked to
+    description |= {"post_processor": None, "truncation": None, "padding": None}
+    return Tokenizer.from_str(json.dumps(description))

@@ -43,14 +43,18 @@ class Assistant:
 
         Raises:
             UnusableImage: the image cannot be decoded.
+            ValueError: the question is longer than the model reads.
         """
+        self._check_length("question", question)
         shaped = load_image(image, self.tokenizer.config.transform)
         with autocast(self.device, self.config.precision):
             codes = self.tokenizer.encode(normalise(to_tensor([shaped]).to(self.device)))[0].cpu()
             prompt = self.builder.question(codes, question)
             shown = prompt.codes.shown if prompt.codes is not None else None
-            tokens = answer_tokens(self.vlm, prompt.token_ids, shown, max_tokens=_LONGEST_ANSWER)
-        return self.builder.tokenizer.decode(tokens).strip()
+            longest = min(_LONGEST_ANSWER, self.builder.max_tokens - len(prompt.token_ids))
+            controls = self.builder.plain.control_ids
+            tokens = answer_tokens(self.vlm, prompt.token_ids, shown, max_tokens=longest, control_ids=controls)
+        return self.builder.plain.text(tokens).strip()
 
     @torch.no_grad()
     def draw(
@@ -62,7 +66,12 @@ class Assistant:
         temperature: float | None = None,
         seed: int = 0,
     ) -> list[Image.Image]:
-        """Images for a prompt; settings that are not given are the recipe's."""
+        """Images for a prompt; settings that are not given are the recipe's.
+
+        Raises:
+            ValueError: the prompt is longer than the model reads.
+        """
+        self._check_length("prompt", prompt)
         changes = {"guidance": guidance, "temperature": temperature}
         sampling: SamplingConfig = self.config.sampling.model_copy(
             update={name: value for name, value in changes.items() if value is not None}
@@ -72,3 +81,11 @@ class Assistant:
         with autocast(self.device, self.config.precision):
             codes = draw_codes(self.vlm, [wanted] * num_images, unconditional, sampling, generator)
             return to_pil(to_pixels(self.tokenizer.decode(codes)).cpu())
+
+    def _check_length(self, what: str, text: str) -> None:
+        """A person who asks can say it shorter, where the text of a data set is cut."""
+        if not self.builder.fits(text):
+            raise ValueError(
+                f"the {what} has more than the {self.builder.room} tokens that the model reads beside an image "
+                f"({len(text)} characters); shorten it, or train with a larger sft.max_tokens"
+            )

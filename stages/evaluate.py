@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from pydantic import PositiveInt
 
@@ -21,17 +22,18 @@ from stages.evaluation_results import (
     ORIGINAL_FEATURES,
     RANK,
     TEACHER_RANK,
+    TEXT_CUT,
     gather,
     measured,
     measured_mean,
     measured_share,
 )
 from stages.evaluation_tasks import RANDOM, SAME_CATEGORY, TaskFactory
-from stages.image_data import fill
 from stages.loading import load_teacher
 from stages.measuring import SetDistance, feature_space, weights_inputs
 from stages.stage import Outcome, RuntimeFloat, RuntimeInt, RuntimeStr, Stage, StageContext
 from stages.standalone import run_standalone
+from stages.templates import ChoiceTemplate, Template, fill_row
 from stages.training import tracked
 from stages.vlm_training import CodedRows, load_rows
 from storage.code_table import check_tokenizer
@@ -44,17 +46,17 @@ class EvaluateConfig(PrecisionConfig):
 
     max_rows: int | None = None
     """Only the first held-out rows; `null` takes all."""
-    question: str = "What is in the picture?"
+    question: Template = "What is in the picture?"
     """Asked about each held-out image."""
-    answer: str = "{choice}"
+    answer: ChoiceTemplate = "{choice}"
     """How a choice is written as an answer."""
-    concept: str = "{concept}"
+    concept: Template = "{concept}"
     """The name of what an image shows, a template over the code table's columns; `{caption}` is its text."""
     category_column: str = "category"
     """Column from which same-category distractors are drawn; rows without a value get no such questions."""
     num_choices: int = 4
     """Choices of a question."""
-    prompt: str = "Draw {caption}."
+    prompt: Template = "Draw {caption}."
     """Drawing request of each held-out row."""
     images_per_prompt: PositiveInt = 1
     """Drawings of each request."""
@@ -129,7 +131,8 @@ def run(context: StageContext[EvaluateConfig]) -> Outcome:
         files.append(store.put_file(path, f"{name}.parquet"))
     files.append(store.put_bytes(canonical_json(metric_rows), "metrics.json"))
     headline = {f"{row['model']}.{row['benchmark']}.{row['metric']}": row["value"] for row in metric_rows}
-    return Outcome("evaluation", files, metrics=headline)
+    num_cut = sum(pc.sum(table[TEXT_CUT]).as_py() for table in tables.values() if TEXT_CUT in table.column_names)
+    return Outcome("evaluation", files, metrics=headline | {"num_cut": num_cut})
 
 
 def _set_distance(context: StageContext[EvaluateConfig]) -> SetDistance:
@@ -155,7 +158,7 @@ def _metric_rows(
     found = []
     if distance is not None:
         table = tables["reconstruction"]
-        classes = len({fill(context.config.concept, rows.row(index)) for index in range(len(rows))})
+        classes = len({fill_row(context.config.concept, rows.row(index)) for index in range(len(rows))})
         found += [*_reconstruction_rows(common, table), *_frechet_rows(common, table, distance)]
         found += _zero_shot_rows(common, table, classes, context.config.class_templates)
     found += [*_codebook_rows(common, rows), *_understanding_rows(kind, tables["understanding"], context.config)]
@@ -290,7 +293,7 @@ STAGE = Stage(
     config_class=EvaluateConfig,
     inputs=("download", "prepare_teacher", "train_tokenizer", "tokenize", "sft"),
     run=run,
-    version=5,  # SSIM as scikit-image has it, and LlamaGen's own; images of all colour profiles arrive as sRGB
+    version=6,  # SSIM as scikit-image has it; images arrive as sRGB; text is never markup
     external_inputs=_external_inputs,
 )
 

@@ -19,6 +19,8 @@ ORIGINAL_FEATURES, DRAWN_FEATURES = "original_features", "reconstruction_feature
 """Columns that end in a Fréchet distance and do not stay in the table."""
 RANK, TEACHER_RANK = "class_rank", "teacher_class_rank"
 """Columns of how many concepts lie nearer to an image than its own, by its codes and by the teacher."""
+TEXT_CUT = "text_cut"
+"""Column of whether the texts of a row were too long for the language model, and lost their end."""
 
 _TYPES: dict[str, pa.DataType] = {
     "answer": pa.int32(),

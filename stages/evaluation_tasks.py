@@ -28,11 +28,12 @@ from models.transforms import TransformConfig, normalise, to_pil, to_pixels
 from models.vlm import UnifiedVlm, mean_log_likelihood
 from models.zero_shot import Templates
 from stages.devices import autocast, resolve_device
-from stages.evaluation_results import DRAWN_FEATURES, ORIGINAL_FEATURES, RANK, TEACHER_RANK, store_rows
-from stages.image_data import ImageSource, fill
+from stages.evaluation_results import DRAWN_FEATURES, ORIGINAL_FEATURES, RANK, TEACHER_RANK, TEXT_CUT, store_rows
+from stages.image_data import ImageSource
 from stages.loading import load_teacher, load_tokenizer
 from stages.measuring import FeatureSpace, Perceptual, ZeroShot, feature_space, lpips_distance, perceptual_of
 from stages.sequences import SequenceBuilder
+from stages.templates import fill, fill_row
 from stages.training import mix_seed
 from stages.vlm_training import CodedRows, load_rows, load_vlm
 from storage.manifest import Manifest
@@ -173,7 +174,7 @@ class EvaluationWorker:
     @cached_property
     def concepts(self) -> Concepts:
         """Names and categories of the held-out rows."""
-        names = [fill(self.config.concept, self.rows.row(index)) for index in range(len(self.rows))]
+        names = [fill_row(self.config.concept, self.rows.row(index)) for index in range(len(self.rows))]
         categories = self.rows.columns.get(self.config.category_column) or [""] * len(names)
         return Concepts(names, [category or "" for category in categories], self.job.seed)
 
@@ -214,7 +215,7 @@ class EvaluationWorker:
     def _prototypes(self, describe: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
         """Mean of `describe` (`[B, 3, H, W]` in [-1, 1] to `[B, F]`) over the training images of each concept."""
         source, rows = self.training_images, range(len(self.training_images))
-        names = [fill(self.config.concept, source.row(row)) for row in rows]
+        names = [fill_row(self.config.concept, source.row(row)) for row in rows]
         described = torch.cat([describe(normalise(source.pixels(batch))).cpu() for batch in _batches(list(rows))])
         members: dict[str, list[int]] = {}
         for row, name in enumerate(names):
@@ -282,7 +283,7 @@ class EvaluationWorker:
                         {
                             "key": self.rows.keys[row],
                             "image": encode_png(pictures[position]),
-                            "question": self.config.question,
+                            "question": fill_row(self.config.question, self.rows.row(row)),
                             "choices": names,
                             "answer": answer,
                             "picked": picked,
@@ -291,6 +292,7 @@ class EvaluationWorker:
                             "log_likelihoods": scores[position].tolist(),
                             "pixel_baseline_correct": None if pixels_say is None else pixels_say == answer,
                             "teacher_correct": recognised[position] == answer,
+                            TEXT_CUT: self._is_cut(row, names),
                         }
                     )
         return found
@@ -300,7 +302,9 @@ class EvaluationWorker:
         """Draw an image for each held-out prompt and ask the frozen teacher which of some concepts it shows."""
         vlm, builder = self.vlm
         prompts = [
-            fill(self.config.prompt, self.rows.row(row)) for row in rows for _ in range(self.config.images_per_prompt)
+            fill_row(self.config.prompt, self.rows.row(row))
+            for row in rows
+            for _ in range(self.config.images_per_prompt)
         ]
         generator = torch.Generator().manual_seed(mix_seed(self.job.seed, "drawing", rows[0]))
         with autocast(self.device, self.config.precision):
@@ -332,6 +336,7 @@ class EvaluationWorker:
                     "picked": picked[position],
                     "correct": picked[position] == answer,
                     "real_correct": picked_real[position] == answer,
+                    TEXT_CUT: not builder.fits(prompts[position]),
                 }
             )
         return found
@@ -381,15 +386,24 @@ class EvaluationWorker:
     def _answer_scores(self, rows: list[int], choices: list[list[str]]) -> Tensor:
         """Mean log-likelihood of each answer, `[len(rows), choices]`."""
         vlm, builder = self.vlm
-        sequences = []
-        for row, names in zip(rows, choices, strict=True):
-            question = fill(self.config.question, self.rows.row(row))
-            answers = [self.config.answer.format(choice=choice) for choice in names]
-            sequences += [builder.understanding(self.rows.codes[row], question, answer) for answer in answers]
+        sequences = [
+            builder.understanding(self.rows.codes[row], question, answer)
+            for row, names in zip(rows, choices, strict=True)
+            for question, answer in self._answers(row, names)
+        ]
         batch = builder.batch(sequences).to(self.device)
         with autocast(self.device, self.config.precision):
             scores = mean_log_likelihood(vlm, *batch)
         return scores.cpu().view(len(rows), -1)
+
+    def _answers(self, row: int, choices: list[str]) -> list[tuple[str, str]]:
+        """The question of a row with each of its choices written as an answer."""
+        question = fill_row(self.config.question, self.rows.row(row))
+        return [(question, fill(self.config.answer, {"choice": choice})) for choice in choices]
+
+    def _is_cut(self, row: int, choices: list[str]) -> bool:
+        """Whether the question or an answer is too long for the model, which then reads its beginning."""
+        return not all(self.vlm[1].fits(*texts) for texts in self._answers(row, choices))
 
     def _semantic_cosines(self, pixels: Tensor, codes: Tensor) -> Tensor | None:
         target = self.tokenizer.target_features(normalise(pixels).to(self.device))

@@ -158,22 +158,6 @@ class BatchReader:
             self._begun[batch] = [self._pool.submit(self._source.pixels, [row]) for row in self._rows_of(batch)]
 
 
-def fill(template: str, row: dict[str, str]) -> str:
-    """A template such as `Draw {caption}.` with a row's fields; `{caption}` is the row's text.
-
-    Raises:
-        ValueError: the template names a field that the data do not have.
-    """
-    fields = row | {"caption": row["text"]}
-    try:
-        return template.format(**fields)
-    except (KeyError, IndexError) as error:
-        names = ", ".join(sorted(fields))
-        raise ValueError(
-            f"template {template!r} names {error}, which the data do not have; they have {names}"
-        ) from error
-
-
 def table_columns(sample: ImageSample, view: str) -> dict[str, str | None]:
     """The text columns that a row of a code table has of its image."""
     extra = {

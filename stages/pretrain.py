@@ -19,7 +19,17 @@ from stages.shared_training import run_shared
 from stages.stage import Outcome, Stage, StageContext
 from stages.standalone import run_standalone
 from stages.training import mix_seed, train
-from stages.vlm_training import CodedRows, SequenceMaker, VlmLoopConfig, VlmTraining, build_visual, load_rows, put_vlm
+from stages.vlm_training import (
+    CodedRows,
+    SequenceMaker,
+    VlmLoopConfig,
+    VlmTraining,
+    build_visual,
+    load_rows,
+    longest_sequence,
+    put_vlm,
+    vlm_outcome,
+)
 from storage.store import Store
 
 if TYPE_CHECKING:
@@ -53,14 +63,13 @@ def _train(context: StageContext[PretrainConfig]) -> Outcome | None:
     rows = load_rows(context.store, context.inputs["tokenize"], split="train", views=True)
     torch.manual_seed(mix_seed(context.seed, "llm"))
     vlm, tokenizer = build_unified(config, context.store, rows)
-    builder = SequenceBuilder(tokenizer, vlm.vocabulary)
-    training = VlmTraining(config, context.seed, vlm, builder, rows, _sequence_maker(config))
+    builder = SequenceBuilder(tokenizer, vlm.vocabulary, longest_sequence(config.max_tokens, vlm.llm, tokenizer))
+    training = VlmTraining(config, context.seed, vlm, builder, rows, _sequence_maker(config), _texts_of)
     history = train(context, training, config)
     if not is_first_rank():
         return None
     files = [*put_vlm(context, training.vlm, tokenizer), history.save(context)]
-    metadata = {"tokenizer": rows.info.tokenizer_digest, "vocabulary_size": vlm.vocabulary.size}
-    return Outcome("vlm", files, metrics={"loss": history.last("loss")}, metadata=metadata)
+    return vlm_outcome(training, files, history)
 
 
 def build_unified(config: PretrainConfig, store: Store, rows: CodedRows) -> tuple[UnifiedVlm, PreTrainedTokenizerFast]:
@@ -83,6 +92,10 @@ def build_unified(config: PretrainConfig, store: Store, rows: CodedRows) -> tupl
     return UnifiedVlm(llm, vocabulary), tokenizer
 
 
+def _texts_of(row: dict[str, str]) -> list[tuple[str, ...]]:
+    return [(row["text"],)]
+
+
 def _sequence_maker(config: PretrainConfig) -> SequenceMaker:
     def make(builder: SequenceBuilder, rows: CodedRows, index: int) -> Sequence:
         image_first, dropped = torch.rand(2).tolist()
@@ -100,7 +113,7 @@ STAGE = Stage(
     config_class=PretrainConfig,
     inputs=("tokenize",),
     run=run,
-    version=3,  # visual rows start with the spread of text, and sums over the layers are float32
+    version=4,  # text is never markup, and no longer than the model reads
 )
 
 if __name__ == "__main__":

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import ValidationError
+from pydantic import ValidationError, model_validator
 
 from models.config import Config
 from stages import download, evaluate, prepare_teacher, pretrain, sft, tokenize, train_tokenizer
 from stages.stage import Stage
+from stages.templates import CAPTION, names_in, unknown_name
 
 STAGES: dict[str, Stage[Any]] = {
     module.STAGE.name: module.STAGE
@@ -53,6 +55,30 @@ class Recipe(Config):
     def section(self, stage: Stage[Any]) -> Any:
         """The config of a stage."""
         return getattr(self, stage.section)
+
+    @model_validator(mode="after")
+    def _check_templates(self) -> Recipe:
+        """Here and not in the stages: hours of work come before the one that would find a wrong name."""
+        known = [CAPTION, *self.download.columns]
+        for field, template in self._templates():
+            for name in names_in(template):
+                if name not in known:
+                    raise ValueError(
+                        f"field {field!r} has value {template!r}: {unknown_name(name, known)}; download.extra_columns "
+                        "says which columns are kept of the data"
+                    )
+        return self
+
+    def _templates(self) -> Iterator[tuple[str, str]]:
+        """Field and value of each template over the columns of the data."""
+        yield "tokenizer.class_name", self.tokenizer.class_name
+        for number, question in enumerate(self.sft.questions):
+            yield f"sft.questions.{number}.question", question.question
+            yield f"sft.questions.{number}.answer", question.answer
+        for number, prompt in enumerate(self.sft.prompts):
+            yield f"sft.prompts.{number}", prompt
+        for name in ("question", "concept", "prompt"):
+            yield f"evaluate.{name}", getattr(self.evaluate, name)
 
 
 def available_recipes() -> list[str]:
@@ -165,9 +191,12 @@ def _explain(error: ValidationError, where: str) -> str:
         return f"{where}: unknown field {field!r}; {hint}"
     if first["type"] == "missing":
         return f"{where}: field {field!r} is missing; add it to the recipe"
+    if not location:  # of several sections, which it names itself
+        return f"{where}: {first['ctx']['error'] if 'error' in first.get('ctx', {}) else first['msg']}"
     if isinstance(first["input"], dict) and "error" in first.get("ctx", {}):  # of several fields, which it names itself
         return f"{where}: section {field!r}: {first['ctx']['error']}"
-    return f"{where}: field {field!r} has value {first['input']!r}: {first['msg'].lower()}"
+    reason = first["ctx"]["error"] if "error" in first.get("ctx", {}) else first["msg"].lower()
+    return f"{where}: field {field!r} has value {first['input']!r}: {reason}"
 
 
 def _field_names(location: list[str]) -> list[str]:

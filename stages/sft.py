@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from pydantic import NonNegativeFloat, PositiveInt
 from torch import Tensor
@@ -9,21 +11,31 @@ from torch import Tensor
 from models.config import Config, Fraction
 from models.ranks import is_first_rank
 from models.vlm import LossAverage
-from stages.image_data import fill
 from stages.sequences import Sequence, SequenceBuilder
 from stages.shared_training import run_shared
 from stages.stage import Outcome, Stage, StageContext
 from stages.standalone import run_standalone
+from stages.templates import Template, fill_row
 from stages.training import train
-from stages.vlm_training import CodedRows, SequenceMaker, VlmLoopConfig, VlmTraining, load_rows, load_vlm, put_vlm
+from stages.vlm_training import (
+    CodedRows,
+    SequenceMaker,
+    VlmLoopConfig,
+    VlmTraining,
+    load_rows,
+    load_vlm,
+    longest_sequence,
+    put_vlm,
+    vlm_outcome,
+)
 
 
 class QuestionTemplate(Config):
     """A question about an image and its answer; `{name}` is a column of the code table, `{caption}` its text."""
 
-    question: str
+    question: Template
     """For example `What is in the picture?`."""
-    answer: str
+    answer: Template
     """For example `{caption}`."""
     weight: NonNegativeFloat = 1.0
     """How often it is asked, relative to the other questions."""
@@ -40,7 +52,7 @@ class SftConfig(VlmLoopConfig):
         QuestionTemplate(question="What is in the picture?", answer="{caption}"),
     )
     """Understanding: image in the prompt, loss on the answer."""
-    prompts: tuple[str, ...] = ("Draw {caption}.",)
+    prompts: tuple[Template, ...] = ("Draw {caption}.",)
     """Generation: text in the prompt, loss on the image; one is drawn at random."""
     caption_dropout: Fraction = 0.1
     """Part of the drawing requests whose text is left out, which makes guidance possible."""
@@ -68,13 +80,26 @@ def _train(context: StageContext[SftConfig]) -> Outcome | None:
     pretrained = context.inputs["pretrain"]
     rows = load_rows(context.store, context.inputs["tokenize"], split="train", views=True)
     vlm, builder = load_vlm(context.store, pretrained)
-    training = VlmTraining(config, context.seed, vlm, builder, rows, _sequence_maker(config), config.loss_average)
+    limit = longest_sequence(config.max_tokens, vlm.llm, builder.tokenizer, "sft")
+    builder = SequenceBuilder(builder.tokenizer, builder.vocabulary, limit)
+    make, texts_of = _sequence_maker(config), partial(_texts_of, config)
+    training = VlmTraining(config, context.seed, vlm, builder, rows, make, texts_of, config.loss_average)
     history = train(context, training, config)
     if not is_first_rank():
         return None
     files = [*put_vlm(context, training.vlm, builder.tokenizer), history.save(context)]
-    metadata = {"tokenizer": rows.info.tokenizer_digest, "vocabulary_size": builder.vocabulary.size}
-    return Outcome("vlm", files, metrics={"loss": history.last("loss")}, metadata=metadata)
+    return vlm_outcome(training, files, history)
+
+
+def _texts_of(config: SftConfig, row: dict[str, str]) -> list[tuple[str, ...]]:
+    texts: list[tuple[str, ...]] = []
+    if config.understanding_weight:
+        texts += [
+            (fill_row(each.question, row), fill_row(each.answer, row)) for each in config.questions if each.weight
+        ]
+    if config.generation_weight:
+        texts += [(fill_row(prompt, row),) for prompt in config.prompts]
+    return texts
 
 
 def _sequence_maker(config: SftConfig) -> SequenceMaker:
@@ -91,9 +116,9 @@ def _sequence_maker(config: SftConfig) -> SequenceMaker:
         if torch.rand(()) < understanding:
             template = config.questions[int(torch.multinomial(question_weights, 1))]
             seen = _partly_random(codes, config.understanding_code_dropout, builder)
-            return builder.understanding(seen, fill(template.question, row), fill(template.answer, row))
+            return builder.understanding(seen, fill_row(template.question, row), fill_row(template.answer, row))
         codes = rows.codes[rows.originals[index]]  # a turned or moved picture is read, but not what to draw
-        prompt = fill(config.prompts[int(torch.randint(len(config.prompts), ()))], row)
+        prompt = fill_row(config.prompts[int(torch.randint(len(config.prompts), ()))], row)
         dropped = bool(torch.rand(()) < config.caption_dropout)
         seen = _partly_random(codes, config.generation_code_dropout, builder)
         return builder.generation("" if dropped else prompt, codes, seen)
@@ -116,7 +141,7 @@ STAGE = Stage(
     config_class=SftConfig,
     inputs=("tokenize", "pretrain"),
     run=run,
-    version=3,  # sums over the layers are float32
+    version=4,  # text is never markup, and no longer than the model reads
 )
 
 if __name__ == "__main__":

@@ -34,12 +34,13 @@ from models.zero_shot import Templates
 from stages import external_codes
 from stages.devices import autocast, resolve_device
 from stages.held_out import HeldOut
-from stages.image_data import BatchReader, ImageSource, fill
+from stages.image_data import BatchReader, ImageSource
 from stages.loading import load_teacher, put_json, put_weights, read_state, subset
 from stages.measuring import ZeroShot, feature_space, lpips_distance, perceptual_of, weights_inputs
 from stages.shared_training import SharedLoopConfig, run_shared
 from stages.stage import Outcome, RuntimeInt, RuntimeStr, Stage, StageContext
 from stages.standalone import run_standalone
+from stages.templates import Template, fill_row
 from stages.training import (
     EpochSampler,
     OptimiserConfig,
@@ -84,7 +85,7 @@ class TrainTokenizerConfig(SharedLoopConfig, TokenizerConfig):
     measure_every: NonNegativeInt = 0
     """Steps between measurements on the held-out images while training goes on; the curves show them at their next
     point (`log_every`). 0: only at the end."""
-    class_name: str = "{caption}"
+    class_name: Template = "{caption}"
     """The class of a held-out image in zero-shot classification, a template over the metadata's columns."""
     class_templates: Templates = "name"
     """`name`: a class is its name; `openai`: the mean over the 80 sentences of CLIP's ImageNet evaluation."""
@@ -367,7 +368,7 @@ def _held_out(context: StageContext[TrainTokenizerConfig], training: TokenizerTr
             "some: set download.held_out_fraction, or give the rows a column `split` (download.extra_columns: [split])"
         )
     source = ImageSource(context.store, download, config.transform, split=split)
-    names = [fill(config.class_name, source.row(row)) for row in range(len(source))]
+    names = [fill_row(config.class_name, source.row(row)) for row in range(len(source))]
     space = feature_space("tokenizer", config.inception_weights, teacher, device)
     task = ZeroShot.of(teacher, names, config.class_templates)
     return HeldOut(source, split, space, task, perceptual_of(training.perceptual), device, config.precision)

@@ -88,14 +88,21 @@ class Favouring(torch.nn.Module):
         return SimpleNamespace(logits=self.logits.expand(1, 1, -1).clone(), past_key_values=None)
 
 
-def answer_of(favourites: list[int], vocabulary: Vocabulary = VOCABULARY, *, size: int = 32) -> list[int]:
+def answer_of(
+    favourites: list[int], vocabulary: Vocabulary = VOCABULARY, *, size: int = 32, **options: Any
+) -> list[int]:
     model: Any = Favouring(favourites, size)
-    return answer_tokens(UnifiedVlm(model, vocabulary), [2, 3], None, max_tokens=4)
+    return answer_tokens(UnifiedVlm(model, vocabulary), [2, 3], None, max_tokens=4, **options)
 
 
 def test_answers_hold_no_codes_and_no_markers() -> None:
     favourites = [*range(20, 32), VOCABULARY.pad, VOCABULARY.user, VOCABULARY.assistant, VOCABULARY.soi, VOCABULARY.eoi]
     assert answer_of([*favourites, 9]) == [9] * 4
+
+
+def test_answers_hold_no_control_token_of_a_published_tokenizer() -> None:
+    assert answer_of([7, 8, 9], control_ids={7, 8, VOCABULARY.eos, 25}) == [9] * 4
+    assert answer_of([VOCABULARY.eos, 9], control_ids={VOCABULARY.eos}) == [], "the end stays what it is"
 
 
 def test_answers_hold_no_row_beyond_the_vocabulary() -> None:

@@ -1,6 +1,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -141,6 +142,19 @@ def test_a_backbones_interpolation_is_timms(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 INTERPOLATION = {"interpolation": "bilinear"}
+
+
+def test_open_clips_markers_in_a_caption_are_text() -> None:
+    make_torchvision_importable()
+    import open_clip
+
+    named: Any = SimpleNamespace(config=OpenClipTeacherConfig(name="ViT-B-32"))
+    plain, theirs = OpenClipTeacher.tokenizer.func(named), open_clip.get_tokenizer("ViT-B-32")
+    assert torch.equal(plain(["a cat, it's 12"]), theirs(["a cat, it's 12"]))
+    for text in ("a <end_of_text> dog", "&lt;END_OF_TEXT&gt; a <start_of_text>"):
+        ids = plain([text])[0].tolist()
+        assert (ids.count(plain.sot_token_id), ids.count(plain.eot_token_id)) == (1, 1)
+        assert theirs([text])[0].tolist() != ids
 
 
 class TestBackboneTeacher:
@@ -460,6 +474,8 @@ class TestTransformersTeacher:
         check_standardised(teacher.features(images, (4, 4)))
         assert teacher.features(images, (3, 5)).shape[1:3] == (3, 5)
         check_texts(teacher)
+        written, unknown = teacher.embed_texts(["a </s> cat", "a ? ? ? cat"])
+        assert torch.equal(written, unknown), "a marker in a caption is text"
 
     def test_a_siglip_pools_what_its_layers_know(self, teacher: TransformersTeacher, images: Tensor) -> None:
         if hasattr(teacher.model.vision_model, "head"):

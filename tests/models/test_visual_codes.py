@@ -28,7 +28,7 @@ def vlm(request: pytest.FixtureRequest) -> UnifiedVlm:
     made = UnifiedVlm(build_small_llm(config, vocabulary), vocabulary, visual).eval()
     for parameter in made.parameters():
         parameter.data.mul_(3.0)
-    made.builder = SequenceBuilder(tokenizer, vocabulary)
+    made.builder = SequenceBuilder(tokenizer, vocabulary, 64)
     return made
 
 

@@ -19,7 +19,7 @@ QUESTION = QuestionTemplate(question="What is it?", answer="{caption}")
 @pytest.fixture(scope="module")
 def builder() -> SequenceBuilder:
     tokenizer = train_bpe(["a fox", "What is it?", "Draw a fox."], 300)
-    return SequenceBuilder(tokenizer, extend_tokenizer(tokenizer, (1000,), (1, 1, 8, 8)))
+    return SequenceBuilder(tokenizer, extend_tokenizer(tokenizer, (1000,), (1, 1, 8, 8)), 128)
 
 
 @pytest.fixture(scope="module")
