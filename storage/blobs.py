@@ -1,6 +1,7 @@
 """Blobs: files stored under the sha256 of their bytes, and read back only if they still have it."""
 
 import hashlib
+import logging
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -10,6 +11,8 @@ from storage.errors import DamagedObject, ObjectMissing
 from storage.files import atomic_path, copy_and_hash
 from storage.manifest import FileEntry
 from storage.objects import ObjectStore
+
+logger = logging.getLogger(__name__)
 
 
 def blob_key(sha256: str) -> str:
@@ -37,6 +40,8 @@ class Blobs:
         before = source.stat()
         entry = FileEntry(path=path, size=before.st_size, sha256=sha256_file(source))
         key = blob_key(entry.sha256)
+        if self._is_stored(entry):
+            return entry
         self._objects.put_file(key, source, sha256=entry.sha256)
         after = source.stat()
         if (after.st_size, after.st_mtime_ns) != (before.st_size, before.st_mtime_ns):
@@ -48,10 +53,8 @@ class Blobs:
     def put_bytes(self, data: bytes, path: str) -> FileEntry:
         """Store bytes."""
         entry = FileEntry(path=path, size=len(data), sha256=sha256_bytes(data))
-        key = blob_key(entry.sha256)
-        right = self._objects.size(key) == entry.size and self._objects.read(key) == data
-        if not right or not self._objects.touch(key):
-            self._objects.put(key, data)
+        if not self._is_stored(entry):
+            self._objects.put(blob_key(entry.sha256), data)
         return entry
 
     def read_bytes(self, entry: FileEntry) -> bytes:
@@ -73,7 +76,7 @@ class Blobs:
         own = self._objects.local_path(key)
         if own is None:
             return self._cache.fetch(key, entry, lambda path: self._download(entry, path))
-        if not own.is_file():
+        if self._objects.size(key) is None:
             raise ObjectMissing(f"cannot fetch {entry.path!r}: {key} is not in the store {self._objects.uri}")
         if not self._cache.checked.right(own, entry):
             raise self._damaged(entry)
@@ -96,12 +99,29 @@ class Blobs:
         """Re-hash a blob; return None when it is right, else what is wrong with it."""
         key = blob_key(entry.sha256)
         size = self._objects.size(key)
-        if size is None:
+        if size is None and self._objects.is_remote:
             return "missing"
-        if size != entry.size:
+        if size is not None and size != entry.size:
             return f"damaged: {size} bytes instead of {entry.size}"
-        found = self._sha256_of(key)
+        try:  # also where a local store has no file of that name: a link is damage
+            found = self._sha256_of(key)
+        except ObjectMissing:
+            return "missing"
+        except DamagedObject as error:
+            return f"damaged: {error}"
         return None if found == entry.sha256 else f"damaged: its bytes have the sha256 {found}"
+
+    def _is_stored(self, entry: FileEntry) -> bool:
+        """Say whether a blob is there and right, and make it young again for the garbage collection.
+
+        Its bytes are read: a blob that was damaged is stored again now that the right bytes are at hand.
+        """
+        key = blob_key(entry.sha256)
+        if (problem := self.problem(entry)) is None:
+            return self._objects.touch(key)
+        if problem != "missing":
+            logger.warning("%s (%s) in the store was %s; it is stored again", entry.path, key, problem)
+        return False
 
     def _sha256_of(self, key: str) -> str:
         sha256 = hashlib.sha256()

@@ -9,6 +9,7 @@ A link outlives its copy, so it does not matter in which order two processes tak
 import fcntl
 import logging
 import os
+import re
 import shutil
 import threading
 import time
@@ -19,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path, PosixPath
 
 from storage.errors import StoreError
-from storage.files import CheckedFiles, atomic_path
+from storage.files import CheckedFiles, atomic_path, refuse_links
 from storage.manifest import FileEntry
 
 logger = logging.getLogger(__name__)
@@ -31,6 +32,7 @@ RELEASE_AFTER_S = 600
 _LOOK_EVERY = 0.05
 """Part of the limit that a process downloads before it looks again at what all of them hold."""
 _COPIES, _HELD, _LOCK = "cas", "held", ".lock"
+_HOLDER_NAME = re.compile("[0-9a-f]{32}")
 
 
 def default_cache_dir() -> Path:
@@ -82,6 +84,8 @@ class Cache:
             entry: size and sha256 of the blob.
             download: writes the blob to a path and raises unless it is what `entry` says.
         """
+        for path in (key, f"{_HELD}/{_LOCK}"):
+            refuse_links(self._folder, path, "the cache")
         copy = self._folder / key
         held = self._held_path(copy.name)
         if _link(copy, held):
@@ -170,9 +174,14 @@ class _Holder:
 
 
 def _link(source: Path, target: Path) -> bool:
-    """Make `target` another name of `source`; True when it is there, False when neither is."""
+    """Make `target` another name of `source`; True when it is there, False when neither is.
+
+    A symbolic link in the place of `source` is removed: what it points to is not the cache's.
+    """
+    if source.is_symlink():
+        source.unlink(missing_ok=True)
     try:
-        os.link(source, target)
+        os.link(source, target, follow_symlinks=False)
     except FileExistsError:
         return True
     except FileNotFoundError:
@@ -187,6 +196,8 @@ def _link(source: Path, target: Path) -> bool:
 
 def _remove_dead_holders(folder: Path) -> None:
     for lock in folder.glob(f"*{_LOCK}"):
+        if not _HOLDER_NAME.fullmatch(lock.stem) or lock.is_symlink():
+            continue  # not ours
         try:
             with open(lock, "rb") as file:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -209,7 +220,7 @@ def _copies(folder: Path) -> Iterator[_Copy]:
         for name in names:
             path = Path(parent) / name
             try:
-                stat = path.stat()
+                stat = path.lstat()
             except FileNotFoundError:
                 continue
             yield _Copy(path, stat.st_size, max(stat.st_atime, stat.st_mtime), stat.st_nlink > 1)

@@ -4,23 +4,25 @@
 in one atomic step, and lists them; without it, the step does not count.
 """
 
-import json
 import logging
+import re
 import shutil
 import tempfile
 import uuid
 from pathlib import Path
 from typing import Any
 
-from storage.digests import canonical_json, sha256_file
+from storage.digests import sha256_file
 from storage.errors import DamagedObject, ObjectMissing
 from storage.files import atomic_path
-from storage.manifest import FileEntry
+from storage.manifest import FileEntry, check_relative_path
 from storage.objects import ObjectStore
+from storage.records import read_record, record_bytes
 
 logger = logging.getLogger(__name__)
 
 _COMPLETE = "complete.json"
+_DIGITS = re.compile("[0-9]+")
 
 
 def save(objects: ObjectStore, action_key: str, step: int, folder: Path, keep: int) -> None:
@@ -40,11 +42,11 @@ def save(objects: ObjectStore, action_key: str, step: int, folder: Path, keep: i
         return entry
 
     entries = objects.map(upload, local_files)
-    replaced = _read_complete(objects, f"{base}{_COMPLETE}")
+    replaced = _replaced(objects, f"{base}{_COMPLETE}")
     record = {"step": step, "folder": part, "files": [entry.to_json() for entry in entries]}
-    objects.put(f"{base}{_COMPLETE}", canonical_json(record))
-    if replaced is not None and replaced.get("folder") not in (None, part):
-        objects.delete_prefix(f"{base}{replaced['folder']}/")
+    objects.put(f"{base}{_COMPLETE}", record_bytes(record))
+    if replaced is not None:
+        objects.delete_prefix(f"{base}{replaced}/")
     for old in [s for s in _steps(objects, action_key) if s <= step][keep:]:
         _remove(objects, _step_prefix(action_key, old))
 
@@ -70,8 +72,8 @@ def drop(objects: ObjectStore, action_key: str) -> None:
 
 
 def _copy(objects: ObjectStore, key: str, folder: Path) -> None:
-    record = json.loads(objects.read(key))
-    base = f"{key.removesuffix(_COMPLETE)}{record['folder']}/"
+    record = read_record(objects, key)
+    base = f"{key.removesuffix(_COMPLETE)}{_folder(record)}/"
     entries = [FileEntry.from_json(entry) for entry in record["files"]]
     folder.mkdir(parents=True, exist_ok=True)
     # All of it is checked before any of it appears, so that a damaged step leaves nothing for the next one to mix with.
@@ -90,21 +92,27 @@ def _copy(objects: ObjectStore, key: str, folder: Path) -> None:
                 shutil.move(Path(staged) / entry.path, private)
 
 
-def _read_complete(objects: ObjectStore, key: str) -> dict[str, Any] | None:
-    if objects.size(key) is None:
-        return None
+def _replaced(objects: ObjectStore, key: str) -> str | None:
+    """The folder of an earlier checkpoint of this step, None where there is none that is readable."""
     try:
-        record = json.loads(objects.read(key))
-    except ValueError:
+        return _folder(read_record(objects, key))
+    except (ObjectMissing, DamagedObject, ValueError):
         return None
-    return record if isinstance(record, dict) else None
+
+
+def _folder(record: dict[str, Any]) -> str:
+    folder = record.get("folder")
+    check_relative_path(folder)
+    return str(folder)
 
 
 def _steps(objects: ObjectStore, action_key: str) -> list[int]:
     """Return the steps that have a `complete.json`, newest first."""
     prefix = f"checkpoints/{action_key}/"
     parts = [key.removeprefix(prefix).split("/") for key in objects.list(prefix)]
-    return sorted({int(p[0]) for p in parts if len(p) == 2 and p[1] == _COMPLETE and p[0].isdigit()}, reverse=True)
+    return sorted(
+        {int(p[0]) for p in parts if len(p) == 2 and p[1] == _COMPLETE and _DIGITS.fullmatch(p[0])}, reverse=True
+    )
 
 
 def _step_prefix(action_key: str, step: int) -> str:

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from storage.digests import CHUNK_BYTES, sha256_file
+from storage.errors import StoreError
 from storage.manifest import FileEntry
 
 TEMPORARY_PREFIX = ".musevl-tmp-"
@@ -55,8 +56,11 @@ class CheckedFiles:
         return True
 
 
-def copy_and_hash(source: str | Path, target: str | Path) -> str:
-    """Copy a local file in pieces, fsync the copy and return the sha256 of the bytes that were copied."""
+def copy_and_hash(source: str | Path | int, target: str | Path | int) -> str:
+    """Copy a local file in pieces, fsync the copy and return the sha256 of the bytes that were copied.
+
+    Both are paths or open descriptors; descriptors are closed.
+    """
     sha256 = hashlib.sha256()
     with open(source, "rb") as reader, open(target, "wb") as writer:
         while chunk := reader.read(CHUNK_BYTES):
@@ -65,6 +69,22 @@ def copy_and_hash(source: str | Path, target: str | Path) -> str:
         writer.flush()
         os.fsync(writer.fileno())
     return sha256.hexdigest()
+
+
+def refuse_links(folder: Path, path: str, what: str) -> None:
+    """Raise StoreError where a folder on the way from `folder` to `folder/path` is a symbolic link.
+
+    Args:
+        folder: may be a link itself, which is its owner's choice.
+        path: relative POSIX path of a file below it.
+        what: the folder is, for the message.
+    """
+    for parent in reversed(Path(path).parents[:-1]):
+        if (folder / parent).is_symlink():
+            raise StoreError(
+                f"{folder / parent} is a symbolic link, which nothing in {what} is written through; remove it, or name "
+                "another folder"
+            )
 
 
 def fsync_path(path: str | Path) -> None:

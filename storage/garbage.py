@@ -17,7 +17,7 @@ from storage.errors import DamagedObject, ObjectMissing
 from storage.manifest import Manifest
 from storage.object_info import ObjectInfo
 from storage.objects import ObjectStore
-from storage.records import json_object, plan_files, receipt_files
+from storage.records import plan_files, read_record, receipt_files
 
 WORK_FOLDERS = ("plans", "receipts", "checkpoints", "attempts")
 """Where work in progress stands, by action key."""
@@ -199,10 +199,10 @@ def _mark_plan(objects: ObjectStore, held: Iterable[ObjectInfo], marks: _Marks) 
     """Mark the files that a plan names: without them no shard could be made again."""
     for key in [item.key for item in held if item.key.startswith("plans/")]:
         try:
-            marks.live |= {entry.sha256 for entry in plan_files(json_object(objects.read(key)))}
+            marks.live |= {entry.sha256 for entry in plan_files(read_record(objects, key))}
         except ObjectMissing:
             continue  # given up, or being written, since it was listed
-        except ValueError as error:
+        except (ValueError, DamagedObject) as error:
             marks.unreadable.append(f"{key} is no plan ({error}): `musevl artifacts verify` sets it aside")
 
 
@@ -211,8 +211,8 @@ def _received(objects: ObjectStore, held: Iterable[ObjectInfo]) -> set[str]:
 
     def digests(key: str) -> set[str]:
         try:
-            return {entry.sha256 for entry in receipt_files(json_object(objects.read(key)))}
-        except (ValueError, ObjectMissing):
+            return {entry.sha256 for entry in receipt_files(read_record(objects, key))}
+        except (ValueError, DamagedObject, ObjectMissing):
             return set()
 
     return set[str]().union(*objects.map(digests, [item.key for item in held if item.key.startswith("receipts/")]))

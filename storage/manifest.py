@@ -71,7 +71,7 @@ class Manifest:
             if not isinstance(getattr(self, name), dict):
                 raise ValueError(f"manifest: {name} is {getattr(self, name)!r}; give a dict")
         for name, digest in self.inputs.items():
-            if not isinstance(digest, str) or not digest:
+            if not is_sha256(digest):
                 raise ValueError(f"manifest: input {name!r} is {digest!r}; give the digest of its artifact")
         _check_no_collisions([entry.path for entry in self.files])
         self.to_bytes()
@@ -108,7 +108,7 @@ class Manifest:
             manifest = cls(**(value | {"files": files}))
             if manifest.to_bytes() != data:
                 raise ValueError("it is not in canonical form")
-        except (ValueError, TypeError, KeyError) as error:
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
             raise DamagedObject(f"these {len(data)} bytes are not an artifact's manifest: {error}") from error
         return manifest
 

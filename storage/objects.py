@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
+from storage.digests import canonical_json, digest_of
 from storage.errors import ObjectMissing, StoreError
 from storage.manifest import check_relative_path
 from storage.object_info import ObjectInfo
@@ -63,9 +64,33 @@ class ObjectStore:
         """What serves the objects: the S3 endpoint, or 'local'."""
         return self._backend.endpoint if isinstance(self._backend, S3Backend) else "local"
 
+    def check_exists(self) -> None:
+        """Raise StoreError, on one line, unless there is a folder, or something under the prefix; writes nothing."""
+        self._backend.check_exists()
+
     def check_access(self) -> None:
         """Raise StoreError, on one line, unless the folder can be written to or the bucket answers."""
         self._backend.check_access()
+
+    def check_writes(self) -> None:
+        """Raise StoreError, on one line, unless objects can be written, and by one writer alone where that is asked.
+
+        A bucket keeps a note that this was probed through an endpoint; it is written anew each time.
+        """
+        self.check_access()
+        if not self.is_remote:
+            return
+        key = f"probes/held-{digest_of(self.endpoint)[:16]}.json"
+        if self.size(key) is None:
+            self.probe_conditional_create()
+        with self._explained("write", key):
+            try:
+                self._backend.put(key, canonical_json({"conditional_create": True}))
+            except PermissionError as error:
+                raise StoreError(
+                    f"cannot write to the store {self.uri}: {one_line(error)}; use credentials that may write and "
+                    "delete there (what only reads, such as `musevl artifacts ls`, works with these)"
+                ) from error
 
     def probe_conditional_create(self) -> None:
         """Raise StoreError unless create-only writes hold; writes and removes one small object."""
@@ -98,7 +123,7 @@ class ObjectStore:
             self._backend.put(key, data)
 
     def put_file(self, key: str, local_path: str | Path, *, sha256: str | None = None) -> None:
-        """Store a local file; skipped when an object of the same size is there, replaces one of another size.
+        """Store a local file; an object of that key is replaced.
 
         Args:
             key: relative POSIX path.
@@ -106,31 +131,36 @@ class ObjectStore:
             sha256: of the file; where given, a local store refuses to publish a copy that differs.
         """
         _check_key(key)
-        source = Path(local_path)
-        size = source.stat().st_size
         with self._explained("store", key):
-            # A file that is wanted again is young again for the garbage collection.
-            if self._backend.size(key) != size or not self._backend.touch(key):
-                self._backend.put_file(key, source, sha256)
+            self._backend.put_file(key, Path(local_path), sha256)
 
     def get_file(self, key: str, local_path: str | Path) -> None:
-        """Copy an object to a local file (not atomically); ObjectMissing when it is not there."""
+        """Copy an object to a local file (not atomically); raises as `read` does."""
+        _check_key(key)
         with self._explained("read", key):
             self._backend.get_file(key, Path(local_path))
 
     def read(self, key: str) -> bytes:
-        """Return an object's bytes; ObjectMissing when it is not there."""
+        """Return an object's bytes.
+
+        Raises:
+            ObjectMissing: it is not there.
+            DamagedObject: in its place is a symbolic link, or something else that is no file.
+        """
+        _check_key(key)
         with self._explained("read", key):
             return self._backend.read(key)
 
     @contextmanager
     def open(self, key: str) -> Iterator[BinaryIO]:
-        """Open an object for reading in pieces; ObjectMissing when it is not there."""
+        """Open an object for reading in pieces; raises as `read` does."""
+        _check_key(key)
         with self._explained("read", key), self._backend.open(key) as stream:
             yield stream
 
     def size(self, key: str) -> int | None:
-        """Return an object's size in bytes, None when it is not there."""
+        """Return an object's size in bytes, None when it is not there or no file."""
+        _check_key(key)
         with self._explained("look at", key):
             return self._backend.size(key)
 
@@ -142,6 +172,7 @@ class ObjectStore:
 
     def modified(self, key: str) -> float | None:
         """Return when an object was written, in seconds since the epoch, None when it is not there."""
+        _check_key(key)
         with self._explained("look at", key):
             return self._backend.modified(key)
 
@@ -151,11 +182,13 @@ class ObjectStore:
         Raises:
             StoreError: a part of the list cannot be read; never a list that is too short.
         """
+        _check_prefix(prefix)
         with self._explained("list", prefix or "."):
             return sorted(self._backend.list(prefix))
 
     def details(self, prefix: str) -> builtins.list[ObjectInfo]:
         """Return the objects whose keys begin with `prefix`, sorted, with size and age."""
+        _check_prefix(prefix)
         with self._explained("list", prefix or "."):
             return sorted(self._backend.details(prefix), key=lambda item: item.key)
 
@@ -184,12 +217,14 @@ class ObjectStore:
 
     def move(self, key: str, new_key: str) -> None:
         """Give an object another key; ObjectMissing when it is not there."""
+        _check_key(key)
         _check_key(new_key)
         with self._explained("move", key):
             self._backend.move(key, new_key)
 
     def local_path(self, key: str) -> Path | None:
         """Return an object's own local file, None for a bucket."""
+        _check_key(key)
         return self._backend.local_path(key)
 
     def map(self, function: Callable[[_Item], _Result], items: Iterable[_Item]) -> builtins.list[_Result]:
@@ -214,6 +249,12 @@ class ObjectStore:
                 f"cannot {verb} {key!r} in the store {self.uri}: {one_line(error)}; "
                 "check free space, permissions and the network"
             ) from error
+
+
+def _check_prefix(prefix: str) -> None:
+    folder = prefix.rpartition("/")[0]
+    if folder:
+        check_relative_path(folder)
 
 
 def _check_key(key: str) -> None:

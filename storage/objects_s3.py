@@ -47,10 +47,26 @@ class S3Backend:
         named = self._options.get("endpoint_url") or os.environ.get("AWS_ENDPOINT_URL_S3")
         return named or os.environ.get("AWS_ENDPOINT_URL") or "the default AWS endpoint"
 
+    def check_exists(self) -> None:
+        """Raise StoreError unless the bucket answers and holds something under the prefix."""
+        prefix = self._path("").removeprefix(f"{self._bucket}/")
+        found = self._opened("list_objects_v2", Prefix=prefix, MaxKeys=1)
+        if not found.get("KeyCount"):
+            raise StoreError(
+                f"there is no store in s3://{self._base} at {self.endpoint}: nothing is there; name another with "
+                "--store or MUSEVL_STORE, or make one with `musevl run`"
+            )
+
     def check_access(self) -> None:
         """Raise StoreError unless the bucket answers."""
+        self._opened("head_bucket")
+
+    def _opened(self, method: str, **arguments: Any) -> Any:
+        """The answer to the first call of a bucket."""
         try:
-            self._steadily("head", "", lambda: self._fs.call_s3("head_bucket", Bucket=self._bucket), QUICK_ATTEMPTS)
+            return self._steadily(
+                "open", "", lambda: self._fs.call_s3(method, Bucket=self._bucket, **arguments), QUICK_ATTEMPTS
+            )
         except Exception as error:
             raise StoreError(
                 f"cannot open the store s3://{self._base} at {self.endpoint}: {one_line(error)}; {_remedy(error)}"
@@ -107,7 +123,17 @@ class S3Backend:
 
     def put_file(self, key: str, local_path: Path, sha256: str | None) -> None:
         """Create the object from a file, or replace it; the caller checks that the file held still."""
-        self._steadily("put", key, lambda: self._fs.put_file(str(local_path), self._path(key)))
+
+        def put() -> None:
+            try:
+                self._fs.put_file(str(local_path), self._path(key))
+            except FileNotFoundError as error:
+                # The answer that ends an upload in parts was lost, and s3fs gave up an upload that is done
+                if s3_error(error)[0] == "NoSuchUpload":
+                    raise ConnectionError(one_line(error)) from error
+                raise
+
+        self._steadily("put", key, put)
 
     def get_file(self, key: str, local_path: Path) -> None:
         """Copy the object to a local file."""

@@ -15,20 +15,33 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from storage import attempts, checkpoints
 from storage.blobs import Blobs, blob_key
 from storage.cache import Cache, cache_limit_bytes, default_cache_dir
-from storage.digests import canonical_json, digest_of, is_sha256, sha256_bytes
+from storage.digests import is_sha256, sha256_bytes
 from storage.errors import AmbiguousDigest, DamagedObject, ObjectMissing, StoreError, UnknownArtifact
+from storage.files import refuse_links
 from storage.garbage import Collection, find_garbage, remove
 from storage.manifest import FileEntry, Manifest
 from storage.objects import ObjectStore
-from storage.records import action_digest, json_object, plan_files, read_pins, read_record, receipt_files
+from storage.records import (
+    action_digest,
+    parse_record,
+    plan_files,
+    read_pins,
+    read_record,
+    read_runs,
+    receipt_files,
+    record_bytes,
+)
 from storage.verify import Problem, Verifier
 
 logger = logging.getLogger(__name__)
+
+Access = Literal["create", "write", "read"]
+"""What a store is opened for; see `Store`."""
 
 ACTION_SCHEMA = 1
 _RECEIPTS_AT_A_TIME = 256
@@ -64,24 +77,35 @@ class Store:
     """An artifact store. Cheap to open; pickles as its URI and options, so workers can receive it.
 
     Args:
-        uri: a local folder (made if needed), `file:///path` or `s3://bucket/prefix`.
+        uri: a local folder, `file:///path` or `s3://bucket/prefix`.
         cache_dir: where blobs of an S3 store are kept once downloaded; default MUSEVL_CACHE or the user's cache folder.
         endpoint_url: of an S3 service; default from AWS_ENDPOINT_URL. Credentials come from the standard AWS places.
+        access: `create` makes the store if needed, and checks that it can be written; `write` wants it to be there, and
+            checks the same; `read` wants it to be there and writes nothing, so that reading takes no more rights than
+            reading. What is written to a store that was opened to be read fails where the store refuses it.
 
     Raises:
-        StoreError: the folder or bucket cannot be used, or does not hold create-only writes.
+        StoreError: the folder or bucket cannot be used so, or does not hold create-only writes.
         ValueError: an unknown kind of URI.
     """
 
-    def __init__(self, uri: str, *, cache_dir: Path | None = None, endpoint_url: str | None = None) -> None:
+    def __init__(
+        self,
+        uri: str,
+        *,
+        cache_dir: Path | None = None,
+        endpoint_url: str | None = None,
+        access: Access = "create",
+    ) -> None:
         options = {} if endpoint_url is None else {"endpoint_url": endpoint_url}
         self._objects = ObjectStore(str(uri), **options)
         self._cache_dir = cache_dir
         self._endpoint_url = endpoint_url
         self._blobs = Blobs(self._objects, Cache(cache_dir or default_cache_dir(), cache_limit_bytes()))
-        self._objects.check_access()
-        if self._objects.is_remote:
-            self._probe_once()
+        if access != "create":
+            self._objects.check_exists()
+        if access != "read":
+            self._objects.check_writes()
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _reopen, (self.uri, self._cache_dir, self._endpoint_url)
@@ -128,14 +152,19 @@ class Store:
         return self._blobs.read_bytes(entry)
 
     def materialise(self, manifest: Manifest, folder: str | Path, prefix: str = "") -> None:
-        """Copy an artifact's files to `folder/<path in the artifact>`, each one checked; raises as `fetch` does.
+        """Copy an artifact's files to `folder/<path in the artifact>`, each one checked.
 
         Args:
             manifest: of the artifact.
             folder: made if needed; files of the same names are replaced.
             prefix: only the files in this folder of the artifact; they keep their full paths.
+
+        Raises:
+            ObjectMissing, DamagedObject: as by `fetch`.
+            StoreError: a folder on the way to a file is a symbolic link, and would lead it elsewhere.
         """
         for entry in manifest.files_under(prefix):
+            refuse_links(Path(folder), entry.path, "the folder that files are copied to")
             self._blobs.copy_to(entry, Path(folder) / entry.path)
 
     # Artifacts
@@ -158,7 +187,7 @@ class Store:
                 f"not stored ({names}); call put_file for each and use the entries that it returns"
             )
         digest = self._blobs.put_bytes(manifest.to_bytes(), "manifest").sha256
-        record = canonical_json({"manifest": digest, "schema": ACTION_SCHEMA})
+        record = record_bytes({"manifest": digest, "schema": ACTION_SCHEMA})
         if self._objects.create(key, record):
             return Commit(digest, created=True, adopted=False)
         winner = self._action_digest(key)
@@ -216,7 +245,8 @@ class Store:
         """Re-hash every blob of one artifact (digest or prefix), or all that is in use; return what is wrong.
 
         In use are the artifacts of actions and pins, what they were made from, and the files of plans and receipts.
-        Damaged bytes are moved to `quarantine/`, so the next lookup of their artifact, plan or receipt is a miss.
+        Damaged bytes are moved to `quarantine/`, so the next lookup of their artifact, plan or receipt is a miss; where
+        the store cannot be written they stay, and the problem says so.
         """
         verifier = Verifier(self._objects, self._blobs)
         if digest is not None:
@@ -228,7 +258,7 @@ class Store:
     def pin(self, digest_or_prefix: str, note: str = "") -> str:
         """Keep an artifact and all that it was made from, whatever happens to its action; return its digest."""
         digest = self._resolve(digest_or_prefix)
-        self._objects.put(f"pins/{digest}.json", canonical_json({"note": note}))
+        self._objects.put(f"pins/{digest}.json", record_bytes({"note": note}))
         return digest
 
     def unpin(self, digest_or_prefix: str) -> str:
@@ -299,7 +329,7 @@ class Store:
         """
         key = _plan_path(action_key)
         plan_files(plan)
-        data = canonical_json(plan)
+        data = record_bytes(plan)
         if self._objects.create(key, data):
             return plan
         earlier = self.read_plan(action_key)
@@ -316,11 +346,11 @@ class Store:
         key = _plan_path(action_key)
         try:
             data = self._objects.read(key)
-            plan = json_object(data)
+            plan = parse_record(data)
             plan_files(plan)
         except ObjectMissing:
             return None
-        except ValueError as error:
+        except (ValueError, DamagedObject) as error:
             logger.warning("ignored the plan %s: %s", key, error)
             return None
         self._objects.put(key, data)
@@ -337,7 +367,7 @@ class Store:
         """
         key = _receipt_path(action_key, shard)
         receipt_files(receipt)
-        data = canonical_json(receipt)
+        data = record_bytes(receipt)
         if self._objects.create(key, data):
             return receipt
         winner = self._valid_receipt(key)
@@ -423,43 +453,44 @@ class Store:
     def record_run(self, run: dict[str, Any]) -> str:
         """Put a run on record (JSON: who, what, when, how long); return its id, which begins with the UTC time."""
         run_id = f"{datetime.now(UTC):%Y%m%dT%H%M%S.%fZ}-{uuid.uuid4().hex}"
-        self._objects.create(f"runs/{run_id}.json", canonical_json(run | {"id": run_id}))
+        self._objects.create(f"runs/{run_id}.json", record_bytes(run | {"id": run_id}))
         return run_id
 
     def runs(self, limit: int | None = None) -> list[dict[str, Any]]:
-        """Return the run records, newest first, each with its `id`; at most `limit` of them."""
-        keys = self._objects.list("runs/")[::-1][:limit]
-        return self._objects.map(lambda key: read_record(self._objects, key), keys)
+        """Return the run records, newest first, each with its `id`; at most `limit` of them.
+
+        One that is damaged is left out, with a warning that names it: it is nobody's input.
+        """
+        return read_runs(self._objects, limit)
 
     # Within
-
-    def _probe_once(self) -> None:
-        """Probe create-only writes the first time that this store is used through this endpoint."""
-        key = f"probes/held-{digest_of(self._objects.endpoint)[:16]}.json"
-        if self._objects.size(key) is None:
-            self._objects.probe_conditional_create()
-            self._objects.put(key, canonical_json({"conditional_create": True}))
 
     def _action_digest(self, key: str) -> str | None:
         """Return the digest that an action stands for, None when the action is absent or unreadable."""
         try:
-            return action_digest(read_record(self._objects, key))
+            return self._read_action(key)
         except ObjectMissing:
             return None
+
+    def _read_action(self, key: str) -> str | None:
+        """Return the digest that an action stands for, None when it is unreadable; ObjectMissing when it is absent."""
+        try:
+            return action_digest(read_record(self._objects, key))
         except (ValueError, DamagedObject) as error:
             logger.warning("ignored the action record %s: %s", key, error)
             return None
 
     def _actions(self) -> dict[str, str | None]:
         """Return the digest that each action stands for, by action key, None where its record is unreadable."""
-        keys = self._objects.list("actions/")
-        digests = self._objects.map(self._action_digest, keys)
-        return {
-            key.removeprefix("actions/").removesuffix(".json"): digest
-            for key, digest in zip(keys, digests, strict=True)
-            # One that was forgotten since it was listed is no action any more.
-            if digest is not None or self._objects.size(key) is not None
-        }
+
+        def read(key: str) -> tuple[str, str | None] | None:
+            try:
+                return key.removeprefix("actions/").removesuffix(".json"), self._read_action(key)
+            except ObjectMissing:
+                return None  # forgotten since it was listed
+
+        found = self._objects.map(read, self._objects.list("actions/"))
+        return dict(action for action in found if action is not None)
 
     def _read_manifest(self, digest: str) -> Manifest:
         data = self._objects.read(blob_key(digest))
@@ -511,7 +542,8 @@ class Store:
 
 
 def _reopen(uri: str, cache_dir: Path | None, endpoint_url: str | None) -> Store:
-    return Store(uri, cache_dir=cache_dir, endpoint_url=endpoint_url)
+    # A worker's store is the one that its driver has opened, and checked, for what it does
+    return Store(uri, cache_dir=cache_dir, endpoint_url=endpoint_url, access="read")
 
 
 def _action_path(action_key: str) -> str:

@@ -1,15 +1,22 @@
 """Re-hash what the store holds and set damaged bytes aside, so that the next run rebuilds them."""
 
+import logging
 import uuid
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 from storage.blobs import Blobs, blob_key
-from storage.errors import DamagedObject, ObjectMissing
+from storage.digests import is_sha256
+from storage.errors import DamagedObject, ObjectMissing, StoreError
 from storage.manifest import FileEntry, Manifest
 from storage.objects import ObjectStore
-from storage.records import json_object, plan_files, receipt_files
+from storage.records import check_run, has_checksum, parse_record, pinned_digest, plan_files, receipt_files
+
+logger = logging.getLogger(__name__)
+
+_Read = TypeVar("_Read")
 
 _MISSING = "missing; the next run of its stage rebuilds it"
 
@@ -29,6 +36,8 @@ class Problem:
 class Verifier:
     """Reads every byte that it is asked about, once, and collects what is wrong.
 
+    Damage is set aside where the store can be written, and stays where it is otherwise.
+
     Args:
         objects: the store's objects.
         blobs: the store's blobs.
@@ -40,6 +49,7 @@ class Verifier:
         self._known: dict[str, str | None] = {}
         """What is wrong with a blob, by sha256: blobs that artifacts share are read once."""
         self.problems: list[Problem] = []
+        self._num_without_checksum = 0
 
     def check_store(self, actions: Mapping[str, str | None], pins: Iterable[str]) -> None:
         """Check all that a garbage collection keeps, but for checkpoints, which are checked when they are loaded.
@@ -64,6 +74,15 @@ class Verifier:
         for key in self._objects.list("receipts/"):
             finished = actions.get(key.split("/")[1]) is not None
             self._check_receipt(key, finished=finished)
+        for key in self._objects.list("pins/"):
+            self._check_pin(key)
+        for key in self._objects.list("runs/"):
+            self._check_run(key)
+        if self._num_without_checksum:
+            logger.warning(
+                "%d records are of a version without checksums: they are readable, and whether they say what was "
+                "written is not known", self._num_without_checksum,
+            )  # fmt: skip
 
     def check_artifact(self, digest: str) -> Manifest | None:
         """Check an artifact's manifest and blobs; return its manifest unless that is damaged or missing."""
@@ -83,25 +102,48 @@ class Verifier:
         return manifest
 
     def _check_plan(self, key: str) -> None:
-        try:
-            files = plan_files(json_object(self._objects.read(key)))
-        except ObjectMissing:
-            return  # removed since it was listed
-        except ValueError as error:
-            moved_to = quarantine(self._objects, key)
-            self._report(key, f"damaged: {error}; moved to {moved_to}, the next run of its stage plans again")
-            return
-        self._check_files(key, files, finished=False)
+        def set_aside(reason: str) -> None:
+            self._report(key, f"damaged: {reason}; {self._set_aside(key, 'the next run of its stage plans again')}")
+
+        if (files := self._record(key, plan_files, set_aside)) is not None:
+            self._check_files(key, files, finished=False)
 
     def _check_receipt(self, key: str, *, finished: bool) -> None:
+        def say(reason: str) -> None:
+            self._report(key, f"damaged: {reason}; the next run of its stage makes this shard again")
+
+        if (files := self._record(key, receipt_files, say)) is not None:
+            self._check_files(key, files, finished=finished)
+
+    def _check_pin(self, key: str) -> None:
+        def say(reason: str) -> None:
+            self._report(key, f"damaged: {reason}; it still pins, `musevl artifacts pin` writes its note again")
+
+        if is_sha256(pinned_digest(key)):
+            self._record(key, lambda pin: None, say)
+        else:
+            self._report(key, "its name is no digest, so it pins nothing; remove it")
+
+    def _check_run(self, key: str) -> None:
+        def set_aside(reason: str) -> None:
+            self._report(key, f"damaged: {reason}; {self._set_aside(key, 'nothing needs the record of a run')}")
+
+        self._record(key, check_run, set_aside)
+
+    def _record(
+        self, key: str, read: Callable[[dict[str, Any]], _Read], damaged: Callable[[str], None]
+    ) -> _Read | None:
+        """What `read` makes of a record; None where it is gone, or damaged, which is said with the reason."""
         try:
-            files = receipt_files(json_object(self._objects.read(key)))
+            data = self._objects.read(key)
+            found = read(parse_record(data))
         except ObjectMissing:
-            return
-        except ValueError as error:
-            self._report(key, f"damaged: {error}; the next run of its stage makes this shard again")
-            return
-        self._check_files(key, files, finished=finished)
+            return None  # removed since it was listed
+        except (ValueError, DamagedObject) as error:
+            damaged(str(error))
+            return None
+        self._num_without_checksum += not has_checksum(data)
+        return found
 
     def _check_files(self, record: str, files: Iterable[FileEntry], *, finished: bool) -> None:
         for entry in files:
@@ -122,10 +164,16 @@ class Verifier:
         if reason == "missing":
             reason = _MISSING
         elif reason is not None:
-            moved_to = quarantine(self._objects, blob_key(entry.sha256))
-            reason = f"{reason}; moved to {moved_to}, the next run of its stage rebuilds it"
+            reason = f"{reason}; {self._set_aside(blob_key(entry.sha256), 'the next run of its stage rebuilds it')}"
         self._known[entry.sha256] = reason
         return reason
+
+    def _set_aside(self, key: str, then: str) -> str:
+        """Move what is damaged out of the way; say where to, and what happens next."""
+        try:
+            return f"moved to {quarantine(self._objects, key)}, {then}"
+        except StoreError as error:
+            return f"it stays there, for it could not be set aside: {error}"
 
 
 def quarantine(objects: ObjectStore, key: str) -> str:

@@ -14,6 +14,7 @@ import pytest
 from storage import cache as cache_module
 from storage.cache import Cache, cache_limit_bytes
 from storage.digests import sha256_bytes
+from storage.errors import StoreError
 from storage.manifest import FileEntry
 from storage.store import Store
 
@@ -166,6 +167,7 @@ import os, sys, time
 from pathlib import Path
 from storage.cache import Cache
 from storage.digests import sha256_bytes
+from storage.errors import StoreError
 from storage.manifest import FileEntry
 
 def download(path):
@@ -232,3 +234,40 @@ def test_a_store_reads_its_limit_from_the_environment(
         entry = store.put_bytes(f"{number}".encode() * 400, "file")
         assert store.fetch(entry).read_bytes() == f"{number}".encode() * 400
     assert len([path for path in (tmp_path / "own" / "cas").rglob("*") if path.is_file()]) == 2
+
+
+@pytest.mark.parametrize("linked", ["cas", "held"])
+def test_nothing_behind_a_link_in_the_cache_is_removed_or_written(linked: str, source: Source, tmp_path: Path) -> None:
+    """The names are such as the cache uses: a copy, and a folder with the lock of a process that is gone."""
+    outside = tmp_path / "outside"
+    (outside / ("ab" * 16)).mkdir(parents=True)
+    for name in ("mine", "ab" * 16 + ".lock", "ab" * 16 + "/mine"):
+        (outside / name).write_bytes(b"x" * 5000)
+    before = sorted(outside.rglob("*"))
+    source.folder.mkdir()
+    (source.folder / linked).symlink_to(outside)
+    with pytest.raises(StoreError, match=f"{source.folder / linked} is a symbolic link, which nothing in the cache is"):
+        source.fetch(source.new_process(), "a", 2000)
+    assert sorted(outside.rglob("*")) == before
+
+
+def test_a_link_in_the_place_of_a_copy_is_replaced_by_a_download(source: Source, tmp_path: Path) -> None:
+    """What it points to may have the right bytes now, and others once they were checked."""
+    source.fetch(source.new_process(), "a")
+    gc.collect()
+    (copy,) = (source.folder / "cas").iterdir()
+    copy.rename(tmp_path / "elsewhere")
+    copy.symlink_to(tmp_path / "elsewhere")
+    assert not source.fetch(source.new_process(), "a").is_symlink()
+    assert source.downloads == ["a", "a"] and not copy.is_symlink()
+    assert (tmp_path / "elsewhere").is_file()
+
+
+def test_only_what_the_cache_made_is_taken_for_a_dead_process(source: Source) -> None:
+    for name in ("yarn", "ab" * 16):
+        (source.folder / "held" / name).mkdir(parents=True)
+        (source.folder / "held" / name / "file").write_bytes(b"x")
+        (source.folder / "held" / f"{name}.lock").touch()
+    source.fetch(source.new_process(), "a", 900)
+    assert (source.folder / "held" / "yarn" / "file").exists()
+    assert not (source.folder / "held" / ("ab" * 16)).exists()

@@ -135,6 +135,25 @@ def test_a_blob_of_the_wrong_size_makes_a_miss_and_storing_it_again_a_hit(
     assert store.lookup("key") == manifest
 
 
+@pytest.mark.parametrize("how", ["file", "bytes"])
+def test_a_damaged_blob_of_the_right_size_is_replaced_when_the_right_bytes_are_stored(
+    how: str, store: Store, damage: Damage, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "file").write_bytes(b"data")
+
+    def put() -> FileEntry:
+        return store.put_file(tmp_path / "file", "a") if how == "file" else store.put_bytes(b"data", "a")
+
+    entry = put()
+    damage(store, blob_key(entry.sha256), b"dada")
+    assert put() == entry
+    assert store.read_bytes(entry) == store.fetch(entry).read_bytes() == b"data"
+    assert f"a ({blob_key(entry.sha256)}) in the store was damaged: its bytes have the sha256" in caplog.text
+    assert "it is stored again" in caplog.text
+    caplog.clear()
+    assert put() == entry and caplog.text == ""
+
+
 @pytest.mark.parametrize("record", [b"{", b"[]", b'{"manifest": 3}', b'{"manifest": "abc"}'])
 def test_an_unreadable_action_record_is_a_miss_and_is_replaced(
     record: bytes, store: Store, manifest_of: MakeManifest, damage: Damage
