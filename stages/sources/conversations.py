@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,7 +32,9 @@ from storage.input_files import read_input
 QUESTION, ANSWER, CONVERSATION = "question", "answer", "conversation"
 _WHAT = "download.files.path"
 _EXPECTED = "a JSON file with a list of {id, image, conversations}, or JSONL with one a line"
-_IMAGE_MARK = "<image>"
+_MARK = "<image>"
+_PLACEHOLDER = re.compile(r"\A\s*<image>[ \t]*\r?\n?|\r?\n[ \t]*<image>\s*\Z")
+"""What stands for the picture, as LLaVA writes it: before the question, or on a line of its own behind it."""
 
 
 class ConversationFiles(Config):
@@ -39,8 +43,8 @@ class ConversationFiles(Config):
     kind: Literal["conversations"]
     """Which layout the files have."""
     path: RuntimeStr
-    """The JSON or JSONL file. Columns are `question` and `answer` of the first turn, the whole `conversation` as JSON,
-    and the entry's other fields; the caption is the first answer unless the entry has one."""
+    """The JSON or JSONL file. Columns are the first `question` and its `answer`, the whole `conversation` as JSON, and
+    the entry's other fields; the caption is that answer unless the entry has one."""
     image_folder: RuntimeStr
     """Folder that the entries' `image` paths start from."""
 
@@ -65,16 +69,10 @@ class Conversations:
 
     def rows(self, columns: Sequence[str]) -> pa.Table:
         entries = self._entries(read_input(self._config.path, _WHAT, _EXPECTED))
-        described = [{} if wrong else self._columns(entry) for entry, wrong in entries]
-        names = _names(entries)
-        places = [
-            no_place(NO_CAPTION, f"the entry {wrong.partition(':')[0]}") if wrong else place(name) if name else ""
-            for name, (_, wrong) in zip(names, entries, strict=True)
-        ]
-        check_columns(self.what, columns, list(dict.fromkeys(name for row in described for name in row)))
+        check_columns(self.what, columns, list(dict.fromkeys(name for entry in entries for name in entry.columns)))
         return pa.table(
-            {name: strings([row.get(name) for row in described]) for name in columns}
-            | {URL: strings(names), PLACE: strings(places)}
+            {name: strings([entry.columns.get(name) for entry in entries]) for name in columns}
+            | {URL: strings([entry.image for entry in entries]), PLACE: strings([entry.place() for entry in entries])}
         )
 
     def fetch(self, rows: list[Row], scratch: Path) -> Iterator[tuple[int, Fetched]]:
@@ -82,58 +80,98 @@ class Conversations:
             yield position, found if isinstance(found, Failure) else self._images.read(found[0])
 
     def _names_in(self, data: bytes) -> list[str]:
-        return _names(self._entries(data))
+        return [entry.image for entry in self._entries(data) if not entry.problem]
 
-    def _entries(self, data: bytes) -> list[tuple[Any, str]]:
-        """Each with what is wrong with it, '' where nothing is; raises ValueError where none is right."""
+    def _entries(self, data: bytes) -> list[_Entry]:
+        """All of them; raises ValueError where none can be used."""
         try:
             if self._config.path.endswith((".jsonl", ".ndjson")):
-                entries = [entry for _, entry in json_lines(data)]
+                values = [value for _, value in json_lines(data)]
             else:
-                entries = load_json(data)
+                values = load_json(data)
         except ValueError as error:
             raise ValueError(f"{self.what} is not readable as JSON: {error}; give {_EXPECTED}") from error
-        if not isinstance(entries, list):
-            raise ValueError(f"{self.what} holds a {type(entries).__name__}, not a list; give {_EXPECTED}")
-        problems = [_problem(entry) for entry in entries]
-        if problems and all(problems):
-            raise ValueError(f"{self.what}: entry 0 {problems[0]}; give {_EXPECTED}, turns {{from, value}}")
-        return list(zip(entries, problems, strict=True))
-
-    def _columns(self, entry: dict[str, Any]) -> dict[str, Any]:
-        turns = [
-            {"from": turn["from"], "value": turn["value"].replace(_IMAGE_MARK, "").strip()}
-            for turn in entry["conversations"]
-        ]
-        said = {speaker: [turn["value"] for turn in turns if turn["from"] == speaker] for speaker in ("human", "gpt")}
-        question, answer = ("".join(values[:1]) for values in said.values())
-        others = {name: value for name, value in entry.items() if name not in ("image", "conversations")}
-        first = {QUESTION: question, ANSWER: answer, CONVERSATION: turns}
-        return {self._caption_column: answer} | others | first
+        if not isinstance(values, list):
+            raise ValueError(f"{self.what} holds a {type(values).__name__}, not a list; give {_EXPECTED}")
+        entries = [_read(value, self._caption_column) for value in values]
+        if entries and all(entry.problem for entry in entries):
+            raise ValueError(f"{self.what}: entry 0 {entries[0].problem}; give {_EXPECTED}, turns {{from, value}}")
+        return entries
 
 
-def _names(entries: list[tuple[Any, str]]) -> list[str]:
-    """The path of each entry's image; '' where it has none, or something is wrong with it."""
-    return ["" if wrong else _image(entry) for entry, wrong in entries]
+@dataclass
+class _Entry:
+    """One conversation."""
+
+    image: str = ""
+    """Path of its image within the folder; '' where it has none."""
+    problem: str = ""
+    """Why it cannot be used: the cause, and behind a colon the details; '' where it can."""
+    columns: dict[str, Any] = field(default_factory=dict)
+
+    def place(self) -> str:
+        """Its `PLACE`."""
+        if self.problem:
+            return no_place(NO_CAPTION, f"the entry {self.problem.partition(':')[0]}")
+        return place(self.image) if self.image else ""
 
 
-def _image(entry: dict[str, Any]) -> str:
-    """The path of an entry's image; '' where it has none."""
-    image = entry.get("image")
-    return clean((image[0] if isinstance(image, list) else image) or "")
+def _read(value: Any, caption_column: str) -> _Entry:
+    """An entry as its file has it; '' stands for what its turns do not say."""
+    if not isinstance(value, dict):
+        return _Entry(problem=f"is no object: {str(value)[:80]}")
+    images = value.get("image")
+    images = [image for image in images if image] if isinstance(images, list) else [images] if images else []
+    entry = _Entry(clean(images[0]) if images and isinstance(images[0], str) else "")
+    entry.problem = _problem(value.get("conversations"), images)
+    if entry.problem:
+        return entry
+    turns = _without_placeholder(value["conversations"]) if images else value["conversations"]
+    turns = [{"from": turn["from"], "value": turn["value"].strip()} for turn in turns]
+    question, answer = _first_exchange(turns)
+    if answer is None:
+        entry.problem = "has a question and no answer" if question is not None else "has no question"
+    elif answer in ("", _MARK):
+        entry.problem = "has an image for an answer" if answer else "has an empty answer"
+    others = {name: what for name, what in value.items() if name not in ("image", "conversations")}
+    caption = others.get(caption_column)
+    if caption is None or (isinstance(caption, str) and not caption.strip()):
+        others[caption_column] = answer
+    entry.columns = others | {QUESTION: question, ANSWER: answer, CONVERSATION: turns}
+    return entry
 
 
-def _problem(entry: Any) -> str:
-    """What is wrong with an entry; '' where nothing is."""
-    if not isinstance(entry, dict) or not isinstance(entry.get("conversations"), list) or not entry["conversations"]:
+def _problem(turns: Any, images: list[Any]) -> str:
+    """What is wrong with the layout of an entry; '' where nothing is."""
+    if not isinstance(turns, list) or not turns:
         return "has no list 'conversations'"
-    image = entry.get("image")
-    path = image[0] if isinstance(image, list) and len(image) == 1 else image
-    if not (path is None or isinstance(path, str)):
-        return f"has the image {image!r}, not one path"
-    for turn in entry["conversations"]:
+    if not all(isinstance(image, str) for image in images):
+        return f"has an image that is no path: {str(images)[:80]}"
+    if len(images) > 1:
+        return f"has several images, of which only one could be used: {len(images)}"
+    for turn in turns:
         if not isinstance(turn, dict) or turn.get("from") not in ("human", "gpt", "system"):
             return f"has a turn that is not from 'human' or 'gpt': {str(turn)[:80]}"
         if not isinstance(turn.get("value"), str):
             return f"has a turn without text: {str(turn)[:80]}"
     return ""
+
+
+def _without_placeholder(turns: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Turns without the one `<image>` that stands for the picture; another `<image>` is text, as of a tag in HTML."""
+    for index, turn in enumerate(turns):
+        if turn["from"] == "human" and (found := _PLACEHOLDER.search(turn["value"])):
+            text = turn["value"][: found.start()] + turn["value"][found.end() :]
+            return [*turns[:index], turn | {"value": text}, *turns[index + 1 :]]
+    return turns
+
+
+def _first_exchange(turns: list[dict[str, Any]]) -> tuple[str | None, str | None]:
+    """The first question, which may take several turns, and what was answered; None for what there is not."""
+    asked: list[str] = []
+    for turn in turns:
+        if turn["from"] == "human":
+            asked.append(turn["value"])
+        elif turn["from"] == "gpt" and asked:
+            return "\n".join(filter(None, asked)), turn["value"]
+    return ("\n".join(filter(None, asked)) if asked else None), None

@@ -37,7 +37,7 @@ def broken_captions(kind: str, folder: Path) -> dict[str, Any]:
         pq.write_table(pa.table({"image": pa.array(IMAGES, pa.binary()), "caption": captions}), folder / "a.parquet")
         return {"kind": kind, "path": str(folder / "a.parquet")}
     if kind == "conversations":
-        entry = b'{"image": "%s", "conversations": [{"from": "gpt", "value": "%s"}]}'
+        entry = b'{"image": "%s", "conversations": [{"from": "human", "value": "?"}, {"from": "gpt", "value": "%s"}]}'
         entries = b", ".join(entry % (n.encode(), text) for n, text in zip(names, spelled, strict=True))
         (folder / "a.json").write_bytes(b"[" + entries + b"]")
         return {"kind": kind, "path": str(folder / "a.json"), "image_folder": str(images)}
@@ -87,7 +87,7 @@ def test_names_that_are_no_unicode_stop_nothing(tmp_path: Path) -> None:
     write_tar(tmp_path / "a.tar", {f"{bad_name}.png": IMAGES[0], f"{bad_name}.txt": b"one"})
     rows = read_rows(DownloadConfig(files={"kind": "webdataset", "path": str(tmp_path / "a.tar")})).to_pylist()
     assert [row["url"] for row in rows] == ["a.tar/caf\ufffd.png"]
-    turns = [{"from": "gpt", "value": "x"}]
+    turns = [{"from": "human", "value": "?"}, {"from": "gpt", "value": "x"}]
     entries = [{"image": name, "conversations": turns} for name in ("good.png", "\ud83d.png", "\x00.png", [None])]
     (tmp_path / "a.json").write_text(json.dumps(entries))
     files = {"kind": "conversations", "path": str(tmp_path / "a.json"), "image_folder": str(folder)}

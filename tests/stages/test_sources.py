@@ -203,9 +203,76 @@ def test_entries_of_a_conversation_file_that_cannot_be_used_are_rows_with_the_re
     path.write_text(json.dumps([*wrong, {"image": "a.png", "conversations": turns}, *json.loads(path.read_text())]))
     rows, _, _ = run_download(DownloadConfig(files=files, max_failed_fraction=1), tmp_path)
     assert [row["status"] for row in rows[:4]] == ["no_caption"] * 4
-    for row, reason in zip(rows, ["no list", "no list", "not one path", "not from 'human'"], strict=False):
-        assert row["error"].startswith("the entry has") and reason in row["error"]
+    for row, reason in zip(rows, ["is no object", "no list", "several images", "not from 'human'"], strict=False):
+        assert row["error"].startswith("the entry ") and reason in row["error"]
     assert [row["caption"] for row in rows[4:]] == CAPTIONS
+
+
+def _entry(*turns: str, **fields: Any) -> dict[str, Any]:
+    """`h:` begins what a human says, `g:` what the model does."""
+    speakers = {"h": "human", "g": "gpt", "s": "system"}
+    said = [{"from": speakers[turn[0]], "value": turn[2:]} for turn in turns]
+    return {"image": "a.png", "conversations": said} | fields
+
+
+def _conversation_rows(tmp_path: Path, *entries: Any) -> list[dict[str, Any]]:
+    files = make_conversations(tmp_path)
+    path = Path(files["path"])
+    path.write_text(json.dumps([*entries, *json.loads(path.read_text())]))
+    config = DownloadConfig(files=files, extra_columns=("question", "answer"), max_failed_fraction=1)
+    rows, _, _ = run_download(config, tmp_path)
+    return rows[: len(entries)]
+
+
+@pytest.mark.parametrize(
+    ("entry", "question", "answer"),
+    [
+        (_entry("g:Hello!", "h:<image>\nWhich colour?", "g:Green."), "Which colour?", "Green."),
+        (_entry("s:Be terse.", "h:<image>\nWhich colour?", "g:Green."), "Which colour?", "Green."),
+        (_entry("h:<image>", "h:Which colour?", "g:Green."), "Which colour?", "Green."),
+        (_entry("h:Look.\n<image>", "h:Which colour?", "g:Green."), "Look.\nWhich colour?", "Green."),
+        (_entry("h:Which colour?\n<image>", "g:Green."), "Which colour?", "Green."),
+        (_entry("h:<image>Which colour?", "g:Green."), "Which colour?", "Green."),
+        (_entry("h:<image>\nWhat does <image> do?", "g:It is no tag."), "What does <image> do?", "It is no tag."),
+        (_entry("h:<image>\nWhich tag?", "g:<image> or <img>."), "Which tag?", "<image> or <img>."),
+        (_entry("h:<image>\n<image> is a tag?", "g:No."), "<image> is a tag?", "No."),
+        (_entry("h:Which of <image> and <img>?", "g:<img>"), "Which of <image> and <img>?", "<img>"),
+        (_entry("h:<image>\nWhat?", "g:Green.", image=["a.png"]), "What?", "Green."),
+        (_entry("h:<image>\nWhat?", "g:Green.", caption=" "), "What?", "Green."),
+    ],
+)
+def test_question_and_answer_are_those_of_the_first_exchange(
+    tmp_path: Path, entry: dict[str, Any], question: str, answer: str
+) -> None:
+    (row,) = _conversation_rows(tmp_path, entry)
+    assert (row["status"], row["question"], row["answer"], row["caption"]) == ("ok", question, answer, answer)
+
+
+@pytest.mark.parametrize(
+    ("entry", "status", "reason"),
+    [
+        (_entry("h:<image>\nWhat?"), "no_caption", "the entry has a question and no answer"),
+        (_entry("g:Hello!", "h:<image>\nWhat?"), "no_caption", "the entry has a question and no answer"),
+        (_entry("g:Hello!"), "no_caption", "the entry has no question"),
+        (_entry("h:<image>\nWhat?", "g: \n"), "no_caption", "the entry has an empty answer"),
+        (_entry("h:Draw a square.", "g:<image>"), "no_caption", "the entry has an image for an answer"),
+        (
+            _entry("h:<image>\nWhat?", "g:Red.", image=["a.png", "b.png"]),
+            "no_caption",
+            "the entry has several images, of which only one could be used",
+        ),
+        (_entry("h:What?", "g:Red.", image=[7]), "no_caption", "the entry has an image that is no path"),
+        (_entry("h:What?", "g:Red.", image=[]), "missing", "the conversation has no image"),
+        (_entry("h:What?", "g:Red.", image=None), "missing", "the conversation has no image"),
+        (_entry("h:What?", "g:Red.", image=""), "missing", "the conversation has no image"),
+        (_entry("h:What?", "g:Red.", image=["zz.png"]), "missing", "there is no such file"),
+    ],
+)
+def test_an_entry_without_picture_or_answer_is_never_ok(
+    tmp_path: Path, entry: dict[str, Any], status: str, reason: str
+) -> None:
+    (row,) = _conversation_rows(tmp_path, entry)
+    assert (row["status"], row["error"]) == (status, reason)
 
 
 def bad(kind: str, path: str, prepare: Callable[[Path], Any], message: str, **fields: str) -> Any:
@@ -265,7 +332,7 @@ def list_of(text: str) -> Callable[[Path], Any]:
         bad_turns("[]", "has no"),
         bad_turns("[" * 99_999, "not readable as JSON: values are nested too deeply"),
         bad_turns('[{"image": "x"}]', "entry 0 has no list"),
-        bad_turns('[{"image": 3, "conversations": [{}]}]', "the image 3, not one path"),
+        bad_turns('[{"image": 3, "conversations": [{}]}]', r"an image that is no path: \[3\]"),
         bad_turns('[{"conversations": [{"from": "bot"}]}]', "not from 'human' or 'gpt'"),
         bad_turns('[{"conversations": [{"from": "gpt"}]}]', "a turn without text"),
     ],
