@@ -103,8 +103,10 @@ def compare_tokenizers(
     overrides: SetOption = None,
     kinds: Annotated[
         str,
-        typer.Option(help="Values of tokenizer.kind, variants (dualtoken-deep, ...) or external=FOLDER; with commas."),
-    ] = "vqgan,semantic,sde,tokenflow,dualtoken,dualtoken-deep,dualtoken-reconstruction,vila_u",
+        typer.Option(
+            help="Values of tokenizer.kind, variants (sde-image, dualtoken-deep, ...) or external=FOLDER; with commas."
+        ),
+    ] = "vqgan,sde-image,semantic,sde,tokenflow,dualtoken,dualtoken-deep,dualtoken-reconstruction,vila_u",
     seeds: Annotated[str, typer.Option(help="Seeds, with commas; each kind is trained once a seed.")] = "0",
 ) -> None:
     """Train each kind of tokenizer and the same language model on its codes; print the papers' tables.

@@ -42,6 +42,7 @@ _ONE_OF_TWO = {RFID, FRECHET_TEACHER}
 """Shown where they were measured: which of them depends on whether Inception's weights were given."""
 
 VARIANTS: dict[str, tuple[str, ...]] = {
+    "sde-image": ("tokenizer.kind=sde", "tokenizer.semantic_branch=false", "tokenizer.loss.pooled_weight=0"),
     "dualtoken-deep": ("tokenizer.kind=dualtoken", "tokenizer.pixel_layers=[]", "tokenizer.pixel_layer_weights=[]"),
     "dualtoken-reconstruction": (
         "tokenizer.kind=dualtoken",
@@ -49,7 +50,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
         "tokenizer.loss.pooled_weight=0",
     ),
 }
-"""What may stand among the kinds beside the values of `tokenizer.kind`, and what it sets: DualToken's ablation."""
+"""What may stand among the kinds beside the values of `tokenizer.kind`, and what it sets: the papers' ablations."""
 
 
 EXTERNAL = "external="
@@ -68,7 +69,7 @@ class Ablation:
 ABLATIONS = (
     Ablation(
         "image branch, semantic branch (MUSE-VL; published: mean of MMBench, SEED and MMStar)",
-        (("vqgan", "image only", "43.1"), ("semantic", "semantic only", "62.7"), ("sde", "both (SDE)", "63.6")),
+        (("sde-image", "image only", "43.1"), ("semantic", "semantic only", "62.7"), ("sde", "both (SDE)", "63.6")),
     ),
     Ablation(
         "where the two losses stand (DualToken; published: zero-shot accuracy, rFID)",

@@ -9,6 +9,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 """A part of a whole, 0 to 1."""
+PositiveFraction = Annotated[float, Field(gt=0, le=1)]
+"""A part of a whole that is not nothing."""
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ Shape legend: B batch, C channels, H W pixels, h w code grid. Source: VQGAN (arX
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -185,13 +186,66 @@ class PatchDiscriminator(nn.Module):
             width = wider
         layers.append(nn.Conv2d(width, 1, 4, padding=1))
         self.layers = nn.Sequential(*layers)
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.normal_(module.weight, 0.0, 0.02)
-                nn.init.zeros_(module.bias) if module.bias is not None else None
+        _start_discriminator(self)
 
     def forward(self, images: Tensor) -> Tensor:
         return self.layers(images)
+
+
+class DiscriminatorBlock(nn.Module):
+    """GroupNorm, leaky ReLU and one 3x3 convolution beside a 1x1 convolution of the resized input.
+
+    `[B, C_in, H, W]` -> `[B, C_out, H / stride, W / stride]`, rounded up.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
+        super().__init__()
+        self.norm = nn.GroupNorm(math.gcd(32, in_channels), in_channels, eps=1e-6)
+        self.conv = nn.Conv2d(in_channels, out_channels, 3, stride=stride, padding=1)
+        self.skip = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.conv(F.leaky_relu(self.norm(x), 0.2))
+        if hidden.shape[-2:] != x.shape[-2:]:
+            x = F.interpolate(x, size=hidden.shape[-2:], mode="bilinear", align_corners=False)
+        return self.skip(x) + hidden
+
+
+class ResidualDiscriminator(nn.Module):
+    """PatchGAN of residual blocks with kernels of 3: images `[B, 3, H, W]` -> logits `[B, 1, h', w']`, one a patch.
+
+    Source: DualToken's released code (github.com/songweii/DualToken, vqgan/discriminator.py).
+    """
+
+    def __init__(self, channels: int = 64, num_layers: int = 3) -> None:
+        super().__init__()
+        layers: list[nn.Module] = [nn.Conv2d(3, channels, 3, stride=2, padding=1), nn.LeakyReLU(0.2)]
+        width = channels
+        for level in range(1, num_layers + 1):
+            wider = channels * min(2**level, 8)
+            layers.append(DiscriminatorBlock(width, wider, stride=2 if level < num_layers else 1))
+            width = wider
+        layers.append(nn.Conv2d(width, 1, 3, padding=1))
+        self.layers = nn.Sequential(*layers)
+        _start_discriminator(self)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.layers(images)
+
+
+def _start_discriminator(discriminator: nn.Module) -> None:
+    """pix2pix's start: kernels of deviation 0.02."""
+    for module in discriminator.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.normal_(module.weight, 0.0, 0.02)
+            nn.init.zeros_(module.bias) if module.bias is not None else None
+
+
+DISCRIMINATORS: dict[str, Callable[[int, int], nn.Module]] = {
+    "patchgan": PatchDiscriminator,
+    "residual": ResidualDiscriminator,
+}
+"""The class of each `LossConfig.discriminator`; arguments are channels and layers."""
 
 
 def gradient_norm(loss: Tensor, weight: Tensor) -> Tensor:

@@ -51,12 +51,17 @@ class TokenizerConfig(Config):
     """Weight of each of them in the sum."""
     semantic_layer: PositiveInt | None = 26
     """Layer whose features are `dualtoken`'s semantic features, taken as they are, so that the rest of the tower can
-    read their decoded form; `null`: the teacher's final features, standardised."""
+    read their decoded form; `null`: the teacher's final features, standardised. Of `vila_u` the layer whose features
+    are quantized where `released_layout` is set."""
+    semantic_branch: bool = True
+    """`false`: `sde` with the image branch alone, MUSE-VL's ablation; encoder and codebook stay the same."""
     semantic_book: bool = True
     """`false`: `dualtoken` without its semantic book, DualToken's ablation with the reconstruction loss alone."""
     released_layout: bool = False
-    """Details of `dualtoken` as its released code has them, which its public weights need: causal attention behind the
-    quantizers, one more LayerNorm in each projection, and a first 1x1 convolution behind the resizing of the grid."""
+    """Details as the released code has them. `dualtoken`, whose public weights need them: causal attention behind the
+    quantizers, one more LayerNorm in each projection, and a first 1x1 convolution behind the resizing of the grid.
+    `vila_u`: the features of `semantic_layer` (its code: the last layer but one) are quantized as they are, at the
+    tower's full width, and the rest of the tower pools the quantized ones."""
     semantic_code_dim: PositiveInt = 32
     """Channels of the semantic table (`tokenflow` only)."""
     semantic_decoder: SemanticDecoderConfig = SemanticDecoderConfig()

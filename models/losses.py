@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -41,22 +41,35 @@ class LossConfig(Config):
     contrastive_weight: NonNegativeFloat = 1.0
     """Contrastive loss with the captions (`vila_u` only; VILA-U: 1)."""
     adversarial_weight: NonNegativeFloat = 0.5
-    """PatchGAN term; MUSE-VL's lambda_G is not published, 0.5 is LlamaGen's."""
+    """Adversarial term; MUSE-VL's lambda_G is not published, 0.5 is LlamaGen's."""
     adversarial_adaptive: bool = False
-    """Scale the PatchGAN term by the ratio of gradient norms at the decoder's last layer (VQGAN, eq. 7)."""
+    """Scale that term by the ratio of the gradient norms of the reconstruction part and of it, at the decoder's last
+    layer (VQGAN, eq. 7)."""
+    adversarial_l2_weight: NonNegativeFloat | None = None
+    """Weight of the squared error in that ratio; `null`: `l2_weight`. DualToken's released code: 1, where the loss
+    itself has 5."""
     adversarial_clamp: tuple[float, float] = (0.0, 10.0)
     """Limits of that ratio."""
     adversarial_start: NonNegativeInt = 20_000
     """Step at which the discriminator starts to train and to count."""
+    discriminator: Literal["patchgan", "residual"] = "patchgan"
+    """`patchgan`: strided convolutions (LlamaGen); `residual`: blocks with a way around each (DualToken's release)."""
     discriminator_channels: PositiveInt = 64
-    """Width of PatchGAN."""
+    """Width of the discriminator."""
     discriminator_layers: PositiveInt = 3
-    """Strided layers of PatchGAN."""
+    """Strided layers of the discriminator."""
+    discriminator_schedule: Literal["training", "own"] = "training"
+    """What its learning rate follows: the steps of the training, or those since `adversarial_start`, so that it warms
+    up when it starts (DualToken's release)."""
+    hinge_slope: Fraction = 0.0
+    """Part of the gradient that the discriminator keeps from logits beyond the hinge's margin; DualToken's release:
+    0.01."""
 
 
-def hinge_discriminator_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
-    """`(mean relu(1 - D(x)) + mean relu(1 + D(x_hat))) / 2` (Geometric GAN, arXiv 1705.02894)."""
-    return (F.relu(1 - real_logits).mean() + F.relu(1 + fake_logits).mean()) / 2
+def hinge_discriminator_loss(real_logits: Tensor, fake_logits: Tensor, slope: float = 0.0) -> Tensor:
+    """`(mean relu(1 - D(x)) + mean relu(1 + D(x_hat))) / 2` (Geometric GAN, arXiv 1705.02894), leaky with a slope."""
+    beyond = [F.leaky_relu(1 - real_logits, slope).mean(), F.leaky_relu(1 + fake_logits, slope).mean()]
+    return (beyond[0] + beyond[1]) / 2
 
 
 def generator_loss(fake_logits: Tensor) -> Tensor:

@@ -35,7 +35,8 @@ class QuantizerConfig(Config):
     ema_decay: Fraction = 0.99
     """Share of the running statistics kept at each step (`ema` only)."""
     dead_threshold: NonNegativeFloat = 0.05
-    """A code whose running count falls below this is replaced by a vector of the batch (`ema` only); 0: never."""
+    """A code whose running count falls below this is replaced by a vector of the batch (`ema` only); 0: never. The
+    released code of RQ-VAE, which VILA-U and DualToken use: 1, so each code must be chosen once a batch on average."""
     commitment_weight: NonNegativeFloat = 0.25
     """Weight of the loss that pulls vectors to their codes (VQ-VAE, beta)."""
     codebook_weight: NonNegativeFloat = 1.0

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from models.convolutional import ConvDecoder, ResidualBlock
 from models.image_tokenizer import Codes, ImageTokenizer
 from models.quantizers import ResidualQuantizer
+from models.teachers import Teacher
 from models.transformer import AttentionProjection
 
 
@@ -147,8 +148,9 @@ class DualTokenTokenizer(ResidualTokenizer):
 class VilaUTokenizer(ResidualTokenizer):
     """VILA-U (arXiv 2409.04429, section 3.1): residual codes of deep features that draw the image and match its text.
 
-    The contrastive loss teaches the codes what they mean; there is no loss on the teacher's features. VILA-U pools with
-    the rest of SigLIP; here one attention query pools the decoded features into the teacher's image-text space.
+    The contrastive loss teaches the codes what they mean; there is no loss on the teacher's features. One attention
+    query pools the decoded features into the teacher's image-text space. With `released_layout` the codes are of a
+    layer's features at their full width, and the rest of the tower pools them, as in VILA-U's code.
     """
 
     book_names = ("unified",)
@@ -162,22 +164,46 @@ class VilaUTokenizer(ResidualTokenizer):
             )
         config, dim = self.config, self.teacher.feature_dim
         code_dim = config.residual.code_dim
+        if config.released_layout:
+            self._check_layer(self.teacher)
         self.tower = self.teacher.image_tower()
-        self.pre_quant = nn.Linear(dim, code_dim)
+        if not config.released_layout:
+            self.pre_quant = nn.Linear(dim, code_dim)
         self.quantizers = nn.ModuleList([ResidualQuantizer(config.residual)])
         self.post_quant = nn.Linear(code_dim, config.conv.latent_channels)
         self.decoder = ConvDecoder(config.conv)
-        self.to_features = nn.Sequential(nn.Linear(code_dim, dim), nn.GELU(), nn.Linear(dim, dim))
-        self.pool = nn.Linear(dim, 1)
-        self.to_embedding = nn.Linear(dim, self.teacher.embed_dim)
+        if not config.released_layout:
+            self.to_features = nn.Sequential(nn.Linear(code_dim, dim), nn.GELU(), nn.Linear(dim, dim))
+            self.pool = nn.Linear(dim, 1)
+            self.to_embedding = nn.Linear(dim, self.teacher.embed_dim)
         self.logit_scale = nn.Parameter(torch.tensor(math.log(10.0)))
+
+    def _check_layer(self, teacher: Teacher) -> None:
+        """Raise ValueError unless the layer can be quantized at its full width and pooled from."""
+        layer, code_dim = self.config.semantic_layer, self.config.residual.code_dim
+        if layer is None or not teacher.pools_from(layer):
+            raise ValueError(
+                f"tokenizer.released_layout of vila_u pools with the rest of the tower from "
+                f"tokenizer.semantic_layer={layer}: give a layer, the last but one in VILA-U, of a SigLIP; or set "
+                f"released_layout to false"
+            )
+        (width,) = teacher.level_widths(self.grid, (layer,))
+        if code_dim != width:
+            raise ValueError(
+                f"tokenizer.released_layout of vila_u quantizes layer {layer} at its full width: set "
+                f"tokenizer.residual.code_dim to {width}, it is {code_dim}"
+            )
 
     @property
     def has_semantic_branch(self) -> bool:
         return False
 
     def _quantize(self, images: Tensor, target: Tensor | None) -> Codes:
-        return self._quantized([self.pre_quant(self.tower.features(images, self.grid))])
+        layer = self.config.semantic_layer
+        if not self.config.released_layout or layer is None:
+            return self._quantized([self.pre_quant(self.tower.features(images, self.grid))])
+        levels, _ = self.tower.levels(images, self.grid, (layer,))
+        return self._quantized(levels)
 
     def _to_latents(self, vectors: Tensor) -> Tensor:
         return self.post_quant(vectors)
@@ -190,6 +216,8 @@ class VilaUTokenizer(ResidualTokenizer):
         return self._embed(self.code_embeddings(codes))
 
     def _embed(self, vectors: Tensor) -> Tensor:
+        if self.config.released_layout:
+            return F.normalize(self.tower.pool(vectors, self.config.semantic_layer), dim=-1)
         features = self.to_features(vectors).flatten(1, 2)  # [B, h * w, C]
         weights = self.pool(features).softmax(dim=1)
         return F.normalize(self.to_embedding((weights * features).sum(1)), dim=-1)

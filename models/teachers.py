@@ -235,7 +235,10 @@ class OpenClipTeacher(Teacher):
         self.register_buffer("pixel_mean", torch.tensor(preprocess["mean"]))
         self.register_buffer("pixel_std", torch.tensor(preprocess["std"]))
         trunk = getattr(self.model.visual, "trunk", None)
-        self.pools_features = trunk is not None and trunk.num_prefix_tokens == 0
+        # `pool` takes back what a last LayerNorm did to the features; ViTamin has none there
+        self.pools_features = (
+            trunk is not None and trunk.num_prefix_tokens == 0 and isinstance(trunk.norm, nn.LayerNorm)
+        )
         with torch.no_grad():
             probe = torch.zeros(1, 3, self.side, self.side)
             self.feature_dim = self._patches(probe).shape[1]

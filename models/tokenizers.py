@@ -87,7 +87,7 @@ class SdeTokenizer(OneCodeTokenizer):
 
     `z = Enc(x)`, `z_q = Quant(T + z)` with `T` from a frozen teacher on the same grid; one decoder draws the image from
     `z_q`, another predicts `T` from it. `z` and `T` are both normalised before the sum: without that the larger one
-    decides the codes alone.
+    decides the codes alone. Without `semantic_branch` it quantizes `z` and has no semantic decoder.
     """
 
     book_names = ("semantic_discrete",)
@@ -103,12 +103,24 @@ class SdeTokenizer(OneCodeTokenizer):
         self.to_teacher_dim = nn.Linear(self.encoder.width, dim)
         self.image_norm = nn.LayerNorm(dim, elementwise_affine=False)
         self.pre_quant = nn.Linear(dim, code_dim)
-        self.semantic_decoder = SemanticDecoder(self.config.semantic_decoder, code_dim, dim, self.grid)
+        if self.config.semantic_branch:
+            self.semantic_decoder = SemanticDecoder(self.config.semantic_decoder, code_dim, dim, self.grid)
+
+    @property
+    def has_semantic_branch(self) -> bool:
+        return self.config.semantic_branch
 
     def _before_quantization(self, images: Tensor, target: Tensor | None) -> Tensor:
-        assert target is not None
         image_features = self.image_norm(self.to_teacher_dim(self.encoder(images)))
+        if not self.config.semantic_branch:
+            return self.pre_quant(image_features)
+        assert target is not None
         return self.pre_quant(target + self.config.image_weight * image_features)
+
+    def _predict(self, vectors: Tensor) -> Tensor:
+        if not self.config.semantic_branch:
+            raise ValueError("tokenizer.semantic_branch=false has no semantic branch")
+        return super()._predict(vectors)
 
 
 class SemanticTokenizer(OneCodeTokenizer):

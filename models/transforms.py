@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
+import random
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
-from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor
 
-from models.config import Config, Fraction
+from models.config import Config, Fraction, PositiveFraction
 from models.images import Limits, decode_image
 
 
@@ -26,6 +28,71 @@ class TransformConfig(Config):
     longest side to `image_size`, the rest white."""
     background: tuple[int, int, int] = (255, 255, 255)
     """Colour under transparent pixels and of padding, RGB 0..255."""
+
+
+class CropConfig(Config):
+    """Random crops of training images; evaluation and tokenizing always see the whole centre."""
+
+    kind: Literal["none", "square", "area"] = "none"
+    """`none`: training images are shaped as everywhere else; `square`: a square anywhere in the image whose side is a
+    random part of the shortest one (LlamaGen); `area`: a random part of the area with a random aspect ratio, squashed
+    to the square (torchvision's RandomResizedCrop, as in DualToken's released code)."""
+    smallest: PositiveFraction = 0.8
+    """Least part of the side or of the area."""
+    largest: PositiveFraction = 1.0
+    """Greatest part."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> CropConfig:
+        if self.smallest > self.largest:
+            raise ValueError(f"smallest={self.smallest} is larger than largest={self.largest}; exchange them")
+        return self
+
+
+@dataclass(frozen=True)
+class RandomCrop:
+    """One random crop; the same seed makes the same crop."""
+
+    config: CropConfig
+    seed: int
+
+    def box(self, width: int, height: int, image_size: int) -> tuple[float, float, float, float]:
+        """What is kept of an image of `width` x `height` pixels: left, top, right, bottom.
+
+        Args:
+            width: of the image, pixels.
+            height: of the image, pixels.
+            image_size: side of the square that it becomes; `square` draws among the whole sizes that its shortest side
+                may be resized to.
+        """
+        numbers = random.Random(self.seed)
+        if self.config.kind == "square":
+            sizes = [math.ceil(image_size / part) for part in (self.config.largest, self.config.smallest)]
+            side = min(width, height) * image_size / numbers.randint(*sizes)
+            return _at(side, side, width, height, numbers)
+        for _ in range(10):  # as often as torchvision tries
+            area = width * height * numbers.uniform(self.config.smallest, self.config.largest)
+            ratio = math.exp(numbers.uniform(-_LOG_ASPECT, _LOG_ASPECT))
+            kept = math.sqrt(area * ratio), math.sqrt(area / ratio)
+            if kept[0] <= width and kept[1] <= height:
+                return _at(*kept, width, height, numbers)
+        # no shape of that size fits: the middle, in the allowed shape that is nearest to the image's own
+        kept = min(width, height * _ASPECT), min(height, width * _ASPECT)
+        left, top = (width - kept[0]) / 2, (height - kept[1]) / 2
+        return left, top, left + kept[0], top + kept[1]
+
+
+_ASPECT = 4 / 3
+"""Widest shape of a crop of kind `area`; the tallest is its inverse."""
+_LOG_ASPECT = math.log(_ASPECT)
+
+
+def _at(
+    kept_width: float, kept_height: float, width: int, height: int, numbers: random.Random
+) -> tuple[float, float, float, float]:
+    """A box of that size at a random place within an image."""
+    left, top = numbers.uniform(0, width - kept_width), numbers.uniform(0, height - kept_height)
+    return left, top, min(left + kept_width, width), min(top + kept_height, height)
 
 
 class ViewsConfig(Config):
@@ -45,13 +112,16 @@ class ViewsConfig(Config):
     """Deviation of the logarithm of width over height."""
 
 
-def load_image(data: bytes, config: TransformConfig, limits: Limits | None = None) -> Image.Image:
+def load_image(
+    data: bytes, config: TransformConfig, limits: Limits | None = None, crop: RandomCrop | None = None
+) -> Image.Image:
     """Decode and shape one image.
 
     Args:
         data: an encoded image in one of `IMAGE_FORMATS`.
         config: target size and resize mode.
         limits: what it may cost; none but Pillow's own where they are not given.
+        crop: taken in place of the resize mode.
 
     Returns:
         RGB image of `image_size` x `image_size` pixels as a browser shows it: sRGB, upright, transparency flattened.
@@ -59,12 +129,14 @@ def load_image(data: bytes, config: TransformConfig, limits: Limits | None = Non
     Raises:
         UnusableImage: the bytes are too many, no image in a format that is read, or damaged; an OSError.
     """
-    return shape_image(decode_image(data, limits, config.background).rgb, config)
+    return shape_image(decode_image(data, limits, config.background).rgb, config, crop)
 
 
-def shape_image(image: Image.Image, config: TransformConfig) -> Image.Image:
+def shape_image(image: Image.Image, config: TransformConfig, crop: RandomCrop | None = None) -> Image.Image:
     """An RGB image of any size as the square."""
     size = (config.image_size, config.image_size)
+    if crop is not None:
+        return image.resize(size, Image.Resampling.BICUBIC, box=crop.box(*image.size, config.image_size))
     if image.size == size:
         return image
     if config.resize == "squash":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import tarfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from models.ranks import num_ranks
-from models.transforms import TransformConfig, load_image, to_tensor
+from models.transforms import RandomCrop, TransformConfig, load_image, to_tensor
 from storage.image_shards import ImageSample
 from storage.manifest import Manifest
 from storage.store import Store
@@ -101,19 +101,20 @@ class ImageSource:
             file.seek(place.offset)
             return file.read(place.size)
 
-    def pixels(self, indices: list[int]) -> Tensor:
-        """uint8 `[len(indices), 3, H, W]`."""
-        return torch.stack([self._one(index) for index in indices])
+    def pixels(self, indices: list[int], crops: Sequence[RandomCrop | None] = ()) -> Tensor:
+        """uint8 `[len(indices), 3, H, W]`; cropped where there are crops, one an image."""
+        chosen = crops or [None] * len(indices)
+        return torch.stack([self._one(index, crop) for index, crop in zip(indices, chosen, strict=True)])
 
-    def _one(self, index: int) -> Tensor:
-        if self._cache is None:
-            return self._decode(index)
+    def _one(self, index: int, crop: RandomCrop | None) -> Tensor:
+        if self._cache is None or crop is not None:
+            return self._decode(index, crop)
         if index not in self._cache:
             self._cache[index] = self._decode(index)
         return self._cache[index]
 
-    def _decode(self, index: int) -> Tensor:
-        return to_tensor([load_image(self.raw(index), self.transform)])[0]
+    def _decode(self, index: int, crop: RandomCrop | None = None) -> Tensor:
+        return to_tensor([load_image(self.raw(index), self.transform, crop=crop)])[0]
 
     def _add(self, row: dict[str, Any], place: _Place, extra: list[str]) -> None:
         self.keys.append(row["key"])
@@ -131,12 +132,19 @@ class BatchReader:
         rows_of: positions of the images of each batch, by its number.
         num_batches: how many there are; nothing after them is decoded.
         num_threads: how many images are decoded at a time.
+        crops_of: crops of the images of each batch, by its number; none by default.
     """
 
     def __init__(
-        self, source: ImageSource, rows_of: Callable[[int], list[int]], num_batches: int, num_threads: int
+        self,
+        source: ImageSource,
+        rows_of: Callable[[int], list[int]],
+        num_batches: int,
+        num_threads: int,
+        crops_of: Callable[[int], Sequence[RandomCrop | None]] | None = None,
     ) -> None:
         self._source, self._rows_of, self._num_batches = source, rows_of, num_batches
+        self._crops_of = crops_of
         self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="decode")
         self._begun: dict[int, list[Future[Tensor]]] = {}
 
@@ -154,8 +162,12 @@ class BatchReader:
         return torch.cat([future.result() for future in self._begun.pop(batch)])
 
     def _begin(self, batch: int) -> None:
-        if batch not in self._begun:
-            self._begun[batch] = [self._pool.submit(self._source.pixels, [row]) for row in self._rows_of(batch)]
+        if batch in self._begun:
+            return
+        rows = self._rows_of(batch)
+        crops = self._crops_of(batch) if self._crops_of else [None] * len(rows)
+        pairs = zip(rows, crops, strict=True)
+        self._begun[batch] = [self._pool.submit(self._source.pixels, [row], [crop]) for row, crop in pairs]
 
 
 def table_columns(sample: ImageSample, view: str) -> dict[str, str | None]:

@@ -1,4 +1,4 @@
-"""Trains an image tokenizer: the generator and its PatchGAN discriminator, with losses as the papers give them."""
+"""Trains an image tokenizer: the generator and its discriminator, with losses as the papers give them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from models.backbone_teacher import BackboneTeacher
 from models.config import Fraction
-from models.convolutional import PatchDiscriminator
+from models.convolutional import DISCRIMINATORS
 from models.image_tokenizer import ImageTokenizer, TokenizerConfig, TokenizerOutput
 from models.losses import (
     BackbonePerceptualDistance,
@@ -29,7 +29,7 @@ from models.losses import (
 from models.ranks import is_first_rank, mean_terms, num_ranks, own_part, start_equal
 from models.teachers import Teacher
 from models.tokenizers import build_tokenizer
-from models.transforms import normalise, to_pixels
+from models.transforms import CropConfig, RandomCrop, normalise, to_pixels
 from models.zero_shot import Templates
 from stages import external_codes
 from stages.devices import autocast, resolve_device
@@ -66,7 +66,7 @@ class TrainTokenizerConfig(SharedLoopConfig, TokenizerConfig):
     loss: LossConfig = LossConfig()
     """Terms and weights."""
     discriminator_optimiser: OptimiserConfig = OptimiserConfig(weight_decay=0.0)
-    """Optimiser of PatchGAN."""
+    """Optimiser of the discriminator."""
     tower_learning_rate_fraction: Fraction = 1.0
     """Part of the learning rate that the trained copy of the teacher's tower has: its weights are good already, and a
     rate that suits the new parts can destroy them."""
@@ -74,6 +74,8 @@ class TrainTokenizerConfig(SharedLoopConfig, TokenizerConfig):
     """Threads that read and decode the images of the next step."""
     horizontal_flip: bool = True
     """Mirror half of the training images."""
+    random_crop: CropConfig = CropConfig()
+    """Crops of the training images, new ones at every use."""
     codes: RuntimeStr = ""
     """Folder of the codes of `kind: external`; its content counts, not its path."""
     weights: RuntimeStr = ""
@@ -149,7 +151,8 @@ class TokenizerTraining:
                 f"and a teacher that can pool them: SigLIP, or a backbone whose head has keep_backbone (which pools "
                 f"its final features alone, tokenizer.semantic_layer=null); set it to 0"
             )
-        self.discriminator = PatchDiscriminator(loss.discriminator_channels, loss.discriminator_layers).to(self.device)
+        discriminator = DISCRIMINATORS[loss.discriminator]
+        self.discriminator = discriminator(loss.discriminator_channels, loss.discriminator_layers).to(self.device)
         start_equal(self.tokenizer, self.discriminator)
         self.optimiser = build_optimiser(
             self.tokenizer, config.optimiser, {"tower": config.tower_learning_rate_fraction}
@@ -162,7 +165,9 @@ class TokenizerTraining:
         if self.average is not None:
             self.average.load_state_dict(self.tokenizer.state_dict())
         self.sampler = EpochSampler(len(source), config.batch_size, seed)
-        self.reader = BatchReader(source, self._own_rows, config.steps, config.decode_threads)
+        self.seed = seed
+        crops_of = self._own_crops if config.random_crop.kind != "none" else None
+        self.reader = BatchReader(source, self._own_rows, config.steps, config.decode_threads, crops_of)
         self.held_out: HeldOut | None = None
         self.teacher_features = self._precompute_teacher_features()
 
@@ -199,13 +204,18 @@ class TokenizerTraining:
         """Positions of the images that this process takes of a step."""
         return self.sampler.batch(step)[own_part(self.config.batch_size)]
 
+    def _own_crops(self, step: int) -> list[RandomCrop]:
+        """Their crops; those of a step do not depend on how many processes share it."""
+        places = range(self.config.batch_size)[own_part(self.config.batch_size)]
+        return [RandomCrop(self.config.random_crop, mix_seed(self.seed, "crop", step, place)) for place in places]
+
     @torch.no_grad()
     def _precompute_teacher_features(self) -> Tensor | None:
         """Features of all training images and their mirror images, `[2, N, h, w, C]`; None where they are too many.
 
-        The teacher is frozen and flipping is the only augmentation, so small data need not meet it more than twice.
+        The teacher is frozen, so where flipping is the only augmentation small data need not meet it more than twice.
         """
-        if not self.tokenizer.has_semantic_branch:
+        if not self.tokenizer.has_semantic_branch or self.config.random_crop.kind != "none":
             return None
         rows, columns = self.tokenizer.grid
         if 2 * len(self.source) * rows * columns * self.teacher.feature_dim * 4 > _FEATURE_CACHE_BYTES // num_ranks():
@@ -256,9 +266,10 @@ class TokenizerTraining:
             terms["adversarial"] = generator_loss(self.discriminator(drawn))
             scale: Tensor | float = weights.adversarial_weight
             if weights.adversarial_adaptive:
-                scale = scale * adaptive_weight(
-                    reconstruction, terms["adversarial"], self.tokenizer.decoder.last_layer, weights.adversarial_clamp
-                )
+                compared, last_layer = reconstruction, self.tokenizer.decoder.last_layer
+                if weights.adversarial_l2_weight is not None:
+                    compared = compared + (weights.adversarial_l2_weight - weights.l2_weight) * terms["l2"]
+                scale = scale * adaptive_weight(compared, terms["adversarial"], last_layer, weights.adversarial_clamp)
             loss = loss + scale * terms["adversarial"]
         return loss, terms
 
@@ -275,15 +286,18 @@ class TokenizerTraining:
         return terms["pooled"] + self.config.loss.semantic_mse_weight * terms["pooled_mse"]
 
     def _train_discriminator(self, drawn: Tensor, images: Tensor, step: int) -> Tensor:
+        weights = self.config.loss
+        begun = weights.adversarial_start if weights.discriminator_schedule == "own" else 0
         with autocast(self.device, self.config.precision):
-            loss = hinge_discriminator_loss(self.discriminator(images), self.discriminator(drawn))
+            real, fake = self.discriminator(images), self.discriminator(drawn)
+            loss = hinge_discriminator_loss(real, fake, weights.hinge_slope)
         optimise(
             [loss],
             self.discriminator,
             self.discriminator_optimiser,
             self.config.discriminator_optimiser,
-            step,
-            self.config.steps,
+            step - begun,
+            self.config.steps - begun,
         )
         return loss
 

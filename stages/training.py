@@ -50,8 +50,8 @@ class OptimiserConfig(Config):
     """Adam's decay rates."""
     weight_decay: NonNegativeFloat = 1e-4
     """Decoupled weight decay of matrices; biases, norms and other vectors have none."""
-    gradient_clip: PositiveFloat = 1.0
-    """Largest gradient norm."""
+    gradient_clip: PositiveFloat | None = 1.0
+    """Largest gradient norm; `null` leaves gradients as they are."""
 
 
 class LoopConfig(PrecisionConfig):
@@ -243,7 +243,7 @@ def optimise(
     for loss in losses:
         loss.backward()
     average_gradients(module)
-    norm = nn.utils.clip_grad_norm_(module.parameters(), config.gradient_clip)
+    norm = nn.utils.clip_grad_norm_(module.parameters(), config.gradient_clip or math.inf)
     for group in optimiser.param_groups:
         group["lr"] = config.learning_rate * group["fraction"] * schedule(step, steps, config)
     optimiser.step()

@@ -75,7 +75,8 @@ def test_all_kinds_run_end_to_end_and_a_second_comparison_trains_nothing(
     table = tiny_run.results["tokenize"].manifest
     given = read_code_table([tiny_run.store.fetch(entry) for entry in table.files_under("codes")])
     write_codes(given, tmp_path / "theirs")
-    kinds = ["vqgan", "semantic", "sde", "dualtoken-deep", "dualtoken-reconstruction", "dualtoken", "external=theirs"]
+    ablated = ["sde-image", "semantic", "sde", "dualtoken-deep", "dualtoken-reconstruction", "dualtoken"]
+    kinds = ["vqgan", *ablated, "external=theirs"]
     command = ["compare-tokenizers", "--recipe", "tiny", "--store", "store", "--executor", "local"]
     for setting in ("tokenizer.steps=18", "pretrain.steps=4", "sft.steps=4"):
         command += ["--set", setting]
@@ -92,7 +93,7 @@ def test_all_kinds_run_end_to_end_and_a_second_comparison_trains_nothing(
 
     rows = read_table(tmp_path / ".musevl/report/tiny-tokenizers/comparison.parquet").to_pylist()
     undrawn = {"external=theirs"}  # nothing decodes given codes
-    without_teacher = {"vqgan", "dualtoken-reconstruction", *undrawn}  # nor do these predict its features
+    without_teacher = {"vqgan", "sde-image", "dualtoken-reconstruction", *undrawn}  # nor do these predict its features
     lacking = dict.fromkeys(("psnr", "ssim", "frechet_teacher", "recognition"), undrawn)
     lacking |= {"semantic_cosine": without_teacher, "accuracy_top1": without_teacher, "rfid": set(kinds)}
     for benchmark, metric, *_ in COLUMNS:

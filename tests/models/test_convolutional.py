@@ -1,7 +1,15 @@
 import pytest
 import torch
 
-from models.convolutional import ConvConfig, ConvDecoder, ConvEncoder, PatchDiscriminator, gradient_norm
+from models.convolutional import (
+    ConvConfig,
+    ConvDecoder,
+    ConvEncoder,
+    DiscriminatorBlock,
+    PatchDiscriminator,
+    ResidualDiscriminator,
+    gradient_norm,
+)
 
 TINY = {"channels": 16, "encoder_blocks": 1, "decoder_blocks": 1, "latent_channels": 8}
 
@@ -90,3 +98,25 @@ def test_gradient_norm_equals_backward_and_keeps_the_graph() -> None:
     loss.backward()
     torch.testing.assert_close(norm, weight.grad.norm())
     assert not norm.requires_grad
+
+
+def test_dualtokens_discriminator_has_its_releases_shapes() -> None:
+    """Conv 3-64 of stride 2, blocks 64-128 and 128-256 of stride 2 and 256-512, conv 512-1; every kernel is 3."""
+    with torch.device("meta"):
+        discriminator = ResidualDiscriminator()
+        assert discriminator(torch.empty(1, 3, 384, 384)).shape == (1, 1, 48, 48)
+    blocks = [(64, 128), (128, 256), (256, 512)]
+    expected = 3 * 64 * 9 + 64 + 512 * 9 + 1
+    expected += sum(2 * small + (9 * small + 1) * large + (small + 1) * large for small, large in blocks)
+    assert num_parameters(discriminator) == expected
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_a_discriminator_block_goes_around_its_convolution(stride: int) -> None:
+    block, x = DiscriminatorBlock(8, 16, stride), torch.randn(2, 8, 9, 9)
+    with torch.no_grad():
+        block.conv.weight.zero_()
+        block.conv.bias.zero_()
+    side = 9 if stride == 1 else 5
+    around = torch.nn.functional.interpolate(x, size=(side, side), mode="bilinear", align_corners=False)
+    torch.testing.assert_close(block(x), block.skip(around))

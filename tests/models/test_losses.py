@@ -38,6 +38,14 @@ def test_hinge_loss_asks_nothing_more_of_sure_logits() -> None:
     assert float(real.grad) == float(fake.grad) == 0.0
 
 
+def test_a_leaky_hinge_keeps_a_part_of_the_gradient_of_sure_logits() -> None:
+    real, fake = torch.tensor([2.0, 0.5], requires_grad=True), torch.tensor([-3.0], requires_grad=True)
+    loss = hinge_discriminator_loss(real, fake, 0.01)
+    assert float(loss.detach()) == pytest.approx(((0.01 * -1 + 0.5) / 2 + 0.01 * -2) / 2)
+    loss.backward()
+    assert real.grad.tolist() == pytest.approx([-0.01 / 4, -1 / 4]) and fake.grad.tolist() == pytest.approx([0.01 / 2])
+
+
 def test_generator_wants_higher_logits() -> None:
     logits = torch.randn(2, 1, 4, 4, requires_grad=True)
     loss = generator_loss(logits)

@@ -217,6 +217,26 @@ def test_semantic_branch_decides_codes_where_the_image_weight_is_zero(stub_teach
     assert torch.equal(tokenizer.encode(images), codes)
 
 
+@pytest.mark.parametrize("encoder", ["conv", "tower"])
+def test_image_only_differs_from_sde_in_the_semantic_branch_alone(
+    encoder: str, stub_teacher: Teacher, images: Tensor
+) -> None:
+    fields: dict[str, Any] = {"encoder": encoder, "code_grid": 8 if encoder == "tower" else None}
+    both, alone = make(stub_teacher, **fields).eval(), make(stub_teacher, semantic_branch=False, **fields).eval()
+    shapes = {name: value.shape for name, value in both.state_dict().items()}
+    assert {name: value.shape for name, value in alone.state_dict().items()} == {
+        name: shape for name, shape in shapes.items() if not name.startswith("semantic_decoder.")
+    }
+    alone.load_state_dict(both.state_dict(), strict=False)
+    output = alone(images)
+    assert (output.semantic_target, output.semantic_prediction) == (None, None)
+    assert torch.equal(output.codes, alone.encode(images))
+    with pytest.raises(ValueError, match="no semantic branch"):
+        alone.semantic_features(output.codes)
+    # the codes of `Quant(z)` are those of `Quant(T + z)` with T = 0
+    assert torch.equal(both(images, torch.zeros(3, 8, 8, 12)).codes, output.codes)
+
+
 def test_a_tower_encodes_in_place_of_convolutions(stub_teacher: Teacher, images: Tensor) -> None:
     tokenizer = make(stub_teacher, encoder="tower", code_grid=4).train()
     output = tokenizer(images)
@@ -271,6 +291,43 @@ def test_dualtoken_can_take_its_semantics_from_a_named_layer(stub_teacher: Teach
 def test_vila_u_needs_a_teacher_with_text(backbone_teacher: Teacher) -> None:
     with pytest.raises(ValueError, match="needs a teacher with a text tower"):
         make(backbone_teacher, kind="vila_u")
+
+
+class TestVilaUAsReleased:
+    """Its code quantizes the last layer but one at full width; the rest of SigLIP reads the quantized features."""
+
+    @staticmethod
+    def make(teacher: Teacher, code_dim: int = 12, layer: int | None = 1) -> ImageTokenizer:
+        residual = ResidualQuantizerConfig(codebook_size=64, code_dim=code_dim, depth=3)
+        return make(teacher, kind="vila_u", released_layout=True, semantic_layer=layer, residual=residual)
+
+    def test_a_layer_is_quantized_at_its_full_width(self, pooling_teacher: Teacher, images: Tensor) -> None:
+        tokenizer = self.make(pooling_teacher).eval()
+        (level,), _ = tokenizer.tower.levels(images, (8, 8), (1,))
+        expected = tokenizer.book(0)(level).codes.permute(0, 3, 1, 2)[:, None]
+        assert torch.equal(tokenizer.encode(images), expected)
+        assert tokenizer.codebooks[0].shape == (1, 64, 12)
+        assert not any(name.startswith(("pre_quant", "to_features")) for name in tokenizer.state_dict())
+
+    def test_the_rest_of_the_trained_tower_pools_the_codes(self, pooling_teacher: Teacher, images: Tensor) -> None:
+        tokenizer = self.make(pooling_teacher).train()
+        output = tokenizer(images)
+        output.image_embedding[:, 0].sum().backward()
+        assert float(tokenizer.tower.weight.grad.abs().sum()) > 0
+        assert float(tokenizer.tower.shallow.weight.grad.abs().sum()) > 0, "straight through the quantizer"
+        tokenizer.eval()
+        codes = tokenizer.encode(images)
+        pooled = tokenizer.code_embeddings(codes).mean((1, 2)) @ tokenizer.tower.weight
+        torch.testing.assert_close(tokenizer.embed_codes(codes), F.normalize(pooled, dim=-1))
+        assert tokenizer.decode(codes).shape == images.shape
+
+    def test_what_does_not_fit_is_refused_by_field(self, pooling_teacher: Teacher, stub_teacher: Teacher) -> None:
+        with pytest.raises(ValueError, match=r"set tokenizer\.residual\.code_dim to 12, it is 4"):
+            self.make(pooling_teacher, code_dim=4)
+        with pytest.raises(ValueError, match=r"tokenizer\.semantic_layer=None: give a layer"):
+            self.make(pooling_teacher, layer=None)
+        with pytest.raises(ValueError, match="of a SigLIP"):
+            self.make(stub_teacher)
 
 
 def test_codes_embed_as_their_features_pool(pooling_teacher: Teacher, images: Tensor) -> None:

@@ -8,6 +8,8 @@ import torch
 from PIL import Image, ImageOps
 
 from models.transforms import (
+    CropConfig,
+    RandomCrop,
     TransformConfig,
     ViewsConfig,
     load_image,
@@ -218,3 +220,63 @@ def test_what_lies_outside_repeats_the_border() -> None:
     image = torch.rand(1, 1, 1).expand(3, 16, 16).contiguous()
     wild = ViewsConfig(zoom=(0.3, 0.4), shift=0.5, rotation=90.0)
     torch.testing.assert_close(viewed(image, wild), image, atol=1e-5, rtol=0)
+
+
+def boxes(width: int, height: int, image_size: int = 64, **fields: object) -> list[tuple[float, float, float, float]]:
+    config = CropConfig(**fields)
+    return [RandomCrop(config, seed).box(width, height, image_size) for seed in range(200)]
+
+
+@pytest.mark.parametrize("kind", ["square", "area"])
+@pytest.mark.parametrize(("width", "height"), [(100, 100), (160, 100), (70, 90), (1000, 20)])
+def test_crops_lie_within_the_image_and_differ_by_seed(kind: str, width: int, height: int) -> None:
+    found = boxes(width, height, kind=kind)
+    for left, top, right, bottom in found:
+        assert 0 <= left < right <= width and 0 <= top < bottom <= height
+    assert found == boxes(width, height, kind=kind)
+    assert len(set(found)) > 10 or (kind, width) == ("area", 1000), "no such shape fits: the middle, every time"
+
+
+def test_square_crops_take_a_part_of_the_shortest_side() -> None:
+    """LlamaGen resizes the shortest side to 64..80 pixels and cuts 64 x 64 of it, anywhere."""
+    found = boxes(200, 100, kind="square", smallest=0.8)
+    sides = {round(right - left, 6) for left, _, right, _ in found}
+    assert sides == {round(100 * 64 / size, 6) for size in range(64, 81)}
+    assert all(right - left == pytest.approx(bottom - top) for left, top, right, bottom in found)
+    assert min(left for left, *_ in found) < 10 and max(right for _, _, right, _ in found) > 190
+
+
+def test_area_crops_take_a_part_of_the_area_in_another_shape() -> None:
+    found = boxes(100, 100, kind="area", smallest=0.9)
+    areas = [(right - left) * (bottom - top) / 1e4 for left, top, right, bottom in found]
+    ratios = [(right - left) / (bottom - top) for left, top, right, bottom in found]
+    assert 0.9 <= min(areas) < 0.91 and max(areas) <= 1
+    assert 0.9 < min(ratios) < 0.95 and 1.05 < max(ratios) < 1 / 0.9, "what fits of 3:4 to 4:3"
+
+
+@pytest.mark.parametrize(("width", "height"), [(1000, 20), (20, 1000)])
+def test_area_crops_of_very_long_images_are_torchvisions_middle(width: int, height: int) -> None:
+    from models.torchvision_compat import make_torchvision_importable
+
+    make_torchvision_importable()
+    from torchvision.transforms import RandomResizedCrop
+
+    box = RandomCrop(CropConfig(kind="area", smallest=0.9), 0).box(width, height, 64)
+    top, left, rows, columns = RandomResizedCrop.get_params(Image.new("L", (width, height)), (0.9, 1.0), (3 / 4, 4 / 3))
+    assert box == pytest.approx((left, top, left + columns, top + rows), abs=1)
+
+
+def test_a_crop_takes_the_place_of_the_resize_mode(encoded: Encoder) -> None:
+    data = encoded(Image.linear_gradient("L").convert("RGB"), "PNG")  # 256 rows, the row's number in each
+    for seed in range(5):
+        crop = RandomCrop(CropConfig(kind="square", smallest=0.5, largest=0.5), seed)
+        rows = np.asarray(load_image(data, config(64), crop=crop))[:, 0, 0].astype(float)
+        _, top, _, bottom = crop.box(256, 256, 64)
+        np.testing.assert_allclose(rows, np.linspace(top, bottom, 65)[:-1] + (bottom - top) / 128 - 0.5, atol=1.5)
+
+
+def test_limits_of_a_crop_are_in_order() -> None:
+    with pytest.raises(ValueError, match="smallest=0.9 is larger than largest=0.5"):
+        CropConfig(smallest=0.9, largest=0.5)
+    with pytest.raises(ValueError, match="greater than 0"):
+        CropConfig(smallest=0.0)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from models.transforms import CropConfig, RandomCrop
 from stages.image_data import BatchReader, ImageSource
 
 
@@ -17,11 +18,13 @@ class Source:
 
     def __init__(self, broken: int | None = None) -> None:
         self.decoded: list[int] = []
+        self.crops: list[tuple[int, RandomCrop | None]] = []
         self.broken, self.lock = broken, threading.Lock()
 
-    def pixels(self, rows: list[int]) -> Tensor:
+    def pixels(self, rows: list[int], crops: list[RandomCrop | None]) -> Tensor:
         with self.lock:
             self.decoded += rows
+            self.crops += zip(rows, crops, strict=True)
         if self.broken in rows:
             raise OSError(f"image {self.broken} cannot be decoded")
         return torch.tensor(rows, dtype=torch.uint8)[:, None, None, None].expand(-1, 3, 1, 1)
@@ -39,6 +42,15 @@ def test_batches_come_in_order_and_one_is_decoded_ahead() -> None:
         assert batches.pixels(1)[:, 0, 0, 0].tolist() == [0, 4, 3]
         assert batches.pixels(2)[:, 0, 0, 0].tolist() == [5, 5, 1]
     assert sorted(source.decoded) == [0, 1, 1, 2, 3, 3, 4, 5, 5], "each once, and none after the last batch"
+
+
+def test_each_image_of_a_batch_has_its_own_crop() -> None:
+    source = Source()
+    crops = [RandomCrop(CropConfig(kind="square"), seed) for seed in range(3)]
+    batches = BatchReader(cast(ImageSource, source), lambda _: [7, 7, 2], 1, num_threads=2, crops_of=lambda _: crops)
+    with batches:
+        batches.pixels(0)
+    assert sorted(source.crops, key=str) == sorted(zip([7, 7, 2], crops, strict=True), key=str)
 
 
 def test_a_run_that_begins_in_the_middle_decodes_nothing_before() -> None:

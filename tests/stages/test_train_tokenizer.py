@@ -1,17 +1,24 @@
-"""What training a tokenizer shows while it goes on, and what that must not change."""
+"""How a tokenizer is trained: its losses, its crops, and what is shown while it goes on."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from infra.executors import LocalExecutor
+from models.image_tokenizer import TokenizerOutput
+from models.losses import LossConfig
+from models.transforms import CropConfig
 from stages.execution import run_stage
 from stages.loading import read_weights
 from stages.recipe import load_recipe
+from stages.train_tokenizer import TokenizerTraining, TrainTokenizerConfig
+from stages.training import OptimiserConfig, build_optimiser
 from tests.tiny import TinyRun
 
 
@@ -47,3 +54,78 @@ def test_averaged_weights_hold_the_codebook_unless_it_is_an_average_itself(
     moved = {name for name in one if not torch.equal(one[name], four[name])}
     assert all(name.startswith("quantizer") for name in moved)
     assert any("codebook" in name for name in moved) == (update == "ema")
+
+
+@pytest.mark.parametrize(("l2_weight_in_ratio", "expected"), [(None, 1.45), (1.0, 0.31)])
+def test_the_adaptive_weight_may_leave_out_the_weight_of_the_squared_error(
+    l2_weight_in_ratio: float | None, expected: float
+) -> None:
+    """A decoder of one number, whose gradient is 0.285 by the squared error, 0.025 by LPIPS and 1 by the GAN term."""
+    last_layer = nn.Parameter(torch.ones(()))
+    pixel = (0.285 / 2) ** 0.5
+    drawn = last_layer * torch.full((2, 3, 4, 4), pixel)
+    loss = LossConfig(
+        l2_weight=5.0,
+        adversarial_weight=0.75,
+        adversarial_adaptive=True,
+        adversarial_l2_weight=l2_weight_in_ratio,
+        adversarial_start=0,
+    )
+    training: Any = SimpleNamespace(
+        config=TrainTokenizerConfig(loss=loss),
+        perceptual=lambda images, references: 0.025 * images.mean((1, 2, 3)) / pixel,
+        discriminator=lambda images: -images / pixel,
+        tokenizer=SimpleNamespace(decoder=SimpleNamespace(last_layer=last_layer)),
+        _adversarial=lambda step: True,
+    )
+    output = TokenizerOutput(drawn, torch.zeros(()), torch.zeros(()), None, None)
+    total, terms = TokenizerTraining._generator_loss(training, output, torch.zeros_like(drawn), [0, 1], 0)
+    weight = (total - 5 * terms["l2"] - terms["perceptual"]) / (0.75 * terms["adversarial"])
+    assert float(weight.detach()) == pytest.approx(expected, abs=1e-3)
+
+
+@pytest.mark.parametrize(("schedule", "rate"), [("training", 0.5), ("own", 0.1)])
+def test_the_discriminator_may_warm_up_when_it_starts(schedule: str, rate: float) -> None:
+    optimiser = OptimiserConfig(learning_rate=1.0, warmup_steps=10, final_learning_rate_fraction=0.0)
+    loss = LossConfig(adversarial_start=60, discriminator_schedule=schedule)
+    config = TrainTokenizerConfig(loss=loss, discriminator_optimiser=optimiser, steps=110, precision="fp32")
+    discriminator = nn.Conv2d(3, 1, 1)
+    training: Any = SimpleNamespace(
+        config=config,
+        device=torch.device("cpu"),
+        discriminator=discriminator,
+        discriminator_optimiser=build_optimiser(discriminator, optimiser),
+    )
+    images = torch.rand(1, 3, 4, 4)
+    TokenizerTraining._train_discriminator(training, images, images, 60)
+    assert training.discriminator_optimiser.param_groups[0]["lr"] == pytest.approx(rate)
+
+
+def test_crops_depend_on_seed_step_and_place_alone() -> None:
+    config = TrainTokenizerConfig(random_crop=CropConfig(kind="square"), batch_size=3)
+    training: Any = SimpleNamespace(config=config, seed=7)
+    first, again, later = (TokenizerTraining._own_crops(training, step) for step in (0, 0, 1))
+    assert first == again
+    assert len({crop.seed for crop in first + later}) == 6
+
+
+def test_dualtokens_released_settings_train(tiny_run: TinyRun, tmp_path: Path) -> None:
+    settings = {
+        "steps": 4,
+        "precision": "fp32",
+        "kind": "dualtoken",
+        "random_crop": "{kind: area, smallest: 0.9}",
+        "horizontal_flip": "false",
+        "optimiser.gradient_clip": "null",
+        "loss.adversarial_adaptive": "true",
+        "loss.adversarial_l2_weight": 1,
+        "loss.adversarial_start": 1,
+        "loss.discriminator": "residual",
+        "loss.discriminator_schedule": "own",
+        "loss.hinge_slope": 0.01,
+        "residual.dead_threshold": 1.0,
+    }
+    store = tiny_run.store_before("train_tokenizer", tmp_path / "store")
+    recipe = load_recipe("tiny", [f"tokenizer.{name}={value}" for name, value in settings.items()])
+    weights = read_weights(store, run_stage("train_tokenizer", recipe, store, LocalExecutor()).manifest)
+    assert all(bool(value.isfinite().all()) for value in weights.values() if value.is_floating_point())

@@ -126,6 +126,15 @@ def test_a_submodule_learns_at_its_part_of_the_rate() -> None:
     assert moved["tower.layer.weight"] == pytest.approx(0.001, rel=1e-3)
 
 
+@pytest.mark.parametrize(("clip", "left"), [(1.0, 1.0), (None, 500.0)])
+def test_without_a_limit_gradients_stay_as_they_are(clip: float | None, left: float) -> None:
+    module = nn.Linear(1, 1, bias=False)
+    config = OptimiserConfig(gradient_clip=clip)
+    norm = optimise([500 * module.weight.sum()], module, build_optimiser(module, config), config, step=0, steps=10)
+    assert float(norm) == pytest.approx(500)
+    assert float(module.weight.grad) == pytest.approx(left)
+
+
 def test_seeds_differ_by_every_part_and_repeat_exactly() -> None:
     assert mix_seed(0, "step", 1) == mix_seed(0, "step", 1)
     assert len({mix_seed(0, "step", 1), mix_seed(0, "step", 2), mix_seed(1, "step", 1), mix_seed(0, "epoch", 1)}) == 4
