@@ -6,7 +6,8 @@ from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from flows.text import megabytes, text_table
-from stages.shard_counts import host_of, reason_of
+from stages.errors import printable
+from stages.shard_counts import NUM_EXAMPLES, host_of, reason_of
 from stages.sources.source import FILTERED, OK, STATUSES
 from storage.tables import read_table
 
@@ -16,27 +17,30 @@ if TYPE_CHECKING:
 
 KIND = "image_shards"
 _SHOWN = 20
+_LONGEST_EXAMPLE = 120
 
 
 def inspect_download(store: Store, manifest: Manifest) -> str:
-    """Describe a download for the terminal, from all of its metadata rows.
+    """Describe a download for the terminal, from all of its metadata rows: counts, and some rows of each reason.
 
     Args:
         store: that holds it.
         manifest: of kind `image_shards`.
     """
     status, reasons, filters = Counter[str](), Counter[str](), Counter[str]()
+    examples: dict[str, list[str]] = {}
     hosts: dict[str, Counter[str]] = {}
     for entry in manifest.files_under("metadata"):
-        for row in read_table(store.fetch(entry), ["url", "status", "error"]).to_pylist():
+        for row in read_table(store.fetch(entry), ["key", "url", "status", "error"]).to_pylist():
             status[row["status"]] += 1
-            if row["status"] == FILTERED:
-                filters[row["error"]] += 1
-            elif row["status"] != OK:
-                reasons[reason_of(row["status"], row["error"])] += 1
+            reason = row["error"] if row["status"] == FILTERED else reason_of(row["status"], row["error"])
+            failed = row["status"] not in (OK, FILTERED)
+            if row["status"] != OK:
+                (reasons if failed else filters)[reason] += 1
+                if len(shown := examples.setdefault(reason, [])) < NUM_EXAMPLES:
+                    shown.append(f"{row['key']}: {row['url']}")
             if host := host_of(row["url"]):
-                failed = row["status"] not in (OK, FILTERED)
-                hosts.setdefault(host, Counter())[reason_of(row["status"], row["error"]) if failed else OK] += 1
+                hosts.setdefault(host, Counter())[reason if failed else OK] += 1
     parts = [
         f"download {manifest.digest}\n{status.total()} rows, {status[OK]} images, {megabytes(manifest.size)}",
         text_table(
@@ -47,15 +51,21 @@ def inspect_download(store: Store, manifest: Manifest) -> str:
             ],
         ),
     ]
-    parts += _counts("reason of failure", reasons) + _counts("filtered because", filters) + _rot(hosts)
+    parts += _counts("reason of failure", reasons, examples) + _counts("filtered because", filters, examples)
+    parts += _rot(hosts)
     return "\n\n".join(parts)
 
 
-def _counts(title: str, counts: Counter[str]) -> list[str]:
+def _counts(title: str, counts: Counter[str], examples: dict[str, list[str]]) -> list[str]:
+    """How often each reason is there, with the first rows of it on lines of their own."""
     if not counts:
         return []
-    rows = [[reason, str(count)] for reason, count in counts.most_common(_SHOWN)]
-    return [text_table([title, "rows"], rows) + _more(len(counts))]
+    rows = []
+    for reason, count in counts.most_common(_SHOWN):
+        for number, example in enumerate(examples[reason]):
+            cells = ["", ""] if number else [reason, str(count)]
+            rows.append([*cells, printable(example, _LONGEST_EXAMPLE)])
+    return [text_table([title, "rows", "for example"], rows) + _more(len(counts))]
 
 
 def _rot(hosts: dict[str, Counter[str]]) -> list[str]:

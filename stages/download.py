@@ -7,7 +7,6 @@ list's order and stored. Duplicates are looked for at the end, when it is known 
 
 from __future__ import annotations
 
-from collections import Counter
 from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
@@ -145,7 +144,7 @@ def run(context: StageContext[DownloadConfig]) -> Outcome:
     assert not missing, f"every shard was mapped, yet {missing} have no receipt"
     _check_images(context)
     if not done.totals["status"][OK]:
-        reasons = _reasons(done.totals["errors"] + done.totals["filters"])
+        reasons = done.totals.reasons("errors", "filters")
         raise ValueError(
             f"none of {done.totals.num_rows} rows gave an image ({reasons}); mend the list or loosen download.filters"
         )
@@ -332,7 +331,7 @@ def _check_failures(context: StageContext[DownloadConfig], totals: Totals, num_r
         _check_images(context)  # they may have failed because somebody moved them
         raise ValueError(
             f"{failed} of {num_rows} images failed{f' with {to_come} still to come' if to_come else ''}, more than "
-            f"download.max_failed_fraction={config.max_failed_fraction} ({_reasons(totals['errors'])}); mend the list, "
+            f"download.max_failed_fraction={config.max_failed_fraction} ({totals.reasons('errors')}); mend the list, "
             f"raise the limit, or fetch the failed ones again with `--retry-failed` or "
             f"`--set download.attempt={config.attempt + 1}`; what arrived is kept"
         )
@@ -344,10 +343,6 @@ def _too_many(config: DownloadConfig, num_failed: int, num_rows: int) -> bool:
 
 def _num_rows(plan: dict[str, Any]) -> int:
     return sum(item["count"] for item in plan["shards"])
-
-
-def _reasons(counts: Counter[str]) -> str:
-    return "; ".join(f"{count} x {reason}" for reason, count in counts.most_common(3))
 
 
 def _check_images(context: StageContext[DownloadConfig]) -> None:

@@ -17,6 +17,8 @@ EXIT_CODE = 2
 USER_ERRORS = (ValueError, OSError, StoreError, WorkerDied, WorkerFailed)
 """Exceptions whose message is meant for the user; all others are defects and keep their traceback."""
 
+_JOINERS = "\u200c\u200d"
+"""Invisible, but part of emoji and of Persian and Indian words."""
 _ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -37,10 +39,27 @@ def report(error: BaseException) -> int:
 
 def one_line(error: BaseException) -> str:
     """An error's message on one line; where a library raised it, also its type and how to see where."""
-    text = " ".join(str(error).split()) or type(error).__name__
+    text = printable(" ".join(str(error).split())) or type(error).__name__
     if not isinstance(error, (OSError, StoreError)) and not _raised_by_us(error.__traceback__):
         text = f"{type(error).__name__}: {text} ({DEBUG_VARIABLE}=1 shows where)"
     return text
+
+
+def printable(text: str, longest: int | None = None) -> str:
+    r"""Text that strangers wrote, on one line and without what a terminal would obey: escape and control characters,
+    changes of direction and half surrogates are spelled out, as `\x1b`.
+
+    Args:
+        text: of any source.
+        longest: most characters of it, the last of which says that there were more; None for all.
+    """
+    if longest is not None and len(text) > longest:
+        text = text[: longest - 1] + "…"
+    return "".join(each if each.isprintable() or each in _JOINERS else _spelled(each) for each in text)
+
+
+def _spelled(character: str) -> str:
+    return character.encode("unicode_escape").decode("ascii")
 
 
 def _raised_by_us(trace: TracebackType | None) -> bool:

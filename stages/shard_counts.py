@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 from urllib.parse import urlsplit
 
+from stages.errors import printable
 from stages.sources.source import FILTERED, OK
 from storage.manifest import FileEntry
 
@@ -15,11 +16,16 @@ _COUNTED = ("status", "errors", "filters", "hosts", "failed_hosts", "splits")
 _DETAILS = re.compile(r" \([^()]*\)$")
 _SHOWN = 20
 """Reasons and hosts that the metrics name; the metadata tables have them all."""
+NUM_EXAMPLES = 3
+_LONGEST_EXAMPLE = 200
+_TOLD, _LONGEST_TOLD = 3, 80
+"""Reasons in a message, and characters of an example there."""
 
 
 def receipt_of(files: Sequence[FileEntry], metadata: Iterable[dict[str, Any]]) -> dict[str, Any]:
-    """The receipt of a shard: its files and how often each thing is there in its metadata rows."""
+    """The receipt of a shard: its files, how often each thing is there in its metadata, and `examples` of reasons."""
     counted: dict[str, Counter[str]] = {name: Counter() for name in _COUNTED}
+    examples: dict[str, list[str]] = {}
     for row in metadata:
         status, host = row["status"], host_of(row["url"])
         counted["status"][status] += 1
@@ -31,7 +37,11 @@ def receipt_of(files: Sequence[FileEntry], metadata: Iterable[dict[str, Any]]) -
         else:
             counted["errors"][reason_of(status, row["error"])] += 1
             counted["failed_hosts"].update([host] if host else [])
-    return {"files": [entry.to_json() for entry in files]} | {name: dict(counts) for name, counts in counted.items()}
+        if status != OK:
+            reason = row["error"] if status == FILTERED else reason_of(status, row["error"])
+            _add_examples(examples.setdefault(reason, []), [row["url"][:_LONGEST_EXAMPLE] or f"row {row['key']}"])
+    counts = {name: dict(counts) for name, counts in counted.items()}
+    return {"files": [entry.to_json() for entry in files], "examples": examples} | counts
 
 
 class Totals:
@@ -43,6 +53,7 @@ class Totals:
 
     def __init__(self, receipts: Iterable[Mapping[str, Any]] = ()) -> None:
         self._counts: dict[str, Counter[str]] = {name: Counter() for name in _COUNTED}
+        self._examples: dict[str, list[str]] = {}
         for receipt in receipts:
             self.add(receipt)
 
@@ -54,14 +65,25 @@ class Totals:
         """Count a shard."""
         for name, counts in self._counts.items():
             counts.update(receipt[name])
+        for reason, examples in receipt["examples"].items():
+            _add_examples(self._examples.setdefault(reason, []), examples)
 
     def take_back(self, receipt: Mapping[str, Any]) -> None:
-        """Count a shard no longer."""
+        """Count a shard no longer. It stays an example of what failed: it comes again, with more that is left out."""
         for name, counts in self._counts.items():
             counts.subtract(receipt[name])
             for thing in receipt[name]:
                 if not counts[thing]:
                     del counts[thing]
+
+    def reasons(self, *names: str) -> str:
+        """The most frequent reasons among some counts (`errors`, `filters`), each with examples, for a message."""
+        counts = sum((self[name] for name in names), Counter[str]())
+        said = []
+        for reason, count in counts.most_common(_TOLD):
+            examples = ", ".join(printable(each, _LONGEST_TOLD) for each in self._examples[reason])
+            said.append(f"{count} x {printable(reason)}, such as {examples}")
+        return "; ".join(said)
 
     @property
     def num_rows(self) -> int:
@@ -86,6 +108,10 @@ class Totals:
             "filters": dict(_most(self["filters"])),
             "hosts": {host: {"rows": hosts[host], "failed": count} for host, count in failed},
         }
+
+
+def _add_examples(known: list[str], more: Iterable[str]) -> None:
+    known += [each for each in more if each not in known][: NUM_EXAMPLES - len(known)]
 
 
 def host_of(url: str) -> str:

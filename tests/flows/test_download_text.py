@@ -44,8 +44,10 @@ def test_counts_are_by_status_by_reason_without_details_and_by_host(tmp_path: Pa
     lines = [line.split("  ") for line in inspect_download(store, manifest).splitlines()]
     cells = [[cell.strip() for cell in line if cell.strip()] for line in lines]
     assert ["ok", "3", "30.0%", "the image is in the shard"] in cells
-    assert ["undecodable: OSError: image file is truncated", "2"] in cells
-    assert ["shortest side below 64 pixels", "1"] in cells
+    cut = cells.index(["undecodable: OSError: image file is truncated", "2", "000000006: http://mixed.example/1"])
+    assert cells[cut + 1] == ["000000007: http://mixed.example/2"]
+    assert ["shortest side below 64 pixels", "1", "000000008: http://mixed.example/3"] in cells
+    assert ["missing: there is no such file", "1", "000000009: local.png"] in cells
     hosts = [row for row in cells if row and row[0].endswith(".example")]
     assert hosts == [
         ["rotten.example", "4", "3", "75%", "http_error: HTTP Error 404: Not Found"],

@@ -15,12 +15,14 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
+from flows.text import text_table
 from infra.executors import Item, LocalExecutor, WorkerFactory
 from models.images import Limits
 from stages.download import STAGE, DownloadConfig, next_attempt
+from stages.errors import one_line, printable
 from stages.image_facts import DIED, ImageFacts, Inspector, apart
 from stages.recipe import STAGES, load_recipe
-from stages.shard_counts import Totals
+from stages.shard_counts import Totals, receipt_of
 from stages.sources import url_list
 from stages.sources.source import UNDECODABLE, Failure
 from stages.stage import Outcome, StageContext
@@ -272,10 +274,36 @@ def test_no_more_receipts_are_in_memory_than_are_read_together(run: _Run, monkey
     assert most <= 8
 
 
+def _failed(number: int, url: str, status: str = "missing", error: str = "there is no such file") -> dict[str, Any]:
+    return {"key": f"{number:09d}", "url": url, "status": status, "error": error}
+
+
+def test_a_message_about_failures_names_three_rows_of_each_reason() -> None:
+    rows = [_failed(number, f"{number}.png") for number in range(5)]
+    rows += [_failed(5, "", "no_caption", "none"), _failed(6, "x" * 999), _failed(7, "f.png", "filtered", "small")]
+    totals = Totals([receipt_of([], rows[:2]), receipt_of([], rows[2:])])
+    assert totals.reasons("errors") == (
+        "6 x missing: there is no such file, such as 0.png, 1.png, 2.png; 1 x no_caption: none, such as row 000000005"
+    )
+    assert totals.reasons("errors", "filters").endswith("1 x small, such as f.png")
+    assert len(Totals([receipt_of([], rows[6:7])]).reasons("errors")) < 130
+
+
+def test_what_strangers_wrote_is_spelled_out_in_a_message() -> None:
+    hostile = "\x1b]0;owned\x07\r\n\x9b31m\u202egnp.exe\ud800 ok é 👩\u200d🚀"
+    row = _failed(0, hostile, "undecodable", hostile)
+    said = Totals([receipt_of([], [row])]).reasons("errors")
+    assert said.count(r"\x1b]0;owned\x07\r\n\x9b31m\u202egnp.exe\ud800 ok é 👩‍🚀") == 2
+    assert said.isprintable() or said.replace("\u200d", "").isprintable()
+    assert printable("a" * 9, 5) == "aaaa…" and printable("plain", 5) == "plain"
+    assert one_line(ValueError(hostile)).replace("\u200d", "").isprintable()
+    assert text_table(["a"], [[hostile]]).splitlines()[2].replace("\u200d", "").isprintable()
+
+
 def test_totals_forget_what_is_taken_back() -> None:
     def receipt(**counts: dict[str, int]) -> dict[str, dict[str, int]]:
         names = ("status", "errors", "filters", "hosts", "failed_hosts", "splits")
-        return {name: {} for name in names} | counts
+        return {name: {} for name in (*names, "examples")} | counts
 
     one, two = receipt(status={"ok": 2}, hosts={"a": 2}), receipt(status={"ok": 1, "timeout": 1}, hosts={"b": 2})
     totals = Totals([one, two])
