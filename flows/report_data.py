@@ -157,6 +157,12 @@ class StageLine:
         return f"made in {duration(float(self.made.get('seconds', 0)))}{again}"
 
     @property
+    def long_texts(self) -> str:
+        """What became of texts that a language model could not read whole; empty where it could read all of them."""
+        counts = {"cut": self.numbers.get("num_cut", "0"), "left out": self.numbers.get("num_left_out", "0")}
+        return ", ".join(f"{count} rows with too long text {how}" for how, count in counts.items() if count != "0")
+
+    @property
     def machine(self) -> str:
         """Where it was made."""
         machine = (self.made or {}).get("machine", {})

@@ -7,11 +7,13 @@ list's order and stored. Duplicates are looked for at the end, when it is known 
 
 from __future__ import annotations
 
+import logging
+from collections import Counter
 from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -22,7 +24,8 @@ from models.images import MOST_PIXELS, Limits
 from stages.download_shard import DownloadShard
 from stages.duplicates import LeaveOut, ShardFiles, find_duplicates
 from stages.filters import PERCEPTUAL_HASH, FilterConfig
-from stages.held_out_rows import SPLIT, hold_out
+from stages.held_out_rows import SPLIT, TRAIN, hold_out, split_counts, split_problem
+from stages.image_data import CODE_TABLE_COLUMNS
 from stages.shard_counts import Totals
 from stages.sources.conversations import ConversationFiles, Conversations
 from stages.sources.folder import FolderFiles, ImageFolder
@@ -38,6 +41,8 @@ from storage.digests import sha256_file
 from storage.manifest import FileEntry
 from storage.store import Store
 from storage.tables import IMAGE_METADATA_SCHEMA, write_table
+
+logger = logging.getLogger(__name__)
 
 FilesConfig = Annotated[WebDatasetFiles | ParquetFiles | FolderFiles | ConversationFiles, Field(discriminator="kind")]
 
@@ -90,9 +95,14 @@ class DownloadConfig(Config):
     @field_validator("extra_columns")
     @classmethod
     def _not_ours(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        taken = {*IMAGE_METADATA_SCHEMA.names, PERCEPTUAL_HASH, PLACE} & set(value)
-        if taken:
-            raise ValueError(f"columns {', '.join(sorted(taken))} are of our own tables; rename them in the list")
+        own = {*IMAGE_METADATA_SCHEMA.names, PERCEPTUAL_HASH, PLACE, *CODE_TABLE_COLUMNS}
+        if taken := sorted(own & set(value)):
+            raise ValueError(
+                f"columns {', '.join(taken)} are of our own tables, where they mean something else; rename them in "
+                "the data"
+            )
+        if twice := sorted({name for name in value if value.count(name) > 1}):
+            raise ValueError(f"columns {', '.join(twice)} are named twice; name each once")
         return value
 
     @model_validator(mode="after")
@@ -227,7 +237,9 @@ def next_attempt(config: DownloadConfig, seed: int, store: Store) -> int:
 
 def _make_plan(context: StageContext[DownloadConfig]) -> dict[str, Any]:
     config, store = context.config, context.store
-    path, num_rows = _write_rows(context)
+    path, num_rows, splits = _write_rows(context)
+    if problem := split_problem(splits):
+        logger.warning("%s: %s", open_source(config).what, problem)
     if _attempt_key(config, config.attempt, context.seed) != context.action_key:
         raise ValueError(f"{open_source(config).what} changed while it was read; run the stage again")
     entry = store.put_file(path, "rows.parquet")
@@ -235,11 +247,19 @@ def _make_plan(context: StageContext[DownloadConfig]) -> dict[str, Any]:
     return store.create_plan(context.action_key, {"rows": entry.to_json(), "shards": shards})
 
 
-def _write_rows(context: StageContext[DownloadConfig]) -> tuple[Path, int]:
-    """A local file with the rows to fetch, and their number."""
+class _Written(NamedTuple):
+    """A local file with the rows to fetch."""
+
+    path: Path
+    num_rows: int
+    splits: Counter[str]
+
+
+def _write_rows(context: StageContext[DownloadConfig]) -> _Written:
     rows, path = read_rows(context.config), context.scratch / "rows.parquet"
     write_table(rows, path)
-    return path, rows.num_rows
+    splits = rows[SPLIT].to_pylist() if SPLIT in rows.column_names else [TRAIN] * rows.num_rows
+    return _Written(path, rows.num_rows, split_counts(splits))
 
 
 def _restore_rows(context: StageContext[DownloadConfig], entry: FileEntry) -> None:
@@ -251,7 +271,7 @@ def _restore_rows(context: StageContext[DownloadConfig], entry: FileEntry) -> No
     store, key = context.store, context.action_key
     if store.holds(entry):
         return
-    path, _ = _write_rows(context)
+    path = _write_rows(context).path
     found = sha256_file(path)
     if found != entry.sha256:
         raise ValueError(
@@ -397,7 +417,7 @@ STAGE = Stage(
     config_class=DownloadConfig,
     inputs=(),
     run=run,
-    version=4,  # images are opened as a browser shows them: colours, depths, chunks; conversations by their turns
+    version=5,  # images as a browser shows them, conversations by their turns; splits are counted
     external_inputs=_external_inputs,
 )
 

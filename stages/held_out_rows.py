@@ -1,15 +1,55 @@
-"""Which images are held out where their source does not say."""
+"""Which images are held out: what a column `split` says, or, where there is none, their addresses."""
 
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
+from collections.abc import Iterable, Mapping
 
 import pyarrow as pa
 
 from stages.sources.source import PLACE, URL
 
 SPLIT = "split"
-"""Column with `train` or `test`."""
+"""Column with `train` or `test`; '' is `train`, and rows with anything else are kept and used by no stage."""
+TRAIN, TEST = "train", "test"
+
+
+def split_counts(values: Iterable[str | None]) -> Counter[str]:
+    """How many rows each split has."""
+    return Counter(value or TRAIN for value in values)
+
+
+def unused_splits(counts: Mapping[str, int]) -> dict[str, int]:
+    """The splits that no stage uses, and their rows; the largest first."""
+    others = [(name, count) for name, count in counts.items() if count and name not in (TRAIN, TEST)]
+    return dict(sorted(others, key=lambda item: (-item[1], item[0])))
+
+
+def split_problem(counts: Mapping[str, int]) -> str:
+    """What is to be said of the splits of a list before its images are fetched; '' where there is nothing.
+
+    Raises:
+        ValueError: no row is `train`.
+    """
+    rename = "name them `train` or `test`, exactly so, in the column `split`"
+    unused = unused_splits(counts)
+    named = ", ".join(f"{name[:40]!r} ({count})" for name, count in list(unused.items())[:5]) + (", ..." * (len(unused) > 5))
+    if not counts.get(TRAIN):
+        raise ValueError(
+            f"no row has the split 'train', which every training reads; they have {named or repr(TEST)}: {rename}"
+        )
+    problems = []
+    if unused:
+        problems.append(
+            f"{sum(unused.values())} of {sum(counts.values())} rows are in splits that no stage uses: {named}; {rename}"
+        )
+    if not counts.get(TEST):
+        problems.append(
+            "no row is held out (split 'test'), and evaluate will need some: set download.held_out_fraction, or give "
+            "the rows a column `split` (download.extra_columns: [split])"
+        )
+    return "; ".join(problems)
 
 
 def hold_out(rows: pa.Table, fraction: float) -> pa.Table:
@@ -26,7 +66,7 @@ def hold_out(rows: pa.Table, fraction: float) -> pa.Table:
         ValueError: the part is so small, or so large, that one side is empty.
     """
     addresses = (url or place for url, place in zip(rows[URL].to_pylist(), rows[PLACE].to_pylist(), strict=True))
-    splits = ["test" if _share(address) < fraction else "train" for address in addresses]
+    splits = [TEST if _share(address) < fraction else TRAIN for address in addresses]
     if len(set(splits)) < 2:
         raise ValueError(
             f"download.held_out_fraction={fraction} leaves all {len(splits)} rows in {splits[0]!r}; choose another, or "

@@ -22,6 +22,8 @@ from storage.tables import read_table
 
 ORIGINAL = "original"
 """Value of a code table's `view` column at the image itself, as against augmented views of it."""
+CODE_TABLE_COLUMNS = ("key", "text", "view", "codes")
+"""Columns that every code table has; those that the data bring stand beside them."""
 _CACHE_BYTES = 2 << 30
 """Decoded images are kept in memory while all of them fit into this, shared by the processes of a training; larger sets
 are decoded at every use."""
@@ -172,9 +174,7 @@ class BatchReader:
 
 def table_columns(sample: ImageSample, view: str) -> dict[str, str | None]:
     """The text columns that a row of a code table has of its image."""
-    extra = {
-        name: str(value) for name, value in sample.json.items() if name not in ("url", "view", "text", "key", "codes")
-    }
+    extra = {name: str(value) for name, value in sample.json.items() if name not in ("url", *CODE_TABLE_COLUMNS)}
     return {"text": sample.text, "view": view, **extra}
 
 

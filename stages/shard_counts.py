@@ -9,6 +9,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from stages.errors import printable
+from stages.held_out_rows import unused_splits
 from stages.sources.source import FILTERED, OK
 from storage.manifest import FileEntry
 
@@ -106,6 +107,8 @@ class Totals:
             "status": dict(sorted(self["status"].items())),
             "errors": dict(_most(self["errors"])),
             "filters": dict(_most(self["filters"])),
+            "splits": dict(_most(self["splits"])),
+            "num_in_unused_splits": sum(unused_splits(self["splits"]).values()),
             "hosts": {host: {"rows": hosts[host], "failed": count} for host, count in failed},
         }
 

@@ -17,6 +17,14 @@ from stages.recipe import STAGES, Recipe, load_recipe
 from storage.store import Store
 
 ROOT = Path(__file__).parents[1]
+CAPTIONS_ONLY = (
+    "download.extra_columns=[]",
+    "download.keep={}",
+    'tokenizer.class_name="{caption}"',
+    'sft.questions=[{question: "What is it?", answer: "{caption}"}]',
+    'evaluate.concept="{caption}"',
+)
+"""What a recipe changes of `tiny` for images that have a caption and no other column."""
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from storage.store import Store
 from storage.tables import image_metadata_table, write_table
 from tests.flows.conftest import Command
 from tests.misbehaving_server import misbehaving_server
+from tests.tiny import CAPTIONS_ONLY
 
 ROWS = [
     ("http://good.example/1", "ok", None),
@@ -66,8 +67,7 @@ def test_retry_failed_fetches_what_failed_and_inspect_shows_what_is_left(tmp_pat
         (tmp_path / "list.csv").write_text("url,caption\n" + "".join(f"{url},x\n" for url in urls), encoding="utf-8")
         settings = [
             f"download.url_list={tmp_path / 'list.csv'}",
-            "download.extra_columns=[]",
-            "download.keep={}",
+            *CAPTIONS_ONLY,
             "download.retries=0",
             "download.max_failed_fraction=0.4",
             f"download.http={{private_hosts: ['{server.address}']}}",

@@ -262,6 +262,16 @@ def test_filters_and_hosts_of_the_download_are_shown(full_bench: Bench) -> None:
     assert "rotten.example" in page
 
 
+def test_rows_that_no_stage_uses_and_texts_that_were_too_long_are_shown(bench: Bench) -> None:
+    splits = {"splits": {"train": 4, "<val>": 3}, "num_in_unused_splits": 3}
+    bench.commit("download", "image_shards", [], _download_metrics({"ok": 7}, {}) | splits)
+    bench.commit("pretrain", "vlm", [], {"loss": 1.0, "num_rows": 7, "num_cut": 2, "num_left_out": 0})
+    bench.commit("sft", "vlm", [], {"loss": 1.0, "num_rows": 7, "num_cut": 0, "num_left_out": 5})
+    page = bench.page()
+    assert "3 images are in splits other than" in page and "&lt;val&gt;" in page
+    assert "2 rows with too long text cut" in page and "5 rows with too long text left out" in page
+
+
 def test_same_artifacts_give_the_same_page(full_bench: Bench) -> None:
     assert full_bench.page() == full_bench.page()
 

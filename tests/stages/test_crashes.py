@@ -22,6 +22,7 @@ from storage.manifest import FileEntry
 from storage.store import Store
 from tests.crashing import die_everywhere
 from tests.light import light_run
+from tests.tiny import CAPTIONS_ONLY
 
 SHARDS = ["0", "1"]
 
@@ -105,7 +106,7 @@ def test_a_real_stage_that_dies_at_any_call_of_the_store_is_completed_by_the_nex
         for path in images.glob("*.png"):
             path.with_suffix(".txt").write_text(f"image {path.stem}")
         files = f"download.files={{kind: folder, path: {images}}}"
-        recipe = load_recipe(str(run.recipe_path), [files, "download.extra_columns=[]", "download.keep={}"])
+        recipe = load_recipe(str(run.recipe_path), [files, *CAPTIONS_ONLY])
     numbers = itertools.count()
 
     def fresh() -> Store:

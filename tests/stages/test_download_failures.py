@@ -32,6 +32,7 @@ from storage.store import Store
 from tests.misbehaving_server import misbehaving_server, png
 from tests.poison_download import PoisonableInspector
 from tests.stages.test_download import config_of, write_list
+from tests.tiny import CAPTIONS_ONLY
 
 ROOT = Path(__file__).parents[2]
 LIMITS = Limits(max_bytes=1_000_000, max_pixels=1_000_000)
@@ -95,8 +96,7 @@ def test_a_shard_that_kills_the_run_costs_one_image_in_the_third_run(tmp_path: P
     images = _squares(6)
     config = _folder(tmp_path / "given", images)
     assert config.files is not None
-    overrides = ["extra_columns=[]", "keep={}", "rows_per_shard=2", f"files={config.files.model_dump_json()}"]
-    overrides = [f"download.{override}" for override in overrides]
+    overrides = ["download.rows_per_shard=2", f"download.files={config.files.model_dump_json()}", *CAPTIONS_ONLY]
     recipe = load_recipe("tiny", overrides)
     key = STAGES["download"].action_key(recipe.download, recipe.seed, {})
 

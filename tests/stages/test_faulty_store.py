@@ -13,6 +13,7 @@ from stages.recipe import load_recipe
 from storage.store import Store
 from tests.fault_proxy import FAULTS, FaultProxy
 from tests.light import light_run
+from tests.tiny import CAPTIONS_ONLY
 
 SHARE = 0.15
 """Part of the requests that are spoilt."""
@@ -36,7 +37,7 @@ def test_a_stage_on_a_store_that_stumbles_gives_what_it_gives_on_a_quiet_one(
     for path in tmp_path.glob("*.png"):
         path.with_suffix(".txt").write_text(f"image {path.stem}")
     files = f"{{kind: folder, path: {tmp_path}}}"
-    overrides = [f"download.files={files}", "download.extra_columns=[]", "download.keep={}"]
+    overrides = [f"download.files={files}", *CAPTIONS_ONLY]
     recipe = run.recipe if stage == "tokenize" else load_recipe(str(run.recipe_path), overrides)
     quiet = Store(str(tmp_path / "quiet")) if stage == "download" else run.store(str(tmp_path / "quiet"))
     expected = run_stage(stage, recipe, quiet, LocalExecutor()).digest

@@ -151,7 +151,7 @@ def test_nested_columns_of_parquet_become_json_and_bytes_in_them_are_an_error(tm
         "tags": pa.array([["a", "b"], None], pa.list_(pa.string())),
         "box": pa.array([{"x": 1, "when": day}, None]),
         "kind": pa.array(["k", None]).dictionary_encode(),
-        "view": pa.array([b"caf\xe9", b"ok"], pa.binary_view()),
+        "bytes_of": pa.array([b"caf\xe9", b"ok"], pa.binary_view()),
         "raw": pa.array([[b"\xff"], [b"1"]], pa.list_(pa.binary())),
     }
     given = {"file_name": ["a.png", "b.png"], "image": pa.array(IMAGES[:2], pa.binary()), "caption": ["1", "2"]}
@@ -159,8 +159,8 @@ def test_nested_columns_of_parquet_become_json_and_bytes_in_them_are_an_error(tm
     files = {"kind": "parquet", "path": str(tmp_path / "a.parquet")}
     if layout == "list":
         files = {"kind": "folder", "path": str(tmp_path), "captions": str(tmp_path / "a.parquet")}
-    rows = read_rows(DownloadConfig(files=files, extra_columns=("tags", "box", "kind", "view"))).to_pylist()
-    assert [[row[name] for name in ("tags", "box", "kind", "view")] for row in rows] == [
+    rows = read_rows(DownloadConfig(files=files, extra_columns=("tags", "box", "kind", "bytes_of"))).to_pylist()
+    assert [[row[name] for name in ("tags", "box", "kind", "bytes_of")] for row in rows] == [
         ['["a", "b"]', '{"when": "2024-05-01", "x": 1}', "k", "caf\ufffd"],
         ["", "", "", "ok"],
     ]

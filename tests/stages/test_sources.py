@@ -10,13 +10,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from stages.download import STAGE, DownloadConfig, open_source, read_rows
+from stages.image_data import ORIGINAL, table_columns
 from stages.sources import known_lists
 from stages.sources.folder import FolderImages
+from stages.templates import fill_row
+from storage.code_table import CodeTableInfo, read_code_table, write_code_shard
 from tests.given_files import (
     CAPTIONS,
     IMAGES,
@@ -354,9 +358,76 @@ def test_unknown_kind_of_files_lists_those_that_there_are(tmp_path: Path) -> Non
         DownloadConfig(files={"kind": "zip", "path": str(tmp_path)})
 
 
-def test_column_of_our_own_tables_cannot_be_an_extra_one() -> None:
-    with pytest.raises(ValueError, match="columns status are of our own tables"):
-        DownloadConfig(extra_columns=("status",))
+@pytest.mark.parametrize("name", ["status", "text", "view", "codes", "key", "url", "caption"])
+def test_column_of_our_own_tables_cannot_be_an_extra_one(name: str) -> None:
+    with pytest.raises(ValueError, match=f"columns {name} are of our own tables.*rename them in the data"):
+        DownloadConfig(extra_columns=("style", name))
+
+
+def test_a_column_is_named_once() -> None:
+    with pytest.raises(ValueError, match="columns style are named twice"):
+        DownloadConfig(extra_columns=("style", "size", "style"))
+
+
+def _listed(folder: Path, header: str, lines: list[str]) -> dict[str, str]:
+    """A folder with a list of its images, whose file names stand before each line."""
+    for number in range(len(lines)):
+        (folder / f"{number}.png").write_bytes(png("red"))
+    listed = [f"file_name,{header}", *(f"{number}.png,{line}" for number, line in enumerate(lines))]
+    (folder / "list.csv").write_text("\n".join(listed) + "\n", encoding="utf-8")
+    return {"kind": "folder", "path": str(folder), "captions": str(folder / "list.csv")}
+
+
+def test_columns_with_spaces_and_dots_reach_the_templates(tmp_path: Path) -> None:
+    columns = ("Image Size", "a.b", "class", "__x__", "größe")
+    files = _listed(tmp_path, "caption,Image Size,a.b,class,__x__,größe", ["one,large,ab,cls,u,10"])
+    rows, (sample,), _ = run_download(DownloadConfig(files=files, extra_columns=columns), tmp_path)
+    expected = dict(zip(columns, ["large", "ab", "cls", "u", "10"], strict=True))
+    assert {name: rows[0][name] for name in columns} == expected
+    held = {name: [value] for name, value in table_columns(sample, ORIGINAL).items()}
+    info = CodeTableInfo((1, 1, 2, 2), ("main",), (4,), "digest", {})
+    write_code_shard(tmp_path / "codes.parquet", info, ["0"], held, np.zeros((1, 1, 1, 2, 2), np.int64))
+    table = read_code_table([tmp_path / "codes.parquet"])
+    row = {name: value or "" for name, (value,) in table.columns.items()}
+    assert {name: row[name] for name in columns} == expected
+    template = "{caption}: {Image Size}, {a.b}, {class}, {__x__}, {größe} {{c}}"
+    assert fill_row(template, row) == "one: large, ab, cls, u, 10 {c}"
+
+
+def test_rows_of_splits_that_no_stage_uses_are_counted_and_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    splits = ["train"] * 3 + ["", "test", "val", "val", "validation", "Test", " test", "TRAIN"]
+    files = _listed(tmp_path, "caption,split", [f"one,{split}" for split in splits])
+    with caplog.at_level("WARNING", logger="stages.download"):
+        *_, outcome = run_download(DownloadConfig(files=files, extra_columns=("split",)), tmp_path)
+    assert outcome.metrics["num_in_unused_splits"] == 6
+    assert outcome.metrics["splits"] == {
+        "train": 4, "val": 2, " test": 1, "TRAIN": 1, "Test": 1, "test": 1, "validation": 1
+    }  # fmt: skip
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert "6 of 11 rows are in splits that no stage uses: 'val' (2), ' test' (1), 'TRAIN' (1)" in said
+    assert "name them `train` or `test`, exactly so" in said
+
+
+def test_a_list_without_training_rows_is_refused_before_anything_is_fetched(tmp_path: Path) -> None:
+    files = _listed(tmp_path, "caption,split", ["one,Train", "two,test"])
+    with pytest.raises(ValueError, match=r"no row has the split 'train'.* they have 'Train' \(1\): name them"):
+        run_download(DownloadConfig(files=files, extra_columns=("split",)), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("splits", "said"),
+    [(["train", "test"], ""), (["train", "dev"], "no row is held"), (None, "no row is held")],
+)
+def test_that_nothing_is_held_out_is_said_at_download(
+    splits: list[str] | None, said: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    header = "caption" if splits is None else "caption,split"
+    files = _listed(tmp_path, header, ["one", "two"] if splits is None else [f"one,{split}" for split in splits])
+    with caplog.at_level("WARNING", logger="stages.download"):
+        run_download(DownloadConfig(files=files, extra_columns=() if splits is None else ("split",)), tmp_path)
+    assert said in caplog.text if said else not caplog.records
 
 
 @pytest.mark.parametrize("kind", ["folder", "webdataset"])
