@@ -128,13 +128,21 @@ def import_tokenizer(
     checkpoint: Annotated[Path, typer.Argument(help="A published checkpoint, for example vq_ds16_c2i.pt.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Weights file to write.")] = Path("tokenizer.safetensors"),
     recipe: RecipeOption = "paper-vqgan-256",
+    which: Annotated[
+        str | None,
+        typer.Option(
+            help="Key of the weights to take from a training's checkpoint, for example model (default: averaged ones, "
+            "as ema, where there are such)."
+        ),
+    ] = None,
     overrides: SetOption = None,
 ) -> None:
     """Turn published tokenizer weights (LlamaGen's or DualToken's layout) into a file for `tokenizer.weights`."""
     from stages.import_tokenizer import import_weights
 
     prepare_process()
-    import_weights(checkpoint, _load(recipe, overrides), out)
+    if taken := import_weights(checkpoint, _load(recipe, overrides), out, which):
+        print(f"{checkpoint}: {taken}", file=sys.stderr)
     given = "".join(f"--set {shlex.quote(override)} " for override in overrides or [])
     print(
         f"{out}\nuse it as it is: musevl stage train_tokenizer --recipe {recipe} {given}"

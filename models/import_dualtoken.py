@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,7 +22,6 @@ from models.import_weights import (
     leaves,
     module_sources,
     side_sources,
-    state_of,
 )
 from models.residual_tokenizers import DualTokenTokenizer
 from models.teachers import Teacher, TransformersTeacher
@@ -39,11 +37,11 @@ _PROJECTION = {
 """Our parts of an attention projection and theirs; the bias of keys is a buffer of zeros there."""
 
 
-def convert_dualtoken(checkpoint: Any, config: TokenizerConfig, teacher: Teacher) -> dict[str, Tensor]:
-    """A state dict of `DualTokenTokenizer` from a DualToken checkpoint.
+def convert_dualtoken(state: dict[str, Tensor], config: TokenizerConfig, teacher: Teacher) -> dict[str, Tensor]:
+    """A state dict of `DualTokenTokenizer` from DualToken's.
 
     Args:
-        checkpoint: what `torch.load` gave: the state dict, or a dict that holds it under `state_dict`.
+        state: of DualToken's model.
         config: of the tokenizer that it is for.
         teacher: the SigLIP that DualToken was trained from, for the names and shapes of the tower.
 
@@ -65,7 +63,7 @@ def convert_dualtoken(checkpoint: Any, config: TokenizerConfig, teacher: Teacher
     with torch.device("meta"):
         tokenizer = DualTokenTokenizer(config, teacher)
     wanted = tokenizer.state_dict()
-    state = _plain(state_of(checkpoint, "state_dict", _RELEASE), config.residual.shared)
+    state = _plain(state, config.residual.shared)
     unused = {key for key in state if key.startswith("siglip_model.text_model.") or key.endswith(".position_ids")}
     unused |= {key for key in state if key.startswith("quantizer_") and not key.endswith(".weight")}
     converted = convert(state, _sources(tokenizer, wanted), wanted, _RELEASE, unused)
@@ -78,7 +76,7 @@ def _plain(state: dict[str, Tensor], shared: bool) -> dict[str, Tensor]:
     """The state with today's names, without the padding row of codebooks and their repetitions."""
     plain: dict[str, Tensor] = {}
     for key, value in state.items():
-        name = key.removeprefix("module.").replace("semantic", "sem").replace("pixel", "pix")
+        name = key.replace("semantic", "sem").replace("pixel", "pix")
         plain[name] = value[:-1] if re.fullmatch(r"quantizer_\w+\.codebooks\.\d+\.weight", name) else value
     if not shared:
         return plain

@@ -2,43 +2,76 @@
 
 from __future__ import annotations
 
+import re
+import shlex
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from models.image_tokenizer import TokenizerConfig
-from models.import_weights import Release, Source, convert, decoder_names, leaves, level_names, side_sources, state_of
+from models.import_weights import Release, Source, convert, decoder_names, leaves, level_names, side_sources
 from models.tokenizers import VqganTokenizer
 
 _RELEASE = Release("LlamaGen", "paper-vqgan-256 for vq_ds16_c2i.pt")
+_BLOCK = re.compile(r"(.*?)(encoder|decoder)\.conv_blocks\.(\d+)\.res\.(\d+)\.conv2\.weight")
+"""A residual block: prefix, side, level, number."""
 _UNUSED = {"quantize.codebook_used"}
 """Statistics of LlamaGen's training."""
 
 
-def convert_llamagen(checkpoint: Any, config: TokenizerConfig) -> dict[str, Tensor]:
-    """A state dict of `VqganTokenizer` from a LlamaGen checkpoint.
+def convert_llamagen(state: dict[str, Tensor], config: TokenizerConfig) -> dict[str, Tensor]:
+    """A state dict of `VqganTokenizer` from LlamaGen's.
 
     Args:
-        checkpoint: what `torch.load` gave: the state dict, or a dict that holds it under `model`.
+        state: of LlamaGen's tokenizer.
         config: of the tokenizer that it is for.
 
     Raises:
-        ValueError: the config is of another kind, or keys or shapes do not fit; the message names them.
+        ValueError: the config is of another kind, or keys or shapes do not fit; the message names them and, where the
+            shapes tell, the settings that fit.
     """
     if config.kind != "vqgan":
         raise ValueError(f"LlamaGen's checkpoints are of tokenizer.kind=vqgan, the recipe has {config.kind}")
-    state = state_of(checkpoint, "model", _RELEASE)
     with torch.device("meta"):
         tokenizer = VqganTokenizer(config)
-    converted = convert(state, _sources(tokenizer), tokenizer.state_dict(), _RELEASE, _UNUSED)
+    remedy = _fitting_settings(state, config)
+    converted = convert(state, _sources(tokenizer), tokenizer.state_dict(), _RELEASE, _UNUSED, remedy)
     if config.quantizer.update == "ema":
         codebook = converted["quantizer.codebook"]
         converted["quantizer.ema_counts"] = torch.ones(len(codebook))
         converted["quantizer.ema_sums"] = codebook.clone()
         converted["quantizer.initialised"] = torch.ones((), dtype=torch.bool)
     return converted
+
+
+def _fitting_settings(state: dict[str, Tensor], config: TokenizerConfig) -> str:
+    """The overrides with which the recipe's tokenizer has the checkpoint's shapes; empty where they do not tell."""
+    shapes = {name: tuple(value.shape) for name, value in state.items()}
+    found = [match for match in map(_BLOCK.fullmatch, shapes) if match]
+    prefix = found[0][1] if found else ""
+    first, last, book = (
+        shapes.get(f"{prefix}{name}.weight") for name in ("encoder.conv_in", "encoder.conv_out", "quantize.embedding")
+    )
+    if not found or first is None or last is None or book is None:
+        return ""
+    widths = {int(match[3]): shapes[match[0]][0] for match in found if match[2] == "encoder" and match[4] == "0"}
+    given = {
+        "tokenizer.conv.channels": (config.conv.channels, first[0]),
+        "tokenizer.conv.channel_multipliers": (
+            list(config.conv.channel_multipliers),
+            [widths[level] // first[0] for level in sorted(widths)],
+        ),
+        "tokenizer.conv.latent_channels": (config.conv.latent_channels, last[0]),
+        "tokenizer.quantizer.codebook_size": (config.quantizer.codebook_size, book[0]),
+        "tokenizer.quantizer.code_dim": (config.quantizer.code_dim, book[1]),
+    }
+    for side, number in (("encoder", config.conv.encoder_blocks), ("decoder", config.conv.decoder_blocks)):
+        blocks_there = {int(match[4]) for match in found if match[2] == side and match[3] == "0"}
+        given[f"tokenizer.conv.{side}_blocks"] = (number, len(blocks_there))
+    changes = [f"{name}={theirs}".replace(" ", "") for name, (ours, theirs) in given.items() if ours != theirs]
+    settings = " ".join(f"--set {shlex.quote(change)}" for change in changes)
+    return f"by its shapes it is the one of {settings}" if changes else ""
 
 
 def _sources(tokenizer: VqganTokenizer) -> Iterator[Source]:

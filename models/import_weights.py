@@ -13,12 +13,20 @@ import torch
 from torch import Tensor, nn
 
 from models.convolutional import Downsample, ResidualBlock, SpatialAttention, Upsample
+from models.published import listed, refuse_not_finite
 
 Source = tuple[str, list[str]]
 """One of our names and the checkpoint's."""
 _RESIDUAL = {"norm1": "norm1", "conv1": "conv1", "norm2": "norm2", "conv2": "conv2", "skip": "nin_shortcut"}
-_SHOWN = 4
-"""Most keys that an error names."""
+_PREFERRED = (
+    "ema", "model_ema", "ema_model", "ema_state_dict", "state_dict_ema", "state_dict", "model_state_dict", "model",
+    "module",
+)  # fmt: skip
+"""Where trainings keep their weights, the averaged ones first."""
+_COMPILED, _PARALLEL = "_orig_mod", "module"
+"""Parts of a name that torch.compile and DistributedDataParallel add; AveragedModel's is that of the latter."""
+_COUNT = "n_averaged"
+"""What AveragedModel counts beside the weights."""
 
 
 class Release(NamedTuple):
@@ -29,18 +37,68 @@ class Release(NamedTuple):
     """Which recipe fits which file."""
 
 
-def state_of(checkpoint: Any, key: str, release: Release) -> dict[str, Tensor]:
-    """The state dict of what `torch.load` gave: the dict itself, or the one under `key`.
+class Weights(NamedTuple):
+    """The weights of a checkpoint, without what its training kept beside them."""
+
+    tensors: dict[str, Tensor]
+    """By name, without the prefixes of wrappers."""
+    taken: str
+    """The key that they stood under; empty where the checkpoint is nothing but them."""
+    others: tuple[str, ...]
+    """Other keys with weights, which were left alone."""
+
+
+def weights_of(checkpoint: Any, which: str | None = None) -> Weights:
+    """The weights in what `torch.load` gave.
+
+    A checkpoint of a training holds them under a key: averaged ones (`ema`) are taken before the last ones (`model`,
+    `state_dict`), as the loaders of such projects do.
+
+    Args:
+        checkpoint: a dict of tensors, or a dict with such dicts in it.
+        which: the key to take in place of that choice.
 
     Raises:
-        ValueError: it is no dict of tensors.
+        ValueError: it holds no weights, or none under this key, or several networks of which none is preferred, or
+            values that are no finite numbers.
     """
-    state = checkpoint.get(key, checkpoint) if isinstance(checkpoint, Mapping) else None
-    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise ValueError(
-            f"the checkpoint is no dict of tensors, nor one under the key {key!r}; give a {release.name} file"
-        )
-    return dict(state)
+    if not isinstance(checkpoint, Mapping):
+        raise ValueError(f"holds a {type(checkpoint).__name__}, no state dict; give a dict of tensors")
+    nested = [str(key) for key, value in checkpoint.items() if _has_tensors(value)]
+    taken = which if which is not None else next((key for key in _PREFERRED if key in nested), "")
+    if which is not None and which not in nested:
+        raise ValueError(f"holds no weights under the key {which!r}; it has {listed(nested) or 'none under any key'}")
+    if not taken and not _has_tensors(checkpoint):
+        if not nested:
+            raise ValueError(f"holds no dict of tensors, only {listed(map(str, checkpoint)) or 'nothing'}")
+        if len(nested) > 1:
+            raise ValueError(f"holds several networks ({listed(nested)}); save the one that is meant as a file alone")
+        taken = nested[0]
+    chosen = checkpoint[taken] if taken else checkpoint
+    tensors = _unwrapped({str(name): value for name, value in chosen.items() if isinstance(value, Tensor)})
+    try:
+        refuse_not_finite(tensors)
+    except ValueError as error:
+        raise ValueError(f"{error}; take an earlier checkpoint, or fetch the file again") from error
+    return Weights(tensors, taken, tuple(key for key in nested if key != taken))
+
+
+def _has_tensors(value: Any) -> bool:
+    return isinstance(value, Mapping) and any(isinstance(entry, Tensor) for entry in value.values())
+
+
+def _unwrapped(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Without what DistributedDataParallel, torch.compile and AveragedModel put before or into the names."""
+    plain: dict[str, Tensor] = {}
+    for name, value in state.items():
+        parts = [part for part in name.split(".") if part != _COMPILED]
+        while len(parts) > 1 and parts[0] == _PARALLEL:
+            del parts[0]
+        own = ".".join(parts)
+        if own in plain:
+            raise ValueError(f"holds {own!r} twice, with and without a wrapper's prefix; save the state dict again")
+        plain[own] = value
+    return plain
 
 
 def convert(
@@ -49,23 +107,27 @@ def convert(
     wanted: Mapping[str, Tensor],
     release: Release,
     unused: Collection[str] = (),
+    remedy: str = "",
 ) -> dict[str, Tensor]:
     """Our tensors from a checkpoint's.
 
     Args:
-        state: of the checkpoint.
+        state: of the checkpoint, as `weights_of` gives it. Where the network is a part of the model that was saved, as
+            in a LightningModule, its names have a prefix and the other parts are ignored.
         sources: its layout.
         wanted: our state dict, for shapes.
         release: for messages.
         unused: keys that may be there and are not needed.
+        remedy: what to do where it does not fit, if more is known than that.
 
     Raises:
         ValueError: keys or shapes do not fit; the message names them.
     """
     layout = dict(sources)
     named = {name for names in layout.values() for name in names}
-    _refuse("lacks the keys", named - state.keys(), release)
-    _refuse("has keys that this recipe's tokenizer does not", state.keys() - named - set(unused), release)
+    state = _part(state, named)
+    _refuse("lacks the keys", named - state.keys(), release, remedy)
+    _refuse("has keys that this recipe's tokenizer does not", state.keys() - named - {*unused, _COUNT}, release, remedy)
     converted = {}
     for name, theirs in layout.items():
         shape = wanted[name].shape
@@ -74,21 +136,33 @@ def convert(
         except RuntimeError:  # parts that do not even go together
             value = state[theirs[0]]
         if value.numel() != shape.numel():
+            remedy = remedy or "compare tokenizer.conv, its quantizer and its teacher with the checkpoint"
             raise ValueError(
                 f"the checkpoint's {theirs[0]!r} has shape {tuple(state[theirs[0]].shape)}, the recipe's tokenizer "
-                f"needs {tuple(shape)}; compare tokenizer.conv, its quantizer and its teacher with the checkpoint"
+                f"needs {tuple(shape)}; {remedy}"
             )
         converted[name] = value.float().reshape(shape).clone()
     return converted
 
 
-def _refuse(what: str, keys: set[str], release: Release) -> None:
+def _part(state: Mapping[str, Tensor], named: Collection[str]) -> Mapping[str, Tensor]:
+    """The state of the one part of a larger model that has all these names, without its prefix."""
+    some = min(named)
+    if some in state:
+        return state
+    prefixes = [name.removesuffix(some) for name in state if name.endswith(f".{some}")]
+    whole = [prefix for prefix in prefixes if all(f"{prefix}{name}" in state for name in named)]
+    if len(whole) != 1:
+        return state
+    return {name.removeprefix(whole[0]): value for name, value in state.items() if name.startswith(whole[0])}
+
+
+def _refuse(what: str, keys: set[str], release: Release, remedy: str) -> None:
     if keys:
-        shown = ", ".join(sorted(keys)[:_SHOWN])
-        more = f" and {len(keys) - _SHOWN} more" if len(keys) > _SHOWN else ""
+        fitting = f"or it is damaged: choose the recipe that fits ({release.recipe}) or fetch the file again"
         raise ValueError(
-            f"the checkpoint {what} {shown}{more}; it is no {release.name} tokenizer of the recipe's size, or it is "
-            f"damaged: choose the recipe that fits ({release.recipe}) or fetch the file again"
+            f"the checkpoint {what} {listed(sorted(keys))}; it is no {release.name} tokenizer of the recipe's size"
+            + (f": {remedy}" if remedy else f", {fitting}")
         )
 
 

@@ -8,8 +8,10 @@ hand all of them the same tensors. Shape legend: B batch, h w code grid, C chann
 from __future__ import annotations
 
 import copy
+import difflib
 import functools
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, cast, get_args
 
 import torch
@@ -17,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.config import Config, CountsByContent
+from models.published import reading_published, refuse_missing
 from models.torchvision_compat import make_torchvision_importable
 
 
@@ -219,13 +222,20 @@ class OpenClipTeacher(Teacher):
         make_torchvision_importable()
         import open_clip
 
-        # open_clip moves a model to the CPU unless told otherwise; on `meta` there is nothing to move
-        self.model = open_clip.create_model(
-            config.name,
-            pretrained=config.pretrained,
-            pretrained_text=False,  # would fetch weights of a text tower of transformers where no others are given
-            device=torch.get_default_device(),
-        )
+        _check_open_clip_name(config)
+        # where there is a file, it is what cannot be read
+        field, name = "teacher.model.name", config.name
+        if config.pretrained and Path(config.pretrained).is_file():
+            field, name = "teacher.model.pretrained", config.pretrained
+        with reading_published(field, name, "teacher.model.pretrained the path of its weights, or local-dir:FOLDER"):
+            # open_clip moves a model to the CPU unless told otherwise; on `meta` there is nothing to move
+            self.model = open_clip.create_model(
+                config.name,
+                pretrained=config.pretrained,
+                pretrained_text=False,  # would fetch weights of a text tower of transformers where no others are given
+                device=torch.get_default_device(),
+                require_pretrained=config.pretrained is not None,
+            )
         self.config = config
         preprocess = open_clip.get_model_preprocess_cfg(self.model)
         size = preprocess["size"]
@@ -319,6 +329,32 @@ class OpenClipTeacher(Teacher):
         return self.model.encode_text(self.tokenizer(texts).to(device), normalize=True)
 
 
+def _check_open_clip_name(config: OpenClipTeacherConfig) -> None:
+    """Raise ValueError where open_clip has no model or weights of a name, with the nearest of those that it has."""
+    import open_clip
+
+    if ":" in config.name:  # of a hub or a folder
+        return
+    name = config.name.replace("/", "-")  # as create_model does
+    if name not in (models := open_clip.list_models()):
+        raise ValueError(
+            f"teacher.model.name={config.name!r} is no model of open_clip{_nearest(name, models)}; "
+            f"`open_clip.list_models()` has the names, and one of a hub is written hf-hub:OWNER/NAME"
+        )
+    given, tags = config.pretrained, open_clip.list_pretrained_tags_by_model(name)
+    if given is not None and given.lower().replace("-", "_") not in tags and not Path(given).is_file():
+        known = f"open_clip has {', '.join(tags)}" if tags else "open_clip has none"
+        raise ValueError(
+            f"teacher.model.pretrained={given!r} is neither a file nor weights that open_clip knows of {config.name}; "
+            f"{known}"
+        )
+
+
+def _nearest(name: str, known: list[str]) -> str:
+    found = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean {found[0]!r}?" if found else ""
+
+
 class TransformersTeacher(Teacher):
     """Patch features of a transformers SigLIP, SigLIP2 or CLIP vision tower and its two pooled towers."""
 
@@ -329,10 +365,14 @@ class TransformersTeacher(Teacher):
         make_torchvision_importable()
         from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 
-        # transformers 5 takes the dtype of the file otherwise: a copy in half precision cannot be trained
-        self.model = AutoModel.from_pretrained(config.path, dtype=torch.float32)
-        self.tokenizer = AutoTokenizer.from_pretrained(config.path)
-        processor = AutoImageProcessor.from_pretrained(config.path)
+        with reading_published("teacher.model.path", config.path):
+            # transformers 5 takes the dtype of the file otherwise: a copy in half precision cannot be trained
+            self.model, info = AutoModel.from_pretrained(config.path, dtype=torch.float32, output_loading_info=True)
+            refuse_missing(info)
+            if not hasattr(self.model, "vision_model"):
+                raise ValueError("it has no image tower; a teacher is a SigLIP, SigLIP2 or CLIP")
+            self.tokenizer = AutoTokenizer.from_pretrained(config.path)
+            processor = AutoImageProcessor.from_pretrained(config.path)
         vision = self.model.config.vision_config
         self.normalisation = PixelNormalisation(
             vision.image_size,

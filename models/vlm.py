@@ -13,6 +13,7 @@ from pydantic import PositiveInt
 from torch import Tensor, nn
 
 from models.config import Config, CountsByContent, Fraction
+from models.published import reading_published, refuse_missing, refuse_not_finite
 from models.sampling import SamplingConfig, guided, pick
 from models.torchvision_compat import make_torchvision_importable
 from models.visual_codes import VisualCodes
@@ -82,8 +83,13 @@ def load_base_llm(config: LlmConfig) -> tuple[PreTrainedModel, PreTrainedTokeniz
     make_torchvision_importable()
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    model = AutoModelForCausalLM.from_pretrained(config.base, dtype=torch.float32, attn_implementation=config.attention)
-    return model, AutoTokenizer.from_pretrained(config.base)
+    with reading_published("pretrain.llm.base", config.base):
+        model, info = AutoModelForCausalLM.from_pretrained(
+            config.base, dtype=torch.float32, attn_implementation=config.attention, output_loading_info=True
+        )
+        refuse_missing(info)
+        refuse_not_finite(model.state_dict())
+        return model, AutoTokenizer.from_pretrained(config.base)
 
 
 def extend_llm(model: PreTrainedModel, vocabulary: Vocabulary) -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 from safetensors.torch import save_file
 from torch import Tensor
@@ -12,11 +12,11 @@ from models.image_tokenizer import TokenizerConfig
 from models.import_dualtoken import convert_dualtoken
 from models.import_llamagen import convert_llamagen
 from models.teachers import TransformersTeacher, TransformersTeacherConfig
-from stages.loading import read_state, subset
+from stages.loading import described, read_checkpoint, subset
 from stages.recipe import Recipe
 
 
-def import_weights(checkpoint: Path, recipe: Recipe, out: Path) -> None:
+def import_weights(checkpoint: Path, recipe: Recipe, out: Path, which: str | None = None) -> str:
     """Write a published checkpoint as safetensors under our names.
 
     Args:
@@ -24,6 +24,10 @@ def import_weights(checkpoint: Path, recipe: Recipe, out: Path) -> None:
             `weights_only`.
         recipe: whose tokenizer it is for.
         out: the file to write; its folder is made.
+        which: the key of the weights in a checkpoint that has several (`ema`, `model`); None prefers averaged ones.
+
+    Returns:
+        Which of the checkpoint's weights were taken; empty where it has no others.
 
     Raises:
         ValueError: the file is missing, damaged, holds more than tensors, or is of another network; the message says
@@ -35,13 +39,15 @@ def import_weights(checkpoint: Path, recipe: Recipe, out: Path) -> None:
             f"no published checkpoint of tokenizer.kind={config.kind} is known here; vqgan takes LlamaGen's, dualtoken "
             f"DualToken's"
         )
-    state = read_state(checkpoint, "checkpoint")
-    converted = convert_llamagen(state, config) if config.kind == "vqgan" else _dualtoken(state, config, recipe)
+    found = read_checkpoint(checkpoint, "checkpoint", which)
+    convert = convert_llamagen if config.kind == "vqgan" else partial(_dualtoken, recipe=recipe)
+    converted = convert(found.tensors, config)
     out.parent.mkdir(parents=True, exist_ok=True)
     save_file(converted, out)
+    return described(found) if found.taken else ""
 
 
-def _dualtoken(state: Any, config: TokenizerConfig, recipe: Recipe) -> dict[str, Tensor]:
+def _dualtoken(state: dict[str, Tensor], config: TokenizerConfig, recipe: Recipe) -> dict[str, Tensor]:
     model = recipe.teacher.model
     if not isinstance(model, TransformersTeacherConfig):
         raise ValueError(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,9 @@ from torch import Tensor, nn
 
 from models.backbone_teacher import BackboneTeacher, BackboneTeacherConfig
 from models.image_tokenizer import ImageTokenizer, TokenizerConfig
+from models.import_weights import Weights, weights_of
 from models.open_clip_folder import read_open_clip_folder
+from models.published import LFS_POINTER, LFS_REMEDY
 from models.teachers import (
     OpenClipTeacher,
     OpenClipTeacherConfig,
@@ -28,10 +32,12 @@ from storage.digests import canonical_json
 from storage.manifest import FileEntry, Manifest
 from storage.store import Store
 
+logger = logging.getLogger(__name__)
+
 WEIGHTS = "weights.safetensors"
 TEACHER_STAGE = "prepare_teacher"
-_REFUSED = re.compile(r"GLOBAL ([\w.]+) was not an allowed global")
-"""What torch says of an object that it does not load with `weights_only`."""
+_HEAD_BYTES = 512
+"""What is read of a weights file to tell what it is."""
 
 
 def put_weights(context: StageContext[Any], module: nn.Module, path: str = WEIGHTS) -> FileEntry:
@@ -57,37 +63,77 @@ def read_weights(store: Store, manifest: Manifest, path: str = WEIGHTS) -> dict[
     return load_file(store.fetch(manifest.file(path)))
 
 
-def read_state(path: str | Path, field: str = "weights file") -> dict[str, Any]:
-    """A state dict from a local `.safetensors` file, or any other that `torch.load(weights_only=True)` reads.
+def read_state(path: str | Path, field: str = "weights file") -> dict[str, Tensor]:
+    """The weights of a local file; arguments and errors as `read_checkpoint`."""
+    found = read_checkpoint(path, field)
+    if found.taken:
+        logger.info("%s=%s: %s", field, path, described(found))
+    return found.tensors
+
+
+def described(found: Weights) -> str:
+    """Which of a checkpoint's weights were taken."""
+    others = ", ".join(repr(key) for key in found.others)
+    return f"took the weights under {found.taken!r}" + (f"; the file also has {others}" if others else "")
+
+
+def read_checkpoint(path: str | Path, field: str, which: str | None = None) -> Weights:
+    """The weights of a local file: safetensors, or what `torch.load(weights_only=True)` reads.
 
     Args:
-        path: of the file.
+        path: of the file; its content says what it is.
         field: how messages name it, a field of the recipe for example.
+        which: as in `models.import_weights.weights_of`.
 
     Raises:
-        ValueError: there is no such file, it is damaged, or it holds other things than tensors; the message says which.
+        ValueError: there is no such file, it is damaged or no weights, it holds objects whose loading can run code, or
+            values that are no finite numbers; the message says which.
     """
     label = f"{field}={str(path)!r}"
+    if Path(path).is_dir():
+        raise ValueError(f"{label} is a folder; give the path of the .safetensors or .pth file in it")
     if not Path(path).is_file():
         raise ValueError(f"{label} does not exist; give the path of a .safetensors or .pth file")
+    with open(path, "rb") as file:
+        head = file.read(_HEAD_BYTES)
+    if head.startswith(LFS_POINTER):
+        raise ValueError(f"{label} {LFS_REMEDY}")
+    if head.lstrip().startswith(b"<"):
+        raise ValueError(f"{label} is a web page, no weights; fetch the file by the link that downloads it")
     try:
-        if Path(path).suffix == ".safetensors":
-            return load_file(path)
-        state = torch.load(path, weights_only=True, map_location="cpu")
+        checkpoint = load_file(path) if head[8:9] == b"{" else _load_tensors(path)
     except MemoryError:
         raise
     except Exception as error:  # damaged bytes make an unpickler raise KeyError, EOFError, RuntimeError, ...
-        if refused := _REFUSED.search(str(error)):
-            raise ValueError(
-                f"{label} holds more than tensors ({refused[1]}), and to load such a thing can run code that is in the "
-                f"file; if you trust it, save its state dict alone and give that file, for a training checkpoint of "
-                f"LlamaGen with torch.save(torch.load(FILE, weights_only=False)['model'], NEW)"
-            ) from error
-        reason = " ".join(str(error).split("WeightsUnpickler error:")[-1].split())[:200] or type(error).__name__
-        raise ValueError(f"{label} is damaged, or no weights: {reason}; fetch the file again") from error
-    if not isinstance(state, dict):
-        raise ValueError(f"{label} holds a {type(state).__name__}, no state dict; give a dict of tensors")
-    return state
+        raise ValueError(f"{label} {_why_unreadable(error)}") from error
+    try:
+        return weights_of(checkpoint, which)
+    except ValueError as error:
+        raise ValueError(f"{label} {error}") from error
+
+
+def _load_tensors(path: str | Path) -> Any:
+    # LlamaGen and many others save their arguments beside the weights: a Namespace is nothing but named values
+    with torch.serialization.safe_globals([Namespace]), open(path, "rb") as file:  # a name's suffix would decide
+        return torch.load(file, weights_only=True, map_location="cpu")
+
+
+def _why_unreadable(error: Exception) -> str:
+    """What is wrong with a file that did not load, without torch's advice to load it unsafely."""
+    text = str(error)
+    if refused := re.search(r"GLOBAL ([\w.]+)", text):
+        return (
+            f"holds more than tensors ({refused[1]}), and to load such a thing can run code that is in the file; take "
+            f"a .safetensors file of the same weights, or have whoever made it save the state dict alone: "
+            f"torch.save(model.state_dict(), FILE)"
+        )
+    if "TorchScript" in text:
+        return "is a TorchScript program, no weights; give the state dict of the model that it was made from"
+    reason = " ".join(text.split("\n\nCheck the documentation")[0].split("\n\n")[-1].split())
+    reason = reason.split(". ")[0][:200]
+    if not reason or "weights_only" in reason or reason.startswith("Unsupported operand"):
+        reason = f"its bytes are none that PyTorch or safetensors wrote ({type(error).__name__})"
+    return f"is damaged, or no weights: {reason}; fetch the file again"
 
 
 def load_teacher(store: Store, manifest: Manifest) -> Teacher:

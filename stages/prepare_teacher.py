@@ -25,10 +25,12 @@ from models.backbone_teacher import (
 )
 from models.config import Config
 from models.open_clip_folder import write_open_clip_folder
+from models.published import reading_published, refuse_not_finite
 from models.teachers import (
     OpenClipTeacher,
     OpenClipTeacherConfig,
     PixelNormalisation,
+    Teacher,
     TransformersTeacher,
     TransformersTeacherConfig,
 )
@@ -93,6 +95,7 @@ def run(context: StageContext[PrepareTeacherConfig]) -> Outcome:
     teacher: OpenClipTeacher | BackboneTeacher
     if isinstance(model, OpenClipTeacherConfig):
         teacher, words = OpenClipTeacher(model), list[str]()
+        _refuse_not_finite(teacher, model.pretrained or model.name)
         folder = context.scratch / "model"
         write_open_clip_folder(teacher, folder)
         files = _put_folder(context.store, folder)
@@ -111,12 +114,20 @@ def _snapshot_transformers(
     from transformers import AutoImageProcessor, AutoTokenizer
 
     teacher = TransformersTeacher(model)
+    _refuse_not_finite(teacher, model.path)
     folder = context.scratch / "model"
     teacher.model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(model.path).save_pretrained(folder)
     AutoImageProcessor.from_pretrained(model.path).save_pretrained(folder)
     description = _description(context.store, model, [], teacher.normalisation)
     return [*_put_folder(context.store, folder), description], teacher.feature_dim
+
+
+def _refuse_not_finite(teacher: Teacher, name: str) -> None:
+    try:
+        refuse_not_finite(teacher.state_dict())
+    except ValueError as error:
+        raise ValueError(f"the teacher {name!r} {error}; take other weights, or fetch the files again") from error
 
 
 def _put_folder(store: Store, folder: Path) -> list[FileEntry]:
@@ -246,7 +257,10 @@ def _backbone_state(model: BackboneTeacherConfig) -> dict[str, Tensor]:
         make_torchvision_importable()
         import timm
 
-        return timm.create_model(model.architecture, pretrained=True).state_dict()
+        with reading_published(
+            "teacher.model.architecture", model.architecture, "teacher.model.weights the path of its weights"
+        ):
+            return timm.create_model(model.architecture, pretrained=True).state_dict()
     state = read_state(path, "teacher.model.weights")
     return convert_efficientnet_lite0(state) if "_conv_stem.weight" in state else state
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 from argparse import Namespace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -76,7 +78,8 @@ def dualtoken_overrides(folder: Path) -> list[str]:
 def test_dualtokens_checkpoint_and_its_siglip_become_artifacts(tiny_run: TinyRun, tmp_path: Path) -> None:
     """From a Hugging Face folder and a checkpoint to codes and zero-shot accuracy; nothing is trained."""
     theirs = DualTokenReference(tmp_path / "siglip")
-    torch.save({"state_dict": theirs.state, "epoch": 3}, tmp_path / "epoch_3.pt")
+    state = {f"module.{name}": value for name, value in theirs.state.items()}
+    torch.save({"state_dict": state, "epoch": 3}, tmp_path / "epoch_3.pt")
     given = dualtoken_overrides(theirs.folder)
     import_weights(tmp_path / "epoch_3.pt", load_recipe("tiny", given), tmp_path / "dualtoken.safetensors")
     recipe = load_recipe("tiny", [*given, f"tokenizer.weights={tmp_path}/dualtoken.safetensors", "tokenizer.steps=0"])
@@ -118,15 +121,95 @@ def test_a_damaged_checkpoint_is_refused_by_name(tmp_path: Path, reference: Refe
     assert "holds a list, no state dict" in refusal(tmp_path / "list.pt", tmp_path / "out.safetensors")
 
 
-def test_a_training_checkpoint_with_its_arguments_is_not_called_damaged(tmp_path: Path, reference: Reference) -> None:
-    """LlamaGen saves `args`, a Namespace, beside the weights."""
-    torch.save({"model": reference.state, "steps": 3, "args": Namespace(lr=1e-4)}, tmp_path / "vq.pt")
+def imported(checkpoint: Any, folder: Path, which: str | None = None) -> tuple[dict[str, torch.Tensor], str]:
+    """What becomes of a checkpoint, and which of its weights were taken."""
+    torch.save(checkpoint, folder / "vq.pt")
+    taken = import_weights(folder / "vq.pt", load_recipe("tiny", SIZES), folder / "out.safetensors", which)
+    return read_state(folder / "out.safetensors"), taken
+
+
+def test_averaged_weights_are_taken_and_said_unless_others_are_asked_for(tmp_path: Path, reference: Reference) -> None:
+    """LlamaGen's trainings hold both and, as Namespace, their arguments; its own loaders prefer `ema`."""
+    averaged = {name: value + 1 for name, value in reference.state.items()}
+    training = {"model": reference.state, "ema": averaged, "optimizer": {"state": {}}, "args": Namespace(lr=1)}
+    name = "decoder.to_rgb.bias"
+    last, mean = reference.state["decoder.conv_out.bias"], averaged["decoder.conv_out.bias"]
+    weights, taken = imported(training, tmp_path)
+    assert torch.equal(weights[name], mean) and taken == "took the weights under 'ema'; the file also has 'model'"
+    weights, taken = imported(training, tmp_path, which="model")
+    assert torch.equal(weights[name], last) and taken == "took the weights under 'model'; the file also has 'ema'"
+    with pytest.raises(ValueError, match=r"vq\.pt' holds no weights under the key 'best'; it has model, ema"):
+        imported(training, tmp_path, which="best")
+
+
+@pytest.mark.parametrize("key", ["", "ema", "state_dict", "generator"])
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
+def test_weights_are_found_under_any_usual_key_and_prefix(
+    tmp_path: Path, reference: Reference, key: str, prefix: str
+) -> None:
+    state = {f"{prefix}{name}": value for name, value in reference.state.items()}
+    if prefix == "module.":
+        state["n_averaged"] = torch.tensor(5)  # torch's AveragedModel
+    weights, taken = imported({key: state, "epoch": 3} if key else state, tmp_path)
+    assert torch.equal(weights["decoder.to_rgb.bias"], reference.state["decoder.conv_out.bias"])
+    assert taken == (f"took the weights under {key!r}" if key else "")
+
+
+def test_weights_of_compiled_submodules_are_read(tmp_path: Path, reference: Reference) -> None:
+    state = {name.replace("encoder.", "encoder._orig_mod."): value for name, value in reference.state.items()}
+    assert imported(state, tmp_path)[0]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_no_numbers_are_refused(tmp_path: Path, reference: Reference, value: float) -> None:
+    bad = {**reference.state, "quantize.embedding.weight": torch.full((24, 4), value)}
+    with pytest.raises(ValueError, match=r"vq\.pt' holds NaN or infinite values in 1 of \d+ tensors \(quantize"):
+        imported({"model": bad}, tmp_path)
+
+
+class Program:
+    """What a malicious checkpoint holds: unpickled, it runs a command."""
+
+    def __init__(self, function: Any) -> None:
+        self.function = function
+
+    def __reduce__(self) -> tuple[Any, tuple[str]]:
+        return self.function, ("raise SystemExit('it ran')",)
+
+
+@pytest.mark.parametrize("function", [os.system, eval, exec, Path], ids=lambda function: function.__name__)
+def test_code_in_a_checkpoint_is_refused_without_advice_to_run_it(
+    tmp_path: Path, reference: Reference, function: Any
+) -> None:
+    torch.save({"model": reference.state, "extra": Program(function)}, tmp_path / "vq.pt")
     message = refusal(tmp_path / "vq.pt", tmp_path / "out.safetensors")
-    assert "holds more than tensors (argparse.Namespace)" in message and "damaged" not in message
-    remedy = re.search(r"with (torch\.save\(.*\))$", message)
-    assert remedy, message
-    exec(remedy[1], {"torch": torch, "FILE": tmp_path / "vq.pt", "NEW": tmp_path / "tensors.pt"})
-    import_weights(tmp_path / "tensors.pt", load_recipe("tiny", SIZES), tmp_path / "out.safetensors")
+    assert re.search(r"holds more than tensors \([\w.]+\), and to load such a thing can run code", message)
+    assert "damaged" not in message and "weights_only" not in message and "allowlist" not in message
+
+
+def test_files_that_are_no_weights_are_called_what_they_are(tmp_path: Path) -> None:
+    """None of the messages passes on torch's advice to load the file unsafely."""
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 287920306\n"
+    torch.jit.save(torch.jit.script(torch.nn.Linear(1, 1)), str(tmp_path / "program.pt"))
+    (tmp_path / "folder.pt").mkdir()
+    for name, content, message in (
+        ("pointer.pt", pointer, "is a git-LFS pointer .* run `git lfs pull`"),
+        ("pointer.safetensors", pointer, "is a git-LFS pointer"),
+        ("page.pt", b"\n<!DOCTYPE html><html>Not found</html>", "is a web page, no weights"),
+        ("program.pt", None, "is a TorchScript program, no weights"),
+        ("folder.pt", None, "is a folder; give the path of the .safetensors or .pth file in it"),
+    ):
+        if content is not None:
+            (tmp_path / name).write_bytes(content)
+        said = refusal(tmp_path / name, tmp_path / "out.safetensors")
+        assert re.search(message, said) and "weights_only" not in said and "operand" not in said, said
+
+
+def test_what_a_file_is_shows_in_its_content_not_in_its_name(tmp_path: Path, reference: Reference) -> None:
+    save_file(reference.state, tmp_path / "vq.bin")
+    torch.save(reference.state, tmp_path / "vq.safetensors")
+    for name in ("vq.bin", "vq.safetensors"):
+        assert torch.equal(read_state(tmp_path / name)["quant_conv.bias"], reference.state["quant_conv.bias"])
 
 
 def test_damaged_weights_of_a_recipe_are_refused_by_field(tiny_run: TinyRun, tmp_path: Path) -> None:
