@@ -49,7 +49,9 @@ class LlmConfig(Config):
     """Longest sequence, tokens."""
     visual_init: Literal["codebook", "random"] = "codebook"
     """Where the rows of visual codes start: `codebook` maps each code's vector through one random matrix, so that
-    codes that look alike begin alike; `random` starts each row on its own. It changes a beginning, not the model."""
+    codes that look alike begin alike; `random` starts each row on its own, as do codes of another project, whose
+    vectors are not known. Rows that `base` has learned already, as a model of this project has, stay as they are. It
+    changes a beginning, not the model."""
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     """Attention implementation of transformers."""
 
@@ -93,29 +95,39 @@ def load_base_llm(config: LlmConfig) -> tuple[PreTrainedModel, PreTrainedTokeniz
 
 
 def extend_llm(model: PreTrainedModel, vocabulary: Vocabulary) -> None:
-    """Grow embedding and head of a published LM to the extended vocabulary; new rows start at the mean of the old."""
+    """Grow embedding and head of a published LM to the extended vocabulary; new rows start at the mean of the old.
+
+    Those of markers stay there; `start_visual_rows` is for those of codes.
+    """
     if model.get_input_embeddings().weight.shape[0] < vocabulary.size:
         model.resize_token_embeddings(vocabulary.size, mean_resizing=True)
 
 
 @torch.no_grad()
-def start_from_codebook(model: PreTrainedModel, vocabulary: Vocabulary, codebook: Tensor) -> None:
-    """Set the visual rows of embedding and head to a random linear image of the codebook.
+def start_visual_rows(
+    model: PreTrainedModel, vocabulary: Vocabulary, codebook: Tensor | None, known_codes: int = 0
+) -> None:
+    """Set the visual rows of embedding and head to a random linear image of the codebook, or each row on its own.
 
     They get the spread of the rows of text, so the rest of the model sees what it would see otherwise.
 
     Args:
         model: over the extended vocabulary, changed in place.
         vocabulary: ids.
-        codebook: `[K, C]` vectors of the codes.
+        codebook: `[K, C]` vectors of the codes; None starts each row at random.
+        known_codes: the first codes whose rows the model has learned already; they stay as they are.
     """
-    directions = codebook / codebook.norm(dim=1).mean()
     for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
         if layer is model.get_output_embeddings() and layer.weight is model.get_input_embeddings().weight:
             continue  # tied: one table
         rows = layer.weight[vocabulary.first_code : vocabulary.first_code + vocabulary.num_code_tokens]
+        if codebook is None:
+            start = torch.randn(rows.shape)
+        else:
+            directions = codebook / codebook.norm(dim=1).mean()
+            start = directions @ torch.randn(codebook.shape[1], rows.shape[1])
         text = layer.weight[: vocabulary.first_code]
-        rows.copy_(text.std() * directions @ torch.randn(codebook.shape[1], rows.shape[1]))
+        rows[known_codes:] = text.std() * start[known_codes:]
 
 
 class ImageCodes(NamedTuple):

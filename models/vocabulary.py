@@ -109,6 +109,19 @@ def train_bpe(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFast:
     return blank.train_new_from_iterator(sorted(set(texts)), vocab_size, show_progress=False)
 
 
+def count_codes(tokenizer: PreTrainedTokenizerBase) -> int:
+    """How many codes have tokens already, from the first on, as in the folder of a model that was trained here."""
+    known = tokenizer.get_vocab()
+    count = 0
+    while _code_token(count) in known:
+        count += 1
+    return count
+
+
+def _code_token(code: int) -> str:
+    return f"<|code_{code}|>"
+
+
 def extend_tokenizer(
     tokenizer: PreTrainedTokenizerFast, codebook_sizes: tuple[int, ...], code_shape: tuple[int, int, int, int]
 ) -> Vocabulary:
@@ -121,6 +134,9 @@ def extend_tokenizer(
 
     Returns:
         The ids.
+
+    Raises:
+        ValueError: it has tokens of codes already, and others behind them where further codes would stand.
     """
     from tokenizers import AddedToken
 
@@ -131,9 +147,14 @@ def extend_tokenizer(
     markers = [USER, ASSISTANT, SOI, EOI]
     tokenizer.add_tokens([AddedToken(marker, special=True, normalized=False) for marker in markers])
     one_code = code_shape[:2] == (1, 1)
-    codes = [f"<|code_{code}|>" for code in range(codebook_sizes[0])] if one_code else [CODES]
+    codes = [_code_token(code) for code in range(codebook_sizes[0])] if one_code else [CODES]
     tokenizer.add_tokens([AddedToken(code, special=True, normalized=False) for code in codes])
     ids = tokenizer.convert_tokens_to_ids
+    if ids(codes) != list(range(ids(codes[0]), ids(codes[0]) + len(codes))):
+        raise ValueError(
+            f"the tokenizer has tokens of codes already and others behind them, so {codes[-1]} cannot stand where it "
+            f"belongs; start from a model without tokens like {codes[0]}, or from one whose codebook is not smaller"
+        )
     return Vocabulary(
         pad=tokenizer.pad_token_id,
         eos=tokenizer.eos_token_id,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING
 
 import torch
@@ -10,8 +11,8 @@ from pydantic import PositiveInt
 from models.config import Fraction
 from models.ranks import is_first_rank
 from models.visual_codes import VisualCodesConfig
-from models.vlm import LlmConfig, UnifiedVlm, build_small_llm, extend_llm, load_base_llm, start_from_codebook
-from models.vocabulary import extend_tokenizer, train_bpe
+from models.vlm import LlmConfig, UnifiedVlm, build_small_llm, extend_llm, load_base_llm, start_visual_rows
+from models.vocabulary import count_codes, extend_tokenizer, train_bpe
 from stages import external_codes
 from stages.loading import load_tokenizer
 from stages.sequences import Sequence, SequenceBuilder
@@ -34,6 +35,9 @@ from storage.store import Store
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
+
+
+logger = logging.getLogger(__name__)
 
 
 class PretrainConfig(VlmLoopConfig):
@@ -75,6 +79,7 @@ def _train(context: StageContext[PretrainConfig]) -> Outcome | None:
 def build_unified(config: PretrainConfig, store: Store, rows: CodedRows) -> tuple[UnifiedVlm, PreTrainedTokenizerFast]:
     """The language model with its vocabulary grown by the codes of a table, or with depth transformers for them."""
     info = rows.info
+    known_codes = 0
     if config.llm.base == "small":
         texts = [text for values in rows.columns.values() for text in values]
         tokenizer = train_bpe([*texts, *config.extra_texts], config.llm.bpe_vocab_size)
@@ -82,13 +87,18 @@ def build_unified(config: PretrainConfig, store: Store, rows: CodedRows) -> tupl
         llm = build_small_llm(config.llm, vocabulary)
     else:
         llm, tokenizer = load_base_llm(config.llm)
+        known_codes = count_codes(tokenizer)
         vocabulary = extend_tokenizer(tokenizer, info.codebook_sizes, info.code_shape)
         extend_llm(llm, vocabulary)
     if not vocabulary.one_code:
         codebooks = load_tokenizer(store, info.tokenizer_digest).codebooks
         return UnifiedVlm(llm, vocabulary, build_visual(config.visual, llm, codebooks, vocabulary)), tokenizer
+    if known_codes:
+        logger.info("%s knows %d codes already: their rows are kept", config.llm.base, known_codes)
+    codebook = None
     if config.llm.visual_init == "codebook" and store.load(info.tokenizer_digest).kind != external_codes.KIND:
-        start_from_codebook(llm, vocabulary, load_tokenizer(store, info.tokenizer_digest).codebooks[0][0])
+        codebook = load_tokenizer(store, info.tokenizer_digest).codebooks[0][0]
+    start_visual_rows(llm, vocabulary, codebook, known_codes)
     return UnifiedVlm(llm, vocabulary), tokenizer
 
 
@@ -113,7 +123,7 @@ STAGE = Stage(
     config_class=PretrainConfig,
     inputs=("tokenize",),
     run=run,
-    version=4,  # text is never markup, and no longer than the model reads
+    version=5,  # text is never markup, and no longer than the model reads; how rows of a published model's codes start
 )
 
 if __name__ == "__main__":
