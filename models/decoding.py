@@ -5,7 +5,7 @@ Shape legend: B batch, T tokens, V visual positions, N books, D depth, h w code 
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -22,6 +22,8 @@ def draw_codes(
     unconditional: list[int],
     config: SamplingConfig,
     generator: torch.Generator,
+    *,
+    on_position: Callable[[], object] = lambda: None,
 ) -> Tensor:
     """Draw one image a prompt, position by position; while an image is drawn only the logits of codes are computed.
 
@@ -31,6 +33,7 @@ def draw_codes(
         unconditional: token ids of the prompt without text, up to and with `soi`.
         config: sampling settings.
         generator: source of randomness, on the CPU.
+        on_position: called after each position, of which there are `vlm.vocabulary.num_positions`.
 
     Returns:
         `[B, N, D, h, w]` int64 codes.
@@ -52,6 +55,7 @@ def draw_codes(
         inputs = vlm.embed_codes(codes.repeat(copies, 1, 1))[:, None]
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
         positions = positions[:, -1:] + 1
+        on_position()
     return torch.stack(drawn, dim=-1).unflatten(-1, vlm.vocabulary.code_shape[2:])
 
 

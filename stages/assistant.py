@@ -13,6 +13,7 @@ from stages.devices import autocast, resolve_device, with_precision
 from stages.execution import require_artifact
 from stages.loading import load_tokenizer
 from stages.recipe import Recipe
+from stages.training import progress
 from stages.vlm_training import load_vlm
 from storage.store import Store
 
@@ -78,8 +79,11 @@ class Assistant:
         )
         wanted, unconditional = self.builder.drawing_prompt(prompt), self.builder.drawing_prompt("")
         generator = torch.Generator().manual_seed(seed)
-        with autocast(self.device, self.config.precision):
-            codes = draw_codes(self.vlm, [wanted] * num_images, unconditional, sampling, generator)
+        shown = progress(self.vlm.vocabulary.num_positions, "drawing, positions", delay=2)
+        with shown as bar, autocast(self.device, self.config.precision):
+            codes = draw_codes(
+                self.vlm, [wanted] * num_images, unconditional, sampling, generator, on_position=bar.update
+            )
             return to_pil(to_pixels(self.tokenizer.decode(codes)).cpu())
 
     def _check_length(self, what: str, text: str) -> None:

@@ -34,7 +34,7 @@ from stages.loading import load_teacher, load_tokenizer
 from stages.measuring import FeatureSpace, Perceptual, ZeroShot, feature_space, lpips_distance, perceptual_of
 from stages.sequences import SequenceBuilder
 from stages.templates import fill, fill_row
-from stages.training import mix_seed
+from stages.training import in_batches, mix_seed
 from stages.vlm_training import CodedRows, load_rows, load_vlm
 from storage.manifest import Manifest
 from storage.store import Store
@@ -214,9 +214,10 @@ class EvaluationWorker:
 
     def _prototypes(self, describe: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
         """Mean of `describe` (`[B, 3, H, W]` in [-1, 1] to `[B, F]`) over the training images of each concept."""
-        source, rows = self.training_images, range(len(self.training_images))
-        names = [fill_row(self.config.concept, source.row(row)) for row in rows]
-        described = torch.cat([describe(normalise(source.pixels(batch))).cpu() for batch in _batches(list(rows))])
+        source = self.training_images
+        names = [fill_row(self.config.concept, source.row(row)) for row in range(len(source))]
+        batches = in_batches(len(source), _BATCH, "prototypes of the training images")
+        described = torch.cat([describe(normalise(source.pixels(batch))).cpu() for batch in batches])
         members: dict[str, list[int]] = {}
         for row, name in enumerate(names):
             members.setdefault(name, []).append(row)

@@ -19,6 +19,7 @@ from models.transforms import normalise, to_pixels
 from stages.devices import autocast
 from stages.image_data import ImageSource
 from stages.measuring import FeatureSpace, Perceptual, ZeroShot
+from stages.training import tracked
 
 _BATCH = 32
 _MEANS = ("psnr", "ssim", "lpips", "perceptual", "semantic_cosine")
@@ -53,7 +54,9 @@ class HeldOut:
     def measure(self, tokenizer: ImageTokenizer) -> HeldOutResult:
         """Distances of image pairs and of the two sets, codebook use, semantic cosine and zero-shot accuracy."""
         parts: dict[str, list[Tensor]] = {}
-        for batches in gather_objects([self._batch(tokenizer, rows) for rows in self._own_batches()]):
+        own = self._own_batches()
+        measured = [self._batch(tokenizer, rows) for rows in tracked(iter(own), len(own), "held-out images, batches")]
+        for batches in gather_objects(measured):
             for batch in batches:
                 for name, value in batch.items():
                     parts.setdefault(name, []).append(value)

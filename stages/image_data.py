@@ -15,6 +15,7 @@ from torch import Tensor
 
 from models.ranks import num_ranks
 from models.transforms import RandomCrop, TransformConfig, load_image, to_tensor
+from stages.training import tracked
 from storage.image_shards import ImageSample
 from storage.manifest import Manifest
 from storage.store import Store
@@ -63,7 +64,8 @@ class ImageSource:
         self.captions: list[str] = []
         self.columns: dict[str, list[str]] = {}
         self._places: list[_Place] = []
-        for entry in download.files_under("metadata"):
+        tables = download.files_under("metadata")
+        for entry in tracked(iter(tables), len(tables), "reading image shards", delay=5):
             table = read_table(store.fetch(entry))
             name = Path(entry.path).stem
             shard = store.fetch(download.file(f"images/{name}.tar"))

@@ -45,6 +45,7 @@ from stages.training import (
     LoopConfig,
     OptimiserConfig,
     build_optimiser,
+    in_batches,
     mix_seed,
     optimise,
     train,
@@ -173,8 +174,8 @@ def _features(
     """Backbone features of the images and of their mirror images, `[2, N, h, w, C]` bf16 on the CPU."""
     teacher.backbone.to(device)
     views: list[list[Tensor]] = [[], []]
-    for start in range(0, count, 16):
-        images = normalise(source.pixels(list(range(start, min(start + 16, count))))).to(device)
+    for rows in in_batches(count, 16, "features of training images"):
+        images = normalise(source.pixels(rows)).to(device)
         for view, shown in zip(views, (images, images.flip(3)), strict=True):
             with autocast(device, precision):
                 found = teacher.raw_features(shown, teacher.native_grid)

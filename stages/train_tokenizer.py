@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,7 @@ from stages.training import (
     EpochSampler,
     OptimiserConfig,
     build_optimiser,
+    in_batches,
     mix_seed,
     optimise,
     train,
@@ -169,7 +171,6 @@ class TokenizerTraining:
         crops_of = self._own_crops if config.random_crop.kind != "none" else None
         self.reader = BatchReader(source, self._own_rows, config.steps, config.decode_threads, crops_of)
         self.held_out: HeldOut | None = None
-        self.teacher_features = self._precompute_teacher_features()
 
     def step(self, step: int) -> dict[str, Tensor]:
         rows = self._own_rows(step)
@@ -209,8 +210,9 @@ class TokenizerTraining:
         places = range(self.config.batch_size)[own_part(self.config.batch_size)]
         return [RandomCrop(self.config.random_crop, mix_seed(self.seed, "crop", step, place)) for place in places]
 
+    @cached_property
     @torch.no_grad()
-    def _precompute_teacher_features(self) -> Tensor | None:
+    def teacher_features(self) -> Tensor | None:
         """Features of all training images and their mirror images, `[2, N, h, w, C]`; None where they are too many.
 
         The teacher is frozen, so where flipping is the only augmentation small data need not meet it more than twice.
@@ -221,9 +223,8 @@ class TokenizerTraining:
         if 2 * len(self.source) * rows * columns * self.teacher.feature_dim * 4 > _FEATURE_CACHE_BYTES // num_ranks():
             return None
         views: list[list[Tensor]] = [[], []]
-        for start in range(0, len(self.source), _EVALUATION_BATCH):
-            chosen = list(range(start, min(start + _EVALUATION_BATCH, len(self.source))))
-            images = normalise(self.source.pixels(chosen).to(self.device))
+        for rows_of_batch in in_batches(len(self.source), _EVALUATION_BATCH, "teacher's features of training images"):
+            images = normalise(self.source.pixels(rows_of_batch).to(self.device))
             for view, shown in zip(views, (images, images.flip(3)), strict=True):
                 with autocast(self.device, self.config.precision):
                     target = self.tokenizer.target_features(shown)

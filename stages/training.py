@@ -14,7 +14,7 @@ from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import pyarrow as pa
 import torch
@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 _CHECKPOINT = "checkpoint.pt"
 
@@ -279,23 +281,49 @@ def mix_seed(*parts: object) -> int:
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big") >> 1
 
 
-def progress(total: int, label: str, *, initial: int = 0) -> tqdm[Any]:
-    """A progress bar on a terminal; in a log, a line every half minute."""
+def progress(total: int, label: str, *, initial: int = 0, delay: float = 0.0) -> tqdm[Any]:
+    """A progress bar on a terminal; in a log, a line at the start and then every half minute.
+
+    Args:
+        total: of what is counted.
+        label: what is done.
+        initial: what is done already.
+        delay: seconds without any bar, for what is mostly done before.
+    """
     interval = 0.5 if sys.stderr.isatty() else 30.0
-    return tqdm(
+    return _Bar(
         total=total,
         initial=initial,
         desc=label,
-        mininterval=interval,
+        delay=delay,
+        mininterval=min(interval, delay or interval),
         maxinterval=interval,
+        miniters=1,  # the time alone decides: items are slow and of different size
         dynamic_ncols=True,
         disable=not is_first_rank(),
     )
 
 
-def tracked(results: Iterator[Any], total: int, label: str) -> Generator[Any, None, None]:
+class _Bar(tqdm):
+    """A bar whose first line may come sooner than the interval between lines."""
+
+    def display(self, *arguments: Any, **named: Any) -> Any:
+        self.mininterval = self.maxinterval
+        return super().display(*arguments, **named)
+
+
+def in_batches(count: int, batch_size: int, label: str) -> Generator[list[int], None, None]:
+    """The positions 0 to `count - 1` in batches, in order, with a progress bar over them."""
+    with progress(count, label) as bar:
+        for start in range(0, count, batch_size):
+            batch = list(range(start, min(start + batch_size, count)))
+            yield batch
+            bar.update(len(batch))
+
+
+def tracked(results: Iterator[T], total: int, label: str, *, delay: float = 0.0) -> Generator[T, None, None]:
     """Draw a progress bar over results that arrive one by one; closed, it lets go of them, and their workers end."""
-    with progress(total, label) as bar:
+    with progress(total, label, delay=delay) as bar:
         for result in results:
             bar.update()
             yield result

@@ -23,7 +23,7 @@ from stages.loading import put_json, put_weights, read_json, read_weights
 from stages.sequences import Batch, Sequence, SequenceBuilder
 from stages.shared_training import SharedLoopConfig
 from stages.stage import Outcome, RuntimeBool, StageContext
-from stages.training import EpochSampler, History, build_optimiser, mix_seed, optimise
+from stages.training import EpochSampler, History, build_optimiser, mix_seed, optimise, tracked
 from storage.code_table import CodeTableInfo, read_code_table
 from storage.manifest import FileEntry, Manifest
 from storage.store import Store
@@ -78,7 +78,10 @@ def load_rows(store: Store, table: Manifest, *, split: str, views: bool) -> Code
     Raises:
         ValueError: no row is left.
     """
-    loaded = read_code_table([store.fetch(entry) for entry in table.files_under("codes")])
+    entries = table.files_under("codes")
+    loaded = read_code_table(
+        [store.fetch(entry) for entry in tracked(iter(entries), len(entries), "reading the code table", delay=5)]
+    )
     splits = loaded.columns.get("split") or ["train"] * len(loaded.keys)
     shown = loaded.columns["view"]
     kept = [

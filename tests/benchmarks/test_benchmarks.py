@@ -10,7 +10,8 @@ from types import SimpleNamespace
 import pytest
 
 from infra.executors import LocalExecutor
-from tests.benchmarks import bench_code_table, bench_scaling, bench_tokenize
+from stages.recipe import load_recipe
+from tests.benchmarks import bench_code_table, bench_precision, bench_scaling, bench_tokenize
 
 
 def lines(printed: str) -> list[dict[str, object]]:
@@ -29,6 +30,18 @@ def test_code_table(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixtu
     monkeypatch.setattr(sys, "argv", ["bench_code_table", "--images", "20"])
     bench_code_table.main()
     assert len(lines(capsys.readouterr().out)) == 3
+
+
+def test_precision(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["bench_precision", "--repeats", "1"])
+    monkeypatch.setattr(bench_precision, "native_precision", lambda device: "fp32")
+    every = bench_precision._cases(load_recipe("tiny"))
+    for case in every.values():
+        case()
+    monkeypatch.setattr(bench_precision, "_cases", lambda recipe: dict(list(every.items())[:1]))
+    bench_precision.main()
+    (line,) = lines(capsys.readouterr().out)
+    assert str(line["name"]).endswith("auto (fp32) against bf16")
 
 
 def test_tokenize(tmp_path: Path) -> None:

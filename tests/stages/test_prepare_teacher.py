@@ -207,7 +207,9 @@ def test_on_a_cpu_the_backbone_computes_in_float32_unless_bf16_is_asked_for(monk
     assert not torch.equal(found, features("cpu", "bf16", 1))
 
 
-def test_on_a_gpu_the_backbone_computes_there_in_the_precision_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_on_a_gpu_the_backbone_computes_there_in_the_precision_asked_for(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """`meta` has neither values nor the CPU's type, so it stands for a GPU; a real one comes after."""
     asked: list[tuple[str, str]] = []
     seen: list[str] = []
@@ -230,6 +232,7 @@ def test_on_a_gpu_the_backbone_computes_there_in_the_precision_asked_for(monkeyp
     source: Any = Pictures(3)
     teacher: Any = Teacher()
     prepare_teacher._features(teacher, source, 3, torch.device("meta"), "bf16")
+    assert "features of training images: 100%" in capsys.readouterr().err, "it says how far it is"
     assert asked == [("meta", "bf16")] * 2
     assert seen == ["meta"] * 4 + ["back"]
 

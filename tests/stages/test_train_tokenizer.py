@@ -22,7 +22,9 @@ from stages.training import OptimiserConfig, build_optimiser
 from tests.tiny import TinyRun
 
 
-def test_looking_at_pictures_does_not_change_the_result(tiny_run: TinyRun, tmp_path: Path) -> None:
+def test_looking_at_pictures_does_not_change_the_result(
+    tiny_run: TinyRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = tmp_path / "events"
@@ -30,6 +32,9 @@ def test_looking_at_pictures_does_not_change_the_result(tiny_run: TinyRun, tmp_p
     store = tiny_run.store_before("train_tokenizer", tmp_path / "store")
     result = run_stage("train_tokenizer", load_recipe("tiny", shown), store, LocalExecutor())
     assert result.digest == tiny_run.results["train_tokenizer"].digest
+    said = capsys.readouterr().err
+    for phase in ("training", "teacher's features of training images", "held-out images, batches"):
+        assert f"{phase}:   0%" in said and f"{phase}: 100%" in said, "each long phase says how far it is"
     written = EventAccumulator(str(events))
     written.Reload()
     pictures = written.Images("originals and reconstructions")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import time
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from stages.training import (
     mix_seed,
     optimise,
     schedule,
+    tracked,
     train,
 )
 from storage.store import Store
@@ -166,3 +168,16 @@ def test_no_point_of_the_curves_appears_twice_after_a_resume(tmp_path: Path, sto
     written.Reload()
     assert [point.step for point in written.Scalars("loss")] == list(range(1, 11))
     assert [picture.step for picture in written.Images("weights")] == list(range(1, 11))
+
+
+def test_what_is_done_before_the_delay_shows_no_bar_and_what_takes_longer_says_how_far_it_is(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert list(tracked(iter("abc"), 3, "short work", delay=30)) == ["a", "b", "c"]
+    assert "short work" not in capsys.readouterr().err
+    for _ in tracked(iter("abcd"), 4, "long work", delay=0.05):
+        time.sleep(0.06)
+    assert "long work:  25%" in capsys.readouterr().err, "its first line comes when the delay is over"
+    for _ in tracked(iter("abcd"), 4, "work"):
+        break
+    assert "work:   0%" in capsys.readouterr().err, "without a delay it comes at once"

@@ -1,0 +1,92 @@
+"""What `precision: auto` is on this CPU, against the other type: layers, encoding, and a fine-tuning step of `mini`.
+
+python -m tests.benchmarks.bench_precision [--repeats 3]
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from models.image_tokenizer import TokenizerConfig
+from models.tokenizers import build_tokenizer
+from stages.devices import Precision, autocast, native_precision
+from stages.loading import subset
+from stages.recipe import Recipe, load_recipe
+from tests.benchmarks.measuring import measure, report
+
+CPU = torch.device("cpu")
+Case = Callable[[], object]
+
+
+def main() -> None:
+    """Run all cases."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=1)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    auto = native_precision("cpu")
+    other: Precision = "fp32" if auto == "bf16" else "bf16"
+    recipe = load_recipe("mini")
+    for name, case in _cases(recipe).items():
+        seconds = {}
+        for precision in (auto, other):
+            with autocast(CPU, precision):
+                seconds[precision] = measure(case, CPU, repeats=arguments.repeats).seconds
+        report(f"{name}: auto ({auto}) against {other}", seconds[auto] * 1e3, seconds[other] * 1e3, "ms")
+
+
+def _cases(recipe: Recipe) -> dict[str, Case]:
+    """Each is called under autocast."""
+    torch.manual_seed(0)
+    layers: dict[str, tuple[nn.Module, tuple[int, ...]]] = {
+        "3x3 convolution, 64 to 64 channels, 8 x 32 x 32": (nn.Conv2d(64, 64, 3, padding=1), (8, 64, 32, 32)),
+        "depthwise 3x3 convolution, 64 channels, 8 x 32 x 32": (
+            nn.Conv2d(64, 64, 3, padding=1, groups=64),
+            (8, 64, 32, 32),
+        ),
+        "linear layer, 256 to 768, 2688 tokens": (nn.Linear(256, 768), (2688, 256)),
+    }
+    cases: dict[str, Case] = {name: _forward(layer, torch.randn(shape)) for name, (layer, shape) in layers.items()}
+    config = subset(recipe.tokenizer, TokenizerConfig).model_copy(update={"kind": "vqgan"})
+    tokenizer = build_tokenizer(config, None).eval()
+    side = config.transform.image_size
+    cases["encoding 8 images with mini's image encoder"] = _forward(tokenizer.encode, torch.rand(8, 3, side, side))
+    cases["forward and backward pass of mini's language model, 32 x 84 tokens"] = _language_model(recipe)
+    return cases
+
+
+def _forward(layer: Callable[[torch.Tensor], object], inputs: torch.Tensor) -> Case:
+    def call() -> None:
+        with torch.no_grad():
+            layer(inputs)
+
+    return call
+
+
+def _language_model(recipe: Recipe) -> Case:
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    llm = recipe.pretrain.llm
+    size = llm.bpe_vocab_size + recipe.tokenizer.quantizer.codebook_size
+    model = Qwen2ForCausalLM(
+        Qwen2Config(
+            vocab_size=size,
+            hidden_size=llm.hidden_size,
+            intermediate_size=llm.intermediate_size,
+            num_hidden_layers=llm.num_layers,
+            num_attention_heads=llm.num_heads,
+            num_key_value_heads=llm.num_heads,
+            attn_implementation=llm.attention,
+        )
+    )
+    token_ids = torch.randint(size, (recipe.sft.batch_size, 84))
+    return lambda: model(input_ids=token_ids, labels=token_ids, use_cache=False).loss.backward()
+
+
+if __name__ == "__main__":
+    main()
