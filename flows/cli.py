@@ -13,7 +13,7 @@ import typer
 
 from flows.text import megabytes, text_table
 from infra.malloc import reexec_with_fast_malloc
-from stages.errors import USER_ERRORS, report
+from stages.errors import USER_ERRORS, printable, report
 from stages.standalone import DEFAULT_STORE, STORE_VARIABLE, prepare_process, result_line, run_one_stage
 
 if TYPE_CHECKING:
@@ -359,7 +359,7 @@ def ask(
 ) -> None:
     """Answer a question about an image with the trained model."""
     picture = _read_image(image, _load(recipe, overrides).download.limits)
-    print(_assistant(recipe, store, overrides).ask(picture, question))
+    print(printable(_assistant(recipe, store, overrides).ask(picture, question)))
 
 
 @app.command()

@@ -34,7 +34,9 @@ def split_problem(counts: Mapping[str, int]) -> str:
     """
     rename = "name them `train` or `test`, exactly so, in the column `split`"
     unused = unused_splits(counts)
-    named = ", ".join(f"{name[:40]!r} ({count})" for name, count in list(unused.items())[:5]) + (", ..." * (len(unused) > 5))
+    named = ", ".join(f"{name[:40]!r} ({count})" for name, count in list(unused.items())[:5]) + (
+        ", ..." * (len(unused) > 5)
+    )
     if not counts.get(TRAIN):
         raise ValueError(
             f"no row has the split 'train', which every training reads; they have {named or repr(TEST)}: {rename}"

@@ -272,6 +272,23 @@ def test_rows_that_no_stage_uses_and_texts_that_were_too_long_are_shown(bench: B
     assert "2 rows with too long text cut" in page and "5 rows with too long text left out" in page
 
 
+def test_a_caption_of_a_whole_page_is_shown_by_its_beginning(bench: Bench) -> None:
+    emoji, long = _emoji(2), "words without end " * 5000
+    drawn = [
+        row | {"prompt": long, "concept": long, "choices": [long] * 2, "picked": 0} for row in _drawing_rows(emoji)
+    ]
+    asked = [row | {"question": long, "choices": [long] * 4} for row in _answer_rows(emoji)]
+    files = [
+        bench.put("metrics.parquet", metrics_table(_metric_rows()[:1])),
+        bench.put_rows("reconstructions.parquet", [row | {"caption": long} for row in _reconstruction_rows(emoji)]),
+        bench.put_rows("drawings.parquet", drawn),
+        bench.put_rows("answers.parquet", asked),
+    ]
+    bench.commit("evaluate", "evaluation", files, {})
+    page = bench.page()
+    assert "words without end words" in page and "words without end " * 20 not in page
+
+
 def test_same_artifacts_give_the_same_page(full_bench: Bench) -> None:
     assert full_bench.page() == full_bench.page()
 
