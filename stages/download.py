@@ -51,10 +51,12 @@ class DownloadConfig(Config):
     """Which images, from where, and how hard to try."""
 
     url_list: RuntimeStr = SAMPLE
-    """`sample` for the embedded emoji, or a CSV, TSV, JSONL or Parquet file, local or `s3://`; its content counts, not
-    its path."""
+    """`sample` for the embedded emoji, or a list in CSV, TSV, JSON, JSONL or Parquet: a file, a folder of its parts or
+    a pattern such as `parts/*.parquet`, compressed or not, local or `s3://`; its content counts, not its path."""
     url_column: str = "url"
     """Column with the image's URL."""
+    tsv_quotes: bool = False
+    """In lists whose values tabs separate, double quotes enclose values, as pandas writes them; else they are text."""
     files: FilesConfig | None = None
     """Images that are there already, in place of `url_list`: `{kind: webdataset | parquet | folder | conversations,
     path: ...}`."""
@@ -181,13 +183,13 @@ def open_source(config: DownloadConfig) -> Source:
             allow_private_addresses=http.allow_private_addresses,
             private_hosts=http.private_hosts,
         )
-        return UrlList(config.url_list, config.url_column, http, guard, config.threads_per_worker)
+        return UrlList(config.url_list, config.url_column, http, guard, config.threads_per_worker, config.tsv_quotes)
     if isinstance(files, ParquetFiles):
         return ParquetImages(files)
     if isinstance(files, WebDatasetFiles):
         return WebDataset(files, config.caption_column, config.max_bytes)
     if isinstance(files, FolderFiles):
-        return ImageFolder(files, config.caption_column, config.max_bytes)
+        return ImageFolder(files, config.caption_column, config.max_bytes, tsv_quotes=config.tsv_quotes)
     return Conversations(files, config.caption_column, config.max_bytes)
 
 
@@ -417,7 +419,7 @@ STAGE = Stage(
     config_class=DownloadConfig,
     inputs=(),
     run=run,
-    version=5,  # images as a browser shows them, conversations by their turns; splits are counted
+    version=6,  # images as a browser shows them; none without a caption is `ok`; lists and files as people have them
     external_inputs=_external_inputs,
 )
 

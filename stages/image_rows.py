@@ -7,7 +7,18 @@ from typing import Any
 
 from stages.filters import PERCEPTUAL_HASH, FilterConfig, caption_problem, image_problem
 from stages.image_facts import Inspect
-from stages.sources.source import FILTERED, NOT_FETCHED, OK, PLACE, Failure, Fetched, Row
+from stages.sources.source import (
+    FILTERED,
+    NO_CAPTION,
+    NOT_FETCHED,
+    OK,
+    PLACE,
+    Failure,
+    Fetched,
+    Row,
+    has_text,
+    known_failure,
+)
 from storage.digests import sha256_bytes
 
 
@@ -28,9 +39,13 @@ def without_image(row: Row, key: str, shard: str, failure: Failure) -> Described
 
 
 def unwanted_caption(row: Row, filters: FilterConfig) -> Failure | None:
-    """Why a row is left out before anything is fetched for it."""
+    """Why a row is left out before anything is fetched for it; None also where its source knows better why."""
     reason = caption_problem(row["caption"], filters)
-    return Failure(FILTERED, reason) if reason else None
+    if reason:
+        return Failure(FILTERED, reason)
+    if has_text(row["caption"]) or known_failure(row):
+        return None
+    return Failure(NO_CAPTION, "the caption is empty")
 
 
 def describe(

@@ -65,7 +65,7 @@ def read_image_shard(path: str | Path) -> Iterator[ImageSample]:
     _check_end(path)
     try:
         with tarfile.open(path, "r:") as tar:
-            for own_key, extension, member in sample_members(tar):
+            for own_key, extension, member in _sample_members(tar):
                 if members and own_key != key:
                     yield _sample(path, key, members)
                     members = {}
@@ -82,8 +82,8 @@ def read_image_shard(path: str | Path) -> Iterator[ImageSample]:
         yield _sample(path, key, members)
 
 
-def sample_members(tar: tarfile.TarFile) -> Iterator[tuple[str, str, tarfile.TarInfo]]:
-    """Yield the files of a WebDataset tar in order: key of the sample, extension without a dot, member."""
+def _sample_members(tar: tarfile.TarFile) -> Iterator[tuple[str, str, tarfile.TarInfo]]:
+    """Yield the files of a shard in order: key of the sample, extension without a dot, member."""
     for member in tar:
         folder, slash, name = member.name.rpartition("/")
         if member.isfile() and not name.startswith("."):  # macOS puts `._NAME` beside each file

@@ -7,17 +7,25 @@ of an object); a file whose stamp is the same is not read again, as git does wit
 
 from __future__ import annotations
 
+import bz2
+import gzip
 import hashlib
+import lzma
+import re
 import sqlite3
 import time
-from collections.abc import Iterator, Sequence
+import zlib
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import fsspec
+import pyarrow as pa
 from fsspec.core import url_to_fs
+from fsspec.utils import glob_translate
 
 from storage.cache import default_cache_dir
 from storage.digests import CHUNK_BYTES, digest_of
@@ -25,6 +33,7 @@ from storage.digests import CHUNK_BYTES, digest_of
 _MAGIC = "*?["
 _FRESH_SECONDS = 2.0
 """A file that changed so recently may change again within the clock's resolution: its digest is not remembered."""
+_CLUTTER = ("thumbs.db", "ehthumbs.db", "desktop.ini")
 _READ_TOGETHER = 16
 _BATCH = 256
 """Files whose bytes are held at a time."""
@@ -32,6 +41,9 @@ _BATCH = 256
 
 class InputFiles:
     """One file, the files of a folder, or those that a pattern such as `s3://bucket/train-*.tar` matches.
+
+    A path that exists is that path, whatever its name holds, and so is each folder on the way to a pattern: `[`, `*`
+    and `?` are a pattern only where nothing of that name is there.
 
     Args:
         path: local or with a protocol.
@@ -44,12 +56,23 @@ class InputFiles:
     def __init__(self, path: str, what: str) -> None:
         self._what, self._path = what, path
         try:
-            self._fs, root = url_to_fs(path)
+            # else fsspec takes `a::b` for a chain of protocols
+            local = "::" in path and "://" not in path
+            self._fs, root = (fsspec.filesystem("file"), _absolute(path)) if local else url_to_fs(path)
         except (ValueError, ImportError) as error:
             raise ValueError(f"{what}={path!r} cannot be opened: {error}; give a local path or s3://...") from error
-        self._root = root.rstrip("/")
+        self._root = root.rstrip("/") or root
         self._listed: dict[str, str | None] | None = None
-        self._base: str | None = None
+        self._found: _Found | None = None
+
+    def again(self) -> InputFiles:
+        """The same path, looked at anew."""
+        return InputFiles(self._path, self._what)
+
+    @property
+    def folder(self) -> str:
+        """The folder that names start from: absolute where it is local, without a protocol."""
+        return self._locate().folder
 
     def names(self) -> list[str]:
         """Paths of the files below the folder (or the fixed part of the pattern), sorted.
@@ -58,6 +81,18 @@ class InputFiles:
             ValueError: there are none.
         """
         return sorted(self._stamps())
+
+    def one(self, expected: str) -> str:
+        """The name of the only file.
+
+        Raises:
+            ValueError: there are several or none; the message says what was `expected`.
+        """
+        if (pattern := self._locate().pattern) and not set(pattern) & set(_MAGIC):
+            raise ValueError(f"cannot read {self._what}={self._path!r}: there is no such file; give {expected}")
+        if len(names := self.names()) != 1:
+            raise ValueError(f"cannot read {self._what}={self._path!r}: it is {len(names)} files; give {expected}")
+        return names[0]
 
     def __contains__(self, name: str) -> bool:
         return name in self._stamps()
@@ -88,12 +123,18 @@ class InputFiles:
         Raises:
             OSError: a file cannot be read.
         """
+        chosen = self.names() if names is None else names
+        return digest_of([list(pair) for pair in zip(chosen, self.sha256s(chosen), strict=True)])
+
+    def sha256s(self, names: Sequence[str]) -> list[str | None]:
+        """The sha256 of these files; None for one that is not there.
+
+        Raises:
+            OSError: a file cannot be read.
+        """
         stamps = self._stamps()
         with _remembered() as memory:
-            return digest_of(
-                [[name, self._sha256(name, stamps[name], memory) if name in stamps else None] for name in
-                 (self.names() if names is None else names)]
-            )  # fmt: skip
+            return [self._sha256(name, stamps[name], memory) if name in stamps else None for name in names]
 
     def _sha256(self, name: str, stamp: str | None, memory: sqlite3.Connection) -> str:
         path = f"{self._fs.unstrip_protocol(self._full(name))}"
@@ -110,42 +151,59 @@ class InputFiles:
         return digest
 
     def _full(self, name: str) -> str:
-        return f"{self._folder()}/{name}"
+        return f"{self.folder}/{name}"
 
-    def _folder(self) -> str:
-        if self._base is None:
+    def _locate(self) -> _Found:
+        """What the path stands for, by what is there."""
+        if self._found is None:
+            self._fs.invalidate_cache()  # listings of S3 are remembered for the life of the process
             parts = self._root.split("/")
-            magic = next((index for index, part in enumerate(parts) if set(part) & set(_MAGIC)), None)
-            if magic is not None:
-                self._base = "/".join(parts[:magic])
+            if (kind := self._kind()) is not None:
+                is_folder = kind == "directory"
+                self._found = _Found(self._root if is_folder else "/".join(parts[:-1]), is_folder=is_folder)
             else:
-                self._base = self._root if self._fs.isdir(self._root) else "/".join(parts[:-1])
-        return self._base
+                fixed = next((index for index, part in enumerate(parts) if set(part) & set(_MAGIC)), len(parts) - 1)
+                while fixed < len(parts) - 1 and self._fs.isdir("/".join(parts[: fixed + 1])):
+                    fixed += 1
+                self._found = _Found("/".join(parts[:fixed]), pattern="/".join(parts[fixed:]))
+        return self._found
+
+    def _kind(self) -> str | None:
+        """What is there under the path as it is spelled; None where nothing is."""
+        try:
+            return str(self._fs.info(self._root)["type"])
+        except (FileNotFoundError, NotADirectoryError):
+            return None
 
     def _stamps(self) -> dict[str, str | None]:
         """Stamp of every file by name; None where the file system says nothing by which to know a change."""
         if self._listed is None:
-            self._fs.invalidate_cache()  # listings of S3 are remembered for the life of the process
             try:
-                folder, found = self._folder(), self._find()
+                folder, found = self.folder, self._find()
             except OSError as error:
                 raise ValueError(f"{self._what}={self._path!r} cannot be listed: {error}; check the path") from error
             if not found:
+                braces = "; write * in place of {0..9}" if "{" in self._path else ""
                 raise ValueError(
                     f"{self._what}={self._path!r} matches no file; give a file, a folder or a pattern such as "
-                    f"'data/*.tar', local or s3://"
+                    f"'data/part-*', local or s3://{braces}"
                 )
             self._listed = {path[len(folder) + 1 :]: _stamp(info) for path, info in found.items()}
         return self._listed
 
     def _find(self) -> dict[str, dict[str, Any]]:
-        if set(self._root) & set(_MAGIC):
-            found = self._fs.glob(self._root, detail=True)
-        elif self._folder() == self._root:
-            found = self._fs.find(self._root, detail=True)
+        at = self._locate()
+        if not at.pattern and not at.is_folder:
+            found = {self._root: self._fs.info(self._root)}
+        elif at.pattern and not set(at.pattern) & set(_MAGIC):
+            found = {}
         else:
-            found = {self._root: self._fs.info(self._root)} if self._fs.exists(self._root) else {}
-        found = {path: self._followed(path, info) for path, info in found.items()}
+            depth = None if "**" in at.pattern or not at.pattern else at.pattern.count("/") + 1
+            found = self._fs.find(at.folder, maxdepth=depth, detail=True)
+            if at.pattern:  # not fsspec's `glob`, to which the brackets of the folder would be a pattern too
+                matches = re.compile(glob_translate(at.pattern)).match
+                found = {path: info for path, info in found.items() if matches(path[len(at.folder) + 1 :])}
+        found = {path: self._followed(path, info) for path, info in found.items() if not path.endswith("/")}
         return {path: info for path, info in found.items() if info["type"] == "file"}
 
     def _followed(self, path: str, info: dict[str, Any]) -> dict[str, Any]:
@@ -163,6 +221,17 @@ class InputFiles:
         return target
 
 
+@dataclass(frozen=True)
+class _Found:
+    """What a path stands for."""
+
+    folder: str
+    """That names start from."""
+    is_folder: bool = False
+    pattern: str = ""
+    """Names within the folder; '' where the path itself is there."""
+
+
 def read_input(path: str, what: str, expected: str) -> bytes:
     """The bytes of one file outside the store.
 
@@ -170,15 +239,54 @@ def read_input(path: str, what: str, expected: str) -> bytes:
         ValueError: it cannot be read; the message says `what` and what was `expected`.
     """
     try:
-        with fsspec.open(path, "rb") as file:
-            return bytes(file.read())
-    except (OSError, ValueError, ImportError) as error:
+        files = InputFiles(path, what)
+        return files.read(files.one(expected))
+    except OSError as error:
         raise ValueError(f"cannot read {what}={path!r}: {error}; give {expected}") from error
+
+
+def is_clutter(name: str) -> bool:
+    """Whether a file is what an operating system or a program leaves beside those of its user: macOS' `._NAME` and
+    `__MACOSX/`, `.DS_Store`, `Thumbs.db`, hidden files and folders.
+    """
+    parts = name.split("/")
+    return any(part.startswith(".") or part == "__MACOSX" for part in parts) or parts[-1].lower() in _CLUTTER
+
+
+def decompressed(file: Any) -> Any:
+    """A binary file without its compression, which its first bytes show and its name need not.
+
+    Raises:
+        ValueError: it is compressed in a way that is not read.
+    """
+    start = file.read(_LONGEST_MARK)
+    file.seek(0)
+    for mark, opener in _COMPRESSIONS.items():
+        if start.startswith(mark):
+            return opener(file)
+    if start.startswith(b"PK\x03\x04"):
+        raise ValueError("it is a ZIP; unpack it")
+    return file
+
+
+_COMPRESSIONS: dict[bytes, Callable[[Any], Any]] = {
+    b"\x1f\x8b": lambda file: gzip.GzipFile(fileobj=file),
+    b"BZh": bz2.BZ2File,
+    b"\xfd7zXZ\x00": lzma.LZMAFile,
+    b"\x28\xb5\x2f\xfd": lambda file: pa.CompressedInputStream(file, "zstd"),
+}
+_LONGEST_MARK = max(map(len, _COMPRESSIONS))
+COMPRESSION_ERRORS = (EOFError, zlib.error, lzma.LZMAError)
+"""What a damaged compressed file raises while it is read, beside OSError."""
+
+
+def _absolute(path: str) -> str:
+    return str(fsspec.filesystem("file")._strip_protocol(path))
 
 
 def _stamp(info: dict[str, Any]) -> str | None:
     if info.get("ETag"):
-        return f"{info['size']} {info['ETag']}"
+        return f"{info.get('size')} {info['ETag']}"
     if "mtime" in info and time.time() - float(info["mtime"]) > _FRESH_SECONDS:
         return f"{info['size']} {info['mtime']!r} {info.get('ino')}"
     return None

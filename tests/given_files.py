@@ -100,6 +100,10 @@ MAKERS = [make_webdataset, make_parquet, make_plain_parquet, make_folder, make_c
 Maker = Callable[[Path], dict[str, Any]]
 
 
+def zstandard(data: bytes) -> bytes:
+    return pa.Codec("zstd").compress(data, asbytes=True)  # type: ignore[no-any-return]
+
+
 def write_tar(path: Path, members: dict[str, bytes]) -> None:
     with tarfile.open(path, "w") as tar:
         for name, data in members.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -12,7 +13,7 @@ import pyarrow as pa
 
 from models.config import Config
 from stages.sources.folder import FolderImages
-from stages.sources.known_lists import look_up_list
+from stages.sources.known_lists import images_named
 from stages.sources.source import (
     NO_CAPTION,
     PLACE,
@@ -20,16 +21,19 @@ from stages.sources.source import (
     Failure,
     Fetched,
     Row,
-    check_columns,
+    find_columns,
     no_place,
     place,
     placed,
 )
 from stages.sources.text import clean, json_lines, load_json, strings
 from stages.stage import RuntimeStr
-from storage.input_files import read_input
+from storage.digests import digest_of
+from storage.input_files import InputFiles, read_input
 
 QUESTION, ANSWER, CONVERSATION = "question", "answer", "conversation"
+_RULES = "2"
+"""Of the rules by which entries can be used: images that were found by others are not remembered."""
 _WHAT = "download.files.path"
 _EXPECTED = "a JSON file with a list of {id, image, conversations}, or JSONL with one a line"
 _MARK = "<image>"
@@ -64,29 +68,37 @@ class Conversations:
         self._images = FolderImages(config.image_folder, "download.files.image_folder", max_bytes)
 
     def content(self) -> dict[str, str]:
-        known = look_up_list(self._config.path, _WHAT, _EXPECTED, ["conversations"], self._names_in)
-        return {"conversations": known.sha256, "files": self._images.digest(known.images)}
+        file = InputFiles(self._config.path, _WHAT)
+        names = [file.one(_EXPECTED)]
+        images = images_named(file, names, ["conversations", _RULES], self._images_named)
+        return {"conversations": digest_of(file.sha256s(names)), "files": self._images.digest(images)}
 
     def rows(self, columns: Sequence[str]) -> pa.Table:
         entries = self._entries(read_input(self._config.path, _WHAT, _EXPECTED))
-        check_columns(self.what, columns, list(dict.fromkeys(name for entry in entries for name in entry.columns)))
+        images = self._images.resolve([entry.image for entry in entries])
+        self._images.say_unlisted(images, self.what)
+        for entry, image in zip(entries, images, strict=True):
+            entry.image = image
+        available = list(dict.fromkeys(name for entry in entries for name in entry.columns))
+        found = find_columns(self.what, columns, available)
         return pa.table(
-            {name: strings([entry.columns.get(name) for entry in entries]) for name in columns}
-            | {URL: strings([entry.image for entry in entries]), PLACE: strings([entry.place() for entry in entries])}
+            {name: strings([entry.columns.get(own) for entry in entries]) for name, own in found.items()}
+            | {URL: strings(images), PLACE: strings([entry.place() for entry in entries])}
         )
 
     def fetch(self, rows: list[Row], scratch: Path) -> Iterator[tuple[int, Fetched]]:
         for position, found in placed(rows, "the conversation"):
             yield position, found if isinstance(found, Failure) else self._images.read(found[0])
 
-    def _names_in(self, data: bytes) -> list[str]:
-        return [entry.image for entry in self._entries(data) if not entry.problem]
+    def _images_named(self) -> list[str]:
+        entries = self._entries(read_input(self._config.path, _WHAT, _EXPECTED))
+        return [entry.image for entry in entries if not entry.problem]
 
     def _entries(self, data: bytes) -> list[_Entry]:
         """All of them; raises ValueError where none can be used."""
         try:
             if self._config.path.endswith((".jsonl", ".ndjson")):
-                values = [value for _, value in json_lines(data)]
+                values = [value for _, value in json_lines(io.BytesIO(data))]
             else:
                 values = load_json(data)
         except ValueError as error:

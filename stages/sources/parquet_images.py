@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -10,10 +11,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from models.config import Config
-from stages.sources.source import MISSING, PLACE, URL, Failure, Fetched, Row, check_columns, place, placed
+from stages.sources.source import MISSING, PLACE, URL, Failure, Fetched, Row, find_columns, place, placed, say_left_out
 from stages.sources.text import strings, text_column
 from stages.stage import RuntimeStr
-from storage.input_files import InputFiles
+from storage.input_files import InputFiles, is_clutter
+
+logger = logging.getLogger(__name__)
 
 _BATCH_ROWS = 64
 
@@ -45,7 +48,10 @@ class ParquetImages:
         return {"files": self._files.digest(self._names())}
 
     def rows(self, columns: Sequence[str]) -> pa.Table:
-        return pa.concat_tables([self._rows_of(name, columns) for name in self._names()], promote_options="default")
+        names = self._names()
+        others = sorted(set(self._files.names()) - set(names))
+        say_left_out(logger, self.what, others, "files that are no Parquet")
+        return pa.concat_tables([self._rows_of(name, columns) for name in names], promote_options="default")
 
     def fetch(self, rows: list[Row], scratch: Path) -> Iterator[tuple[int, Fetched]]:
         wanted: dict[tuple[str, int], dict[int, int]] = {}
@@ -73,15 +79,15 @@ class ParquetImages:
         try:
             with self._files.open(name) as file, pq.ParquetFile(file) as parquet:
                 self._check(name, parquet.schema_arrow)
-                check_columns(f"{self.what}: {name}", columns, parquet.schema_arrow.names)
-                table = parquet.read(columns=list(columns))
+                found = find_columns(f"{self.what}: {name}", columns, parquet.schema_arrow.names)
+                table = parquet.read(columns=list(found.values()))
                 groups = [parquet.metadata.row_group(index).num_rows for index in range(parquet.num_row_groups)]
         except (pa.ArrowException, OSError) as error:
             raise ValueError(f"{self.what}: {name} is not readable as Parquet: {error}; check the file") from error
         places = [place(name, group, row) for group, count in enumerate(groups) for row in range(count)]
         urls = [f"{name}#{row}" for row in range(len(places))]
         return pa.table(
-            {column: text_column(table[column], f"{self.what}: column {column!r} of {name}") for column in columns}
+            {column: text_column(table[own], f"{self.what}: column {own!r} of {name}") for column, own in found.items()}
             | {URL: strings(urls), PLACE: strings(places)}
         )
 
@@ -102,7 +108,7 @@ class ParquetImages:
 
     def _names(self) -> list[str]:
         names = self._files.names()
-        found = [name for name in names if name.endswith(".parquet")]
+        found = [name for name in names if name.lower().endswith(".parquet") and not is_clutter(name)]
         if not found:
             raise ValueError(f"{self.what} holds no .parquet file, but {names[0]!r}; mend the path")
         return found

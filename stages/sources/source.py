@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,10 +49,13 @@ STATUSES: dict[str, str] = {
     TOO_MANY_PIXELS: "more pixels than `download.max_pixels`",
     UNDECODABLE: "an image that is damaged, cut off, or of a format that is not read, such as HEIC",
     MISSING: "the row names no image, or a file that is not there",
-    NO_CAPTION: "no text beside the image; a .json, or an entry of a conversation file, that cannot be used",
+    NO_CAPTION: "no text, or an empty one; a .json, or an entry of a conversation file, that cannot be used",
     NOT_FETCHED: "img2dataset said nothing of the row",
 }
 """What can become of a row."""
+
+
+_EXAMPLES = 3
 
 
 @dataclass(frozen=True)
@@ -101,16 +105,52 @@ class Source(Protocol):
         ...
 
 
-def check_columns(what: str, wanted: Sequence[str], available: Sequence[str]) -> None:
-    """Raise ValueError unless a source has every column that is wanted of it."""
+TAKE_COLUMNS = "set download.caption_column, .extra_columns and .keep to what it has"
+"""What to do where a source lacks a column."""
+
+
+def find_columns(
+    what: str, wanted: Sequence[str], available: Sequence[str], remedy: str = TAKE_COLUMNS
+) -> dict[str, str]:
+    """The name in the source of every column that is wanted of it: `URL` and ` url` are `url` where that is not there.
+
+    Raises:
+        ValueError: one is not there, or it is not clear which one is meant.
+    """
+    found = {}
     for name in wanted:
-        if name not in available:
-            raise ValueError(
-                f"{what} has no column {name!r}; it has {', '.join(available)}: set download.caption_column, "
-                f".extra_columns and .keep to what it has"
-            )
-        if (count := list(available).count(name)) > 1:
-            raise ValueError(f"{what} has {count} columns {name!r}; give each its own name")
+        named = [own for own in available if own == name] or [own for own in available if same_column(own, name)]
+        if not named:
+            raise ValueError(f"{what} has no column {name!r}; it has {', '.join(available)}: {remedy}")
+        if len(named) > 1:
+            spelled = f" ({', '.join(map(repr, named))})" if set(named) != {name} else ""
+            raise ValueError(f"{what} has {len(named)} columns {name!r}{spelled}; give each its own name")
+        found[name] = named[0]
+    return found
+
+
+def same_column(one: str, other: str) -> bool:
+    """Whether two names of columns differ in upper case and in spaces around them at most."""
+    return one.strip().casefold() == other.strip().casefold()
+
+
+def say_left_out(logger: logging.Logger, what: str, names: Sequence[str], kind: str) -> None:
+    """Log how many files or members of a source are not used, and the first of them; nothing where there are none.
+
+    Args:
+        logger: of the module that leaves them out.
+        what: the source, as messages name it.
+        names: of all that are left out.
+        kind: what they are, as in `3 files that are no tars`.
+    """
+    if names:
+        examples = ", ".join(names[:_EXAMPLES]) + (", ..." if len(names) > _EXAMPLES else "")
+        logger.warning("%s: left out %d %s: %s", what, len(names), kind, examples)
+
+
+def has_text(caption: str) -> bool:
+    """Whether a caption says anything: white space, and characters that nobody sees, do not."""
+    return any(character.isprintable() and not character.isspace() for character in caption)
 
 
 def place(*parts: Any) -> str:
@@ -123,8 +163,16 @@ def no_place(status: str, reason: str) -> str:
     return json.dumps({"status": status, "reason": reason})
 
 
+def known_failure(row: Row) -> Failure | None:
+    """Why a row gives no image, where its source knew that from the beginning."""
+    found = json.loads(row[PLACE]) if row[PLACE] else None
+    return Failure(**found) if isinstance(found, dict) else None
+
+
 def placed(rows: Sequence[Row], what: str) -> Iterator[tuple[int, list[Any] | Failure]]:
     """Position and `PLACE` of every row; a failure where the row says that it has no image."""
     for position, row in enumerate(rows):
-        found = json.loads(row[PLACE]) if row[PLACE] else Failure(MISSING, f"{what} has no image")
-        yield position, Failure(**found) if isinstance(found, dict) else found
+        if not row[PLACE]:
+            yield position, Failure(MISSING, f"{what} has no image")
+        else:
+            yield position, known_failure(row) or json.loads(row[PLACE])

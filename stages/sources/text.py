@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterator, Sequence
-from typing import Any
+import re
+import unicodedata
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import chain
+from typing import Any, TextIO
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -27,11 +30,19 @@ class WrittenFloat(float):
 
 
 _JSON = json.JSONDecoder(parse_float=WrittenFloat)
+_TOO_DEEP = "values are nested too deeply"
+_SPACE = re.compile(r"\s*")
+_PIECE = 1 << 20
+"""Characters of a JSON array that are read together."""
+
+
+TEXT_SUFFIXES = ("txt", "text", "caption", "cap")
+"""Of files, and of members of tars, that hold the text of the image beside them; the first one counts."""
 
 
 def decode(data: bytes) -> str:
-    """Bytes as text; what is not UTF-8 becomes U+FFFD."""
-    return data.decode("utf-8-sig", errors="replace")
+    """Bytes as text in the Unicode encoding that the first ones show; what is none becomes U+FFFD."""
+    return data.decode(json.detect_encoding(data), errors="replace")
 
 
 def clean(text: str) -> str:
@@ -43,25 +54,65 @@ def clean(text: str) -> str:
     return text
 
 
-def load_json(data: bytes) -> Any:
+def open_text(file: Any) -> TextIO:
+    """A binary file as text in the Unicode encoding that its first bytes show; what is none becomes U+FFFD.
+
+    Its lines end as in the file: in a line feed, a carriage return or both.
+    """
+    buffered = io.BufferedReader(file)
+    return io.TextIOWrapper(buffered, json.detect_encoding(buffered.peek(4)[:4]), errors="replace", newline="")
+
+
+def pair_folded(images: Mapping[str, str], texts: Mapping[str, str]) -> dict[str, str]:
+    """Images and texts whose names are the same but for upper case and the way that accents are written (NFC, NFD).
+
+    Only where that leaves no choice: no other image, and no other text, has such a name.
+
+    Args:
+        images: what they are called, by anything that tells them apart.
+        texts: likewise.
+
+    Returns:
+        The text of each image that has one.
+    """
+    folded: dict[str, tuple[list[str], list[str]]] = {}
+    for side, names in enumerate((images, texts)):
+        for own, name in names.items():
+            folded.setdefault(fold(name), ([], []))[side].append(own)
+    return {ones[0]: others[0] for ones, others in folded.values() if len(ones) == len(others) == 1}
+
+
+def split_suffix(name: str) -> tuple[str, str]:
+    """A file's name without its suffix, and that in lower case without its dot; '' where there is none."""
+    folder, slash, base = name.rpartition("/")
+    stem, dot, suffix = base.rpartition(".")
+    return folder + slash + (stem if dot else base), suffix.lower() if dot else ""
+
+
+def fold(name: str) -> str:
+    """The same for names that differ in upper case, or in the way that accents are written (NFC, NFD), alone."""
+    return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
+
+
+def load_json(data: bytes | str) -> Any:
     """The value of a JSON text; its strings may hold lone surrogates, which `clean` and `strings` remove.
 
     Raises:
         ValueError: it is none; json.JSONDecodeError where that has a place.
     """
     try:
-        return _JSON.decode(data.decode(json.detect_encoding(data), errors="replace"))
+        return _JSON.decode(data.decode(json.detect_encoding(data), "replace") if isinstance(data, bytes) else data)
     except RecursionError as error:
-        raise ValueError("values are nested too deeply") from error
+        raise ValueError(_TOO_DEEP) from error
 
 
-def json_lines(data: bytes) -> Iterator[tuple[int, Any]]:
+def json_lines(lines: Iterable[bytes | str]) -> Iterator[tuple[int, Any]]:
     """Number and value of each line that is not blank.
 
     Raises:
         ValueError: a line is no JSON; the message names it.
     """
-    for number, line in enumerate(io.BytesIO(data), start=1):
+    for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
@@ -71,6 +122,64 @@ def json_lines(data: bytes) -> Iterator[tuple[int, Any]]:
         except ValueError as error:
             raise ValueError(f"line {number}: {error}") from error
         yield number, value
+
+
+def json_entries(text: TextIO) -> Iterator[tuple[str, Any]]:
+    """Where it stands (`line 3`, `entry 3`) and the value of each line of JSONL, or of each entry of a JSON array.
+
+    No more of the text is held than a piece of it and one entry.
+
+    Raises:
+        ValueError: it is no JSON; the message names the place.
+    """
+    first = text.read(1)
+    while first.isspace():
+        first = text.read(1)
+    if first == "[":
+        yield from _array_entries(text)
+        return
+    for number, value in json_lines(chain([first + text.readline()], text)):
+        yield f"line {number}", value
+
+
+def _array_entries(text: TextIO) -> Iterator[tuple[str, Any]]:
+    """As `json_entries`, after the opening bracket."""
+    buffer, at, number, more = "", 0, 0, _PIECE
+    while True:
+        at = _after_space(buffer, at)
+        if number == 0 and buffer.startswith("]", at):
+            break
+        try:
+            value, end = _JSON.raw_decode(buffer, at)
+            end = _after_space(buffer, end)
+            problem = "" if buffer.startswith((",", "]"), end) else "there is no comma or closing bracket after it"
+            whole = end < len(buffer)
+        except json.JSONDecodeError as error:
+            problem, whole = error.msg, False
+        except RecursionError as error:
+            raise ValueError(f"entry {number + 1}: {_TOO_DEEP}") from error
+        if not whole and (piece := text.read(more)):
+            # twice as much each time, or a long entry would be looked at as often as it has pieces
+            buffer, at, more = buffer[at:] + piece, 0, 2 * more
+            continue
+        if problem:
+            raise ValueError(f"entry {number + 1}: {problem}")
+        number, more = number + 1, _PIECE
+        yield f"entry {number}", value
+        at = end
+        if buffer[end] == "]":
+            break
+        at += 1
+    while rest := buffer[at + 1 :] or text.read(_PIECE):
+        if rest.strip():
+            raise ValueError(f"more follows its {number} entries: {rest.strip()[:40]!r}")
+        buffer = ""
+
+
+def _after_space(text: str, at: int) -> int:
+    found = _SPACE.match(text, at)
+    assert found is not None, "it also matches nothing"
+    return found.end()
 
 
 def strings(values: Sequence[Any]) -> pa.Array:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Annotated
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pydantic import NonNegativeInt
 
@@ -23,11 +24,9 @@ from models.config import Config
 from stages.sources.failures import read_failure
 from stages.sources.fetch_process import COLUMNS, SHARD
 from stages.sources.guarded_http import Guard
-from stages.sources.lists import EXPECTED, read_list
-from stages.sources.source import PLACE, URL, Fetched, Row, check_columns
+from stages.sources.lists import EXPECTED, RowList, Sought
+from stages.sources.source import PLACE, URL, Fetched, Row
 from stages.stage import DoesNotAffectResult, RuntimeFloat, RuntimeInt
-from storage.digests import sha256_bytes
-from storage.input_files import read_input
 
 logger = logging.getLogger(__name__)
 
@@ -68,36 +67,35 @@ class UrlList:
     """
 
     path: str
-    """`sample`, or a list; local or s3://."""
+    """`sample`, or a list: a file, a folder or a pattern, local or s3://."""
     url_column: str
     http: HttpConfig
     guard: Guard
     threads: int
     """Connections at a time."""
+    tsv_quotes: bool = False
+    """Whether double quotes enclose values where tabs separate them."""
 
     @property
     def what(self) -> str:
         """How messages name it."""
-        return f"URL list {self._file}"
+        return self._list.what
 
     @property
-    def _file(self) -> str:
-        return str(SAMPLE_LIST) if self.path == SAMPLE else self.path
+    def _list(self) -> RowList:
+        path = str(SAMPLE_LIST) if self.path == SAMPLE else self.path
+        return RowList(path, "URL list", "download.url_list", _EXPECTED, tsv_quotes=self.tsv_quotes)
 
     def content(self) -> dict[str, str]:
         """The list counts by its content, not by its path."""
-        return {"url_list": sha256_bytes(read_input(self._file, "download.url_list", _EXPECTED))}
+        return {"url_list": self._list.digest()}
 
     def rows(self, columns: Sequence[str]) -> pa.Table:
-        table = read_list(self._file, "URL list", "download.url_list", _EXPECTED)
-        if self.url_column not in table.column_names:
-            raise ValueError(
-                f"{self.what} has no column {self.url_column!r}; it has {', '.join(table.column_names)}: set "
-                f"download.url_column to the one with the URLs"
-            )
-        check_columns(self.what, columns, table.column_names)
+        sought = Sought(self.url_column, "set download.url_column to the one with the URLs")
+        table = self._list.read(sought, columns)
+        urls = pc.utf8_trim_whitespace(table[self.url_column])
         places = pa.array([""] * table.num_rows, pa.string())
-        return pa.table({name: table[name] for name in columns} | {URL: table[self.url_column], PLACE: places})
+        return pa.table({name: table[name] for name in columns} | {URL: urls, PLACE: places})
 
     def fetch(self, rows: list[Row], scratch: Path) -> Iterator[tuple[int, Fetched]]:
         with ExitStack() as stack:

@@ -1,17 +1,16 @@
-"""WebDataset tars: members KEY.jpg, KEY.txt, KEY.json ... of one sample follow each other."""
+"""WebDataset tars: members KEY.jpg, KEY.txt, KEY.json ... are one sample."""
 
 from __future__ import annotations
 
+import logging
 import tarfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import pyarrow as pa
 
 from models.config import Config
-from stages.sources.images import is_image_name
 from stages.sources.source import (
     NO_CAPTION,
     PLACE,
@@ -19,17 +18,21 @@ from stages.sources.source import (
     Failure,
     Fetched,
     Row,
-    check_columns,
+    find_columns,
     no_place,
     place,
     placed,
+    say_left_out,
 )
-from stages.sources.text import decode, load_json, strings
+from stages.sources.tar_samples import TarReader, TarSample
+from stages.sources.text import strings
 from stages.stage import RuntimeStr
-from storage.image_shards import sample_members
-from storage.input_files import InputFiles
+from storage.input_files import COMPRESSION_ERRORS, InputFiles, decompressed, is_clutter
+
+logger = logging.getLogger(__name__)
 
 _WHAT = "download.files.path"
+_SUFFIXES = (".tar", ".tgz", ".tbz2", ".txz", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst")
 
 
 class WebDatasetFiles(Config):
@@ -39,7 +42,8 @@ class WebDatasetFiles(Config):
     """Which layout the files have."""
     path: RuntimeStr
     """A tar, a folder of tars or a pattern such as `s3://bucket/train-*.tar`; names and contents count, not the place.
-    Columns are the fields of a sample's .json; its .txt is the caption unless the .json has one."""
+    Columns are the fields of a sample's .json; its .txt (or .text, .caption, .cap) is the caption unless the .json has
+    one."""
 
 
 class WebDataset:
@@ -61,23 +65,27 @@ class WebDataset:
         return {"files": self._files.digest(self._tars())}
 
     def rows(self, columns: Sequence[str]) -> pa.Table:
+        tars, reader = self._tars(), TarReader(list(dict.fromkeys([self._caption_column, *columns])))
+        others = sorted(set(self._files.names()) - set(tars))
+        say_left_out(logger, self.what, others, "files that are no tars")
         urls: list[str] = []
         places: list[str] = []
         kept: dict[str, list[Any]] = {name: [] for name in columns}
-        seen: dict[str, None] = {}
-        problem = ""
-        for name in self._tars():
-            for sample in self._samples(name):
-                seen |= dict.fromkeys(sample.fields)
-                problem = problem or sample.problem
+        said = False
+        for tar in tars:
+            for sample in self._samples(tar, reader):
+                fields = (sample.fields or {}) | {self._caption_column: sample.caption(self._caption_column)}
+                said = said or bool(sample.texts)
                 for wanted, values in kept.items():
-                    values.append(sample.fields.get(wanted))
-                urls.append(f"{name}/{sample.image or sample.key}")
-                places.append(sample.place(name))
-        if problem and not seen:
-            raise ValueError(f"{self.what} has no .json that can be read: {problem}; write one object a sample")
+                    values.append(fields.get(wanted))
+                urls.append(f"{tar}/{sample.image.name if sample.image else sample.stem}")
+                places.append(_place_of(sample, tar))
+        say_left_out(logger, self.what, reader.left_out, "members that are neither an image nor its text")
+        seen = dict.fromkeys([self._caption_column] if said else []) | reader.seen
+        if reader.problem and not seen:
+            raise ValueError(f"{self.what} has no .json that can be read: {reader.problem}; write one object a sample")
         if urls:
-            check_columns(self.what, columns, list(seen))
+            find_columns(self.what, columns, list(seen))
         return pa.table(
             {name: strings(values) for name, values in kept.items()} | {URL: strings(urls), PLACE: strings(places)}
         )
@@ -89,81 +97,36 @@ class WebDataset:
                 yield position, found
             else:
                 tar, offset, size = found
-                wanted.setdefault(tar, []).append((position, offset, size))
+                wanted.setdefault(tar, []).append((offset, size, position))
         for tar, members in wanted.items():
             with self._files.open(tar) as file:
-                for position, offset, size in members:
-                    file.seek(offset)
-                    yield position, bytes(file.read(min(size, self._max_bytes + 1)))
+                data = decompressed(file)
+                for offset, size, position in sorted(members):  # a compressed tar is read from its start, once
+                    data.seek(offset)
+                    yield position, bytes(data.read(min(size, self._max_bytes + 1)))
 
     def _tars(self) -> list[str]:
         names = self._files.names()
-        tars = [name for name in names if name.endswith(".tar")]
+        tars = [name for name in names if name.lower().endswith(_SUFFIXES) and not is_clutter(name)]
         if not tars:
-            raise ValueError(f"{self.what} holds no .tar, but {names[0]!r}; unpack compressed tars, or mend the path")
+            raise ValueError(f"{self.what} holds no .tar, but {names[0]!r}; mend the path")
         return tars
 
-    def _samples(self, name: str) -> Iterator[_Sample]:
+    def _samples(self, tar: str, reader: TarReader) -> list[TarSample]:
         """The samples of one tar, without the images' bytes."""
-        sample = None
         try:
-            with self._files.open(name) as file, tarfile.open(fileobj=file, mode="r:") as tar:
-                for key, extension, member in sample_members(tar):
-                    if sample is None or key != sample.key:
-                        if sample is not None:
-                            yield sample
-                        sample = _Sample(key)
-                    self._add(sample, name, member, extension.lower(), tar)
-        except (tarfile.TarError, OSError) as error:
-            raise ValueError(f"{self.what}: {name} is not readable as tar: {error}; make or fetch it again") from error
-        if sample is not None:
-            yield sample
-
-    def _add(self, sample: _Sample, name: str, member: tarfile.TarInfo, extension: str, tar: tarfile.TarFile) -> None:
-        if is_image_name(extension):
-            if not sample.image:  # of several images the first one is the sample's
-                sample.image, sample.offset, sample.size = member.name, member.offset_data, member.size
-            return
-        if extension not in ("txt", "json"):
-            return
-        reader = tar.extractfile(member)
-        assert reader is not None, "regular members have data"
-        data = reader.read()
-        if len(data) != member.size:
-            raise tarfile.ReadError(f"{member.name} ends early")
-        if extension == "txt":
-            sample.fields.setdefault(self._caption_column, decode(data))
-            return
-        try:
-            value = load_json(data)
-        except ValueError as error:
-            sample.problem = f"{name}: {member.name} is not JSON: {error}"
-            return
-        if isinstance(value, dict):
-            sample.fields |= value
-        else:
-            sample.problem = f"{name}: {member.name} is no JSON object, but {str(value)[:40]!r}"
+            with self._files.open(tar) as file:
+                data = decompressed(file)
+                if not data.seekable():
+                    raise tarfile.ReadError("it is compressed with Zstandard: unpack it")
+                return reader.samples(data, tar)
+        except (tarfile.TarError, OSError, ValueError, *COMPRESSION_ERRORS) as error:
+            raise ValueError(f"{self.what}: {tar} is not readable as tar: {error}; make or fetch it again") from error
 
 
-@dataclass
-class _Sample:
-    """What the members of one key say."""
-
-    key: str
-    image: str = ""
-    """Name of its member; '' where there is none."""
-    offset: int = 0
-    """Of the image's bytes in the tar."""
-    size: int = 0
-    """Of the image, bytes."""
-    fields: dict[str, Any] = field(default_factory=dict)
-    problem: str = ""
-    """What is wrong with the .json: the caption, and what is held out, may stand there, so the row cannot be used."""
-
-    def place(self, tar: str) -> str:
-        """Its `PLACE`."""
-        if not self.image:
-            return ""
-        if self.problem:
-            return no_place(NO_CAPTION, "the .json beside the image is no JSON object")
-        return place(tar, self.offset, self.size)
+def _place_of(sample: TarSample, tar: str) -> str:
+    if sample.image is None:
+        return ""
+    if sample.problem or not sample.has_text:
+        return no_place(NO_CAPTION, sample.problem or "no text beside the image")
+    return place(tar, sample.image.offset, sample.image.size)

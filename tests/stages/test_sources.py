@@ -17,8 +17,8 @@ import pytest
 
 from stages.download import STAGE, DownloadConfig, open_source, read_rows
 from stages.image_data import ORIGINAL, table_columns
-from stages.sources import known_lists
 from stages.sources.folder import FolderImages
+from stages.sources.lists import RowList
 from stages.templates import fill_row
 from storage.code_table import CodeTableInfo, read_code_table, write_code_shard
 from tests.given_files import (
@@ -131,12 +131,14 @@ def test_list_that_changes_while_it_is_read_is_not_remembered_as_what_it_was(
     expected = open_source(config).content()
     shutil.rmtree(tmp_path / "cache")
 
-    def read_after_a_change(*_: str) -> bytes:
+    read = RowList.read
+
+    def read_after_a_change(*arguments: Any) -> pa.Table:
         listed.write_bytes(after)
-        return after
+        return read(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(known_lists, "read_input", read_after_a_change)
+        patch.setattr(RowList, "read", read_after_a_change)
         open_source(config).content()
     listed.write_bytes(before)
     assert open_source(config).content() == expected
@@ -323,13 +325,13 @@ def list_of(text: str) -> Callable[[Path], Any]:
         bad("folder", "", list_of("caption\nx\n"), "no column 'file_name'", captions="l.csv"),
         bad("folder", "", list_of("file_name\nx\n"), "no column 'caption'", captions="l.csv"),
         bad("folder", "", lambda f: (f / "l.xls").write_bytes(b""), "unknown suffix '.xls'", captions="l.xls"),
-        bad("folder", "", lambda f: None, r"cannot read download\.files\.captions", captions="absent.csv"),
+        bad("folder", "", lambda f: None, r"download\.files\.captions=.*matches no file", captions="absent.csv"),
         bad("folder", "", list_of("file_name,caption,caption\nx,a,b\n"), "has 2 columns 'caption'", captions="l.csv"),
         bad("folder", "", list_of("file_name,file_name,caption\n,,\n"), "has 2 columns 'file_name'", captions="l.csv"),
-        bad("folder", "", list_of('{"a": 1}\n\n{"a": \n'), "not readable as jsonl: line 3, column", captions="l.jsonl"),
+        bad("folder", "", list_of('{"a": 1}\n\n{"a": \n'), "not readable as json: line 3, column", captions="l.jsonl"),
         bad("folder", "", list_of('{"a": 1}\n[2]\n'), r"line 2 is '\[2\]', not an object", captions="l.jsonl"),
-        bad("folder", "", list_of("\n"), "not readable as jsonl: it is empty", captions="l.jsonl"),
-        bad("folder", "", list_of("[" * 99_999), "line 1: values are nested too deeply", captions="l.jsonl"),
+        bad("folder", "", list_of("\n"), "not readable as json: it is empty", captions="l.jsonl"),
+        bad("folder", "", list_of("[" * 99_999), "entry 1: values are nested too deeply", captions="l.jsonl"),
         bad_turns(None, r"cannot read download\.files\.path"),
         bad_turns("{", "not readable as JSON"),
         bad_turns("{}", "a dict, not a list"),

@@ -1,11 +1,17 @@
 """Files outside the store: found by file, folder and pattern, local and on S3, and known by their content."""
 
+import bz2
+import gzip
+import io
+import lzma
+from collections.abc import Callable
 from pathlib import Path
 
 import fsspec
 import pytest
 
-from storage.input_files import InputFiles, read_input
+from storage.input_files import InputFiles, decompressed, is_clutter, read_input
+from tests.given_files import zstandard
 
 CONTENTS = {"a-0.tar": b"first", "a-1.tar": b"second", "deep/b.txt": b"third"}
 
@@ -84,6 +90,55 @@ def test_cache_that_cannot_be_used_is_named(tmp_path: Path, monkeypatch: pytest.
 def test_names_that_look_like_patterns_are_read_as_they_are(tmp_path: Path) -> None:
     write(str(tmp_path), {"cat [1].txt": b"one", "cat 1.txt": b"other", "what?.txt": b"two"})
     assert list(InputFiles(str(tmp_path), "path").read_all(["what?.txt", "cat [1].txt"])) == [b"two", b"one"]
+
+
+@pytest.mark.parametrize("name", ["photos [2023]", "what?", "star*", "a#b", "with space", "[a]", "a::b", "50%20"])
+def test_a_path_that_exists_is_never_taken_for_a_pattern(tmp_path: Path, name: str) -> None:
+    check_that_name_is_no_pattern(str(tmp_path), name)
+
+
+@pytest.mark.parametrize("name", ["photos [2023]", "what?"])
+def test_a_path_that_exists_in_s3_is_never_taken_for_a_pattern(s3_uri: str, name: str) -> None:
+    check_that_name_is_no_pattern(s3_uri, name)
+
+
+def check_that_name_is_no_pattern(folder: str, name: str) -> None:
+    other = name.translate(str.maketrans("?*[", "xxx"))  # what the pattern would match
+    write(folder, {f"{name}/1.tar": b"one", f"{name}/deep/2.tar": b"two", f"{other} /1.tar": b"other"})
+    here = f"{folder}/{name}"
+    assert InputFiles(here, "path").names() == ["1.tar", "deep/2.tar"]
+    assert InputFiles(f"{here}/*.tar", "path").names() == ["1.tar"], "a pattern within it is one all the same"
+    assert read_input(f"{here}/1.tar", "list", "a list") == b"one"
+
+
+def test_where_nothing_has_the_name_it_is_a_pattern_of_folders_and_files(folder: str) -> None:
+    write(folder, {"part-1/x.tar": b"1", "part-2/x.tar": b"2", "part-2/deep/y.tar": b"3"})
+    assert InputFiles(f"{folder}/part-[12]/*.tar", "path").names() == ["part-1/x.tar", "part-2/x.tar"]
+    assert InputFiles(f"{folder}/part-?/x.tar", "path").names() == ["part-1/x.tar", "part-2/x.tar"]
+    assert InputFiles(f"{folder}/**/y.tar", "path").names() == ["part-2/deep/y.tar"]
+    with pytest.raises(ValueError, match=r"matches no file.*write \* in place of \{0\.\.9\}"):
+        InputFiles(f"{folder}/part-{{1..2}}/x.tar", "path").names()
+
+
+def test_one_file_is_asked_for_and_several_or_none_are_named(folder: str) -> None:
+    assert read_input(f"{folder}/a-1.*", "list", "a list") == b"second"
+    with pytest.raises(ValueError, match=r"cannot read list=.*: it is 2 files; give a list"):
+        read_input(f"{folder}/a-*.tar", "list", "a list")
+    with pytest.raises(ValueError, match=r"cannot read list=.*: there is no such file; give a list"):
+        read_input(f"{folder}/none.csv", "list", "a list")
+
+
+@pytest.mark.parametrize("name", ["._a.jpg", "x/._a.jpg", "__MACOSX/a.jpg", ".DS_Store", "x/Thumbs.db", ".git/a.jpg"])
+def test_what_systems_leave_beside_files_is_no_file_of_the_user(name: str) -> None:
+    assert is_clutter(name) and not is_clutter("x/a.jpg")
+
+
+@pytest.mark.parametrize("compress", [gzip.compress, bz2.compress, lzma.compress, zstandard])
+def test_compression_is_known_by_the_first_bytes(compress: Callable[[bytes], bytes]) -> None:
+    assert decompressed(io.BytesIO(compress(b"text" * 99))).read() == b"text" * 99
+    assert decompressed(io.BytesIO(b"text")).read() == b"text"
+    with pytest.raises(ValueError, match="is a ZIP; unpack it"):
+        decompressed(io.BytesIO(b"PK\x03\x04"))
 
 
 def test_no_more_is_read_than_asked_for(folder: str) -> None:
