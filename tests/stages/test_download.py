@@ -241,7 +241,7 @@ def test_bad_list_is_named_with_what_was_expected(tmp_path: Path, content: str, 
 
 
 def test_missing_list_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"cannot read download\.url_list="):
+    with pytest.raises(ValueError, match=r"download\.url_list=.* matches no file; give a file, a folder or a pattern"):
         read_rows(DownloadConfig(url_list=str(tmp_path / "absent.csv")))
 
 
