@@ -1,6 +1,7 @@
 """The `musevl` command as its users meet it: in processes of their own."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -8,10 +9,12 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from flows import cli
 from storage.manifest import Manifest
 from storage.store import Store
 from storage.tables import metrics_table, write_table
 from tests.flows.conftest import ROOT, Command
+from tests.misbehaving_server import bomb_png, png
 
 UNKNOWN_DIGEST = "0123456789ab"
 
@@ -100,6 +103,32 @@ def test_bad_input_gives_one_line_and_exit_code_2(arguments: str, words: str, mu
     assert done.stderr.startswith("musevl: ")
     assert done.stderr.count("\n") == 1, done.stderr
     assert words in done.stderr
+
+
+EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n%%EOF\n"
+
+
+@pytest.mark.parametrize(
+    ("data", "overrides", "message"),
+    [
+        (EPS, [], "unsupported format: EPS or PostScript); give one of JPEG, PNG"),
+        (bomb_png(), [], "more than 64000000 pixels); raise download.max_bytes or download.max_pixels with --set"),
+        (png("red"), ["download.max_bytes=50"], "more than 50 bytes"),
+        (png("red")[:60], [], "give one of JPEG, PNG"),
+    ],
+    ids=["EPS", "900 megapixels", "bytes", "cut"],
+)
+def test_ask_opens_what_a_download_opens(
+    data: bytes, overrides: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "gs").write_text(f"#!/bin/sh\ntouch {tmp_path / 'ran'}\n")
+    (tmp_path / "gs").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    (tmp_path / "cat.png").write_bytes(data)
+    with pytest.raises(ValueError, match=r"cat\.png cannot be read as an image") as raised:
+        cli.ask(tmp_path / "cat.png", "What is it?", "tiny", str(tmp_path / "store"), overrides)
+    assert message in str(raised.value)
+    assert not (tmp_path / "ran").exists()
 
 
 def test_usage_errors_have_exit_code_2_too(musevl: Command) -> None:

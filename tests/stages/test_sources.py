@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
 from stages.download import STAGE, DownloadConfig, open_source, read_rows
 from stages.image_data import ORIGINAL, table_columns
@@ -32,7 +33,7 @@ from tests.given_files import (
     run_download,
     write_tar,
 )
-from tests.misbehaving_server import png
+from tests.misbehaving_server import encoded, png
 
 
 @pytest.mark.parametrize("make", MAKERS)
@@ -463,6 +464,24 @@ def test_a_folder_in_trouble_is_no_missing_image(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(images.files, "read", fail)
     with pytest.raises(OSError, match="does not answer"):
         images.read("a.png")
+
+
+@pytest.mark.parametrize("kind", ["MPO", "JPEG2000", "TIFF", "AVIF", "WEBP", "PPM"])
+def test_a_shard_is_read_back_as_a_webdataset_whatever_its_images_are(tmp_path: Path, kind: str) -> None:
+    image = Image.effect_noise((64, 64), 30)
+    options = {"save_all": True, "append_images": [image]} if kind == "MPO" else {}
+    (tmp_path / "a.png").write_bytes(encoded(image, kind, **options))
+    (tmp_path / "a.txt").write_text("noise")
+    first = tmp_path / "first"
+    first.mkdir()
+    rows, samples, _ = run_download(DownloadConfig(files={"kind": "folder", "path": str(tmp_path)}), first)
+    assert rows[0]["status"] == "ok"
+    for extension in {samples[0].extension, "mpo", "jpeg2000"}:  # the last two are in shards of older versions
+        folder = tmp_path / extension
+        folder.mkdir()
+        write_tar(folder / "a.tar", {f"0.{extension}": samples[0].image, "0.txt": b"noise"})
+        again, _, _ = run_download(DownloadConfig(files={"kind": "webdataset", "path": str(folder)}), folder)
+        assert [(row["status"], row["caption"], row["sha256"]) for row in again] == [("ok", "noise", rows[0]["sha256"])]
 
 
 def test_shadow_files_of_macos_are_no_samples(tmp_path: Path) -> None:
