@@ -139,6 +139,15 @@ def test_dead_codes_become_vectors_of_the_batch() -> None:
     assert len(quantizer(vectors).codes.unique()) > 8
 
 
+@pytest.mark.parametrize(("threshold", "restarted"), [(1.0, 15), (0.05, 0)])
+def test_a_threshold_of_one_restarts_what_one_batch_does_not_choose(threshold: float, restarted: int) -> None:
+    """RQ-VAE's released rule, in the recipes of VILA-U and DualToken, against ours."""
+    quantizer = initialised(small(l2_normalised=False, ema_decay=0.99, dead_threshold=threshold)).train()
+    before = quantizer.codebook.clone()
+    quantizer(before[:1].expand(8, 4).clone())
+    assert int(((quantizer.codebook - before).norm(dim=1) > 0.1).sum()) == restarted
+
+
 def test_more_dead_codes_than_vectors_are_all_replaced() -> None:
     quantizer = initialised(small(l2_normalised=False, ema_decay=0.0, dead_threshold=0.5)).train()
     vectors = torch.randn(3, 4)

@@ -116,8 +116,8 @@ def test_crops_depend_on_seed_step_and_place_alone() -> None:
 
 def test_dualtokens_released_settings_train(tiny_run: TinyRun, tmp_path: Path) -> None:
     settings = {
-        "steps": 4,
-        "precision": "fp32",
+        "steps": 2,
+        "batch_size": 4,
         "kind": "dualtoken",
         "random_crop": "{kind: area, smallest: 0.9}",
         "horizontal_flip": "false",
