@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shlex
 import sys
 from datetime import timedelta
@@ -12,8 +13,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from flows.text import megabytes, text_table
+from infra.interrupts import GOES_ON, advise, end_on_signals
 from infra.malloc import reexec_with_fast_malloc
-from stages.errors import USER_ERRORS, printable, report
+from stages.errors import EXIT_CODE, USER_ERRORS, complain, printable, report
+from stages.recipe_files import available_recipes, check_stage_name, recipe_values
 from stages.standalone import DEFAULT_STORE, STORE_VARIABLE, prepare_process, result_line, run_one_stage
 
 if TYPE_CHECKING:
@@ -21,6 +24,14 @@ if TYPE_CHECKING:
     from stages.assistant import Assistant
     from stages.recipe import Recipe
     from storage.store import Store
+
+
+def _finite(number: float | None) -> float | None:
+    """Refuse what no comparison does: not a number, which is neither too small nor too large."""
+    if number is not None and not math.isfinite(number):
+        raise typer.BadParameter(f"{number} is not a finite number.")
+    return number
+
 
 app = typer.Typer(
     name="musevl",
@@ -48,13 +59,33 @@ RetryOption = Annotated[
 DigestArgument = Annotated[str, typer.Argument(metavar="ARTIFACT", help="Digest, or its first 6 or more digits.")]
 
 
+MAX_PROMPT = 8000
+"""Characters of a prompt or a question; a language model of the papers' sizes takes as many tokens."""
+
+
 def main() -> None:
-    """Entry point: user errors become one line on stderr and exit code 2."""
+    """Entry point of the process."""
     reexec_with_fast_malloc()
+    end_on_signals()
+    raise SystemExit(run_command(sys.argv[1:]))
+
+
+def run_command(arguments: list[str]) -> int:
+    """Run a command line; user errors become one line on stderr and exit code 2.
+
+    Every command first checks what it was given, as far as that goes without importing PyTorch.
+    """
     try:
-        app()
+        return app(arguments, prog_name="musevl", standalone_mode=False) or 0
+    except typer.TyperException as error:
+        if type(error).__name__ == "NoArgsIsHelpError":
+            error.show()  # type: ignore[attr-defined]
+            return EXIT_CODE
+        context = getattr(error, "ctx", None)
+        hint = f"; see `{context.command_path} --help`" if context is not None else ""
+        return complain(f"{error.format_message().rstrip('.')}{hint}")
     except USER_ERRORS as error:
-        raise SystemExit(report(error)) from None
+        return report(error)
 
 
 @app.command()
@@ -66,6 +97,8 @@ def run(
     retry_failed: RetryOption = False,
 ) -> None:
     """Run the whole pipeline; stages that the store has already are skipped. Ends with a report."""
+    advise(GOES_ON)
+    recipe_values(recipe, overrides)
     from flows.local_run import run_pipeline
 
     if retry_failed:
@@ -90,6 +123,8 @@ def stage(
     retry_failed: RetryOption = False,
 ) -> None:
     """Run one stage; its inputs must be in the store."""
+    advise(GOES_ON)
+    check_stage_name(name)
     if retry_failed:
         overrides = _next_attempt(recipe, store, overrides)
     print(result_line(run_one_stage(name, recipe, store, executor, overrides or [])))
@@ -113,9 +148,12 @@ def compare_tokenizers(
 
     What the store has already is not trained again. A page with pictures and a Parquet table are written too.
     """
+    advise(GOES_ON)
+    recipe_values(recipe, overrides)
+    listed, numbers = _kinds(kinds), _integers(seeds, "--seeds")
     from flows.local_run import run_comparison
 
-    comparison = run_comparison(recipe, store, overrides or [], executor, _listed(kinds), _integers(seeds, "--seeds"))
+    comparison = run_comparison(recipe, store, overrides or [], executor, listed, numbers)
     print(comparison.text())
     from flows.report import write_comparison
 
@@ -138,6 +176,9 @@ def import_tokenizer(
     overrides: SetOption = None,
 ) -> None:
     """Turn published tokenizer weights (LlamaGen's or DualToken's layout) into a file for `tokenizer.weights`."""
+    recipe_values(recipe, overrides)
+    if not checkpoint.is_file():
+        raise ValueError(f"there is no checkpoint file {checkpoint}; give the path of one")
     from stages.import_tokenizer import import_weights
 
     prepare_process()
@@ -159,6 +200,11 @@ def import_codes(
     overrides: SetOption = None,
 ) -> None:
     """Take the codes that another project's tokenizer made of a recipe's images; the recipe must be downloaded."""
+    advise(GOES_ON)
+    recipe_values(recipe, overrides)
+    from storage.code_table import code_files
+
+    code_files(codes, "CODES")
     given = [*(overrides or []), "tokenizer.kind=external", f"tokenizer.codes={codes.absolute()}"]
     for name in ("train_tokenizer", "tokenize"):
         print(result_line(run_one_stage(name, recipe, store, executor, given)))
@@ -168,10 +214,8 @@ def import_codes(
 @app.command()
 def recipes() -> None:
     """List the recipes that ship with the project."""
-    from stages.recipe import available_recipes, load_recipe
-
-    loaded = [load_recipe(name) for name in available_recipes()]
-    print(text_table(["recipe", "description"], [[recipe.name, recipe.description] for recipe in loaded]))
+    loaded = [recipe_values(name) for name in available_recipes()]
+    print(text_table(["recipe", "description"], [[recipe["name"], recipe["description"]] for recipe in loaded]))
 
 
 @app.command()
@@ -183,7 +227,7 @@ def results(
     """Print the metrics of the last completed run."""
     opened = _open(store)
     if recipe and Path(recipe).suffix in (".yaml", ".yml"):
-        recipe = _load(recipe, None).name  # what the record of a run holds
+        recipe = str(recipe_values(recipe)["name"])  # what the record of a run holds
     for record in opened.runs():
         if record.get("stage") == "evaluate" and "artifact" in record and recipe in (None, record.get("recipe")):
             break
@@ -307,7 +351,10 @@ def artifacts_forget(artifact: DigestArgument, store: StoreOption = DEFAULT_STOR
 def artifacts_gc(
     store: StoreOption = DEFAULT_STORE,
     grace_days: Annotated[
-        float, typer.Option(min=0, help="Keep what is younger; longer than any run that is at work.")
+        float,
+        typer.Option(
+            min=0, max=36500, callback=_finite, help="Keep what is younger; longer than any run that is at work."
+        ),
     ] = 7.0,
     delete: Annotated[bool, typer.Option("--delete", help="Delete it. Without, only say what would go.")] = False,
 ) -> None:
@@ -328,13 +375,14 @@ def inspect(
     artifact: DigestArgument,
     store: StoreOption = DEFAULT_STORE,
     out: Annotated[Path, typer.Option("--out", help="Folder for the pictures.")] = Path(".musevl/inspect"),
-    num_images: Annotated[int, typer.Option("--images", min=0, help="How many rows to decode.")] = 36,
+    num_images: Annotated[int, typer.Option("--images", min=0, max=10_000, help="How many rows to decode.")] = 36,
     codes: Annotated[str, typer.Option(help="Codes, with commas: draw the image patches that carry them.")] = "",
 ) -> None:
     """Show a code table: schema, rows, how its codes are used, and pictures of decoded rows.
 
     Of a download: what became of its rows, by status, reason and host.
     """
+    chosen = _integers(codes, "--codes") if codes else []
     from flows.download_text import KIND, inspect_download
 
     opened = _open(store)
@@ -345,8 +393,8 @@ def inspect(
 
     prepare_process()
     print(inspect_code_table(opened, artifact, out, num_images=num_images))
-    if codes:
-        print("\n" + inspect_codes(opened, artifact, out, _integers(codes, "--codes")))
+    if chosen:
+        print("\n" + inspect_codes(opened, artifact, out, chosen))
 
 
 @app.command()
@@ -358,6 +406,8 @@ def ask(
     overrides: SetOption = None,
 ) -> None:
     """Answer a question about an image with the trained model."""
+    _check_text(question, "the question")
+    recipe_values(recipe, overrides)
     picture = _read_image(image, _load(recipe, overrides).download.limits)
     print(printable(_assistant(recipe, store, overrides).ask(picture, question)))
 
@@ -366,14 +416,21 @@ def ask(
 def generate(
     prompt: Annotated[str, typer.Argument(help="What to draw.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Image file to write.")] = Path("out.png"),
-    seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
-    guidance: Annotated[float | None, typer.Option(help="Classifier-free guidance scale (default: recipe's).")] = None,
-    temperature: Annotated[float | None, typer.Option(help="Of the sampling (default: recipe's).")] = None,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of the sampling.")] = 0,
+    guidance: Annotated[
+        float | None,
+        typer.Option(min=0, max=1000, callback=_finite, help="Classifier-free guidance scale (default: recipe's)."),
+    ] = None,
+    temperature: Annotated[
+        float | None, typer.Option(min=0, max=100, callback=_finite, help="Of the sampling (default: recipe's).")
+    ] = None,
     recipe: RecipeOption = "mini",
     store: StoreOption = DEFAULT_STORE,
     overrides: SetOption = None,
 ) -> None:
     """Draw an image for a prompt with the trained model."""
+    _check_text(prompt, "the prompt")
+    recipe_values(recipe, overrides)
     _check_image_target(out)
     assistant = _assistant(recipe, store, overrides)
     drawn = assistant.draw(prompt, num_images=1, guidance=guidance, temperature=temperature, seed=seed)
@@ -394,6 +451,28 @@ def _integers(text: str, option: str) -> list[int]:
     if not numbers:
         raise ValueError(f"{option} {text!r} is not a list of integers; write for example {option} 0,1,2")
     return numbers
+
+
+def _kinds(text: str) -> list[str]:
+    kinds = _listed(text)
+    if not kinds:
+        raise ValueError("--kinds names no tokenizer; write for example --kinds vqgan,sde")
+    for kind in kinds:
+        if kind.startswith("external="):
+            from storage.code_table import code_files
+
+            code_files(kind.removeprefix("external="), f"--kinds {kind}")
+    return kinds
+
+
+def _check_text(text: str, what: str) -> None:
+    """Refuse what no tokenizer takes, and what no model could read to its end."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # bytes of the command line that are not UTF-8 arrive as halves of characters
+        raise ValueError(f"{what} is not UTF-8; write it in a terminal with a UTF-8 locale") from None
+    if len(text) > MAX_PROMPT:
+        raise ValueError(f"{what} has {len(text)} characters; a model reads at most {MAX_PROMPT} here")
 
 
 def _open(uri: str) -> Store:

@@ -30,8 +30,8 @@ def run_pipeline(recipe: str, store: str, overrides: Sequence[str], executor: Ex
         ValueError, OSError, StoreError: the recipe or the store cannot be used; before the flow starts.
         ConnectionError: the server of the run did not start.
     """
+    _check(recipe, store, overrides, executor)
     with _server() as wait:
-        _check(recipe, store, overrides)
         from flows.pipeline import full_pipeline
 
         wait()
@@ -47,13 +47,11 @@ def run_comparison(
         ValueError, OSError, StoreError: a kind, the recipe or the store cannot be used; before the flow starts.
         ConnectionError: the server of the run did not start.
     """
-    if not kinds:
-        raise ValueError("--kinds names no tokenizer; write for example --kinds vqgan,sde")
-    with _server() as wait:
-        from flows.comparison_data import collect_comparison, overrides_of
+    from flows.comparison_data import collect_comparison, overrides_of
 
-        for kind in kinds:
-            _check(recipe, store, overrides_of(kind, seeds[0], list(overrides)))
+    for kind in kinds:
+        _check(recipe, store, overrides_of(kind, seeds[0], list(overrides)), executor)
+    with _server() as wait:
         from flows.comparison import compare_tokenizers
 
         wait()
@@ -74,9 +72,11 @@ def _server() -> AbstractContextManager[Callable[[], None]]:
     return prefect_server()
 
 
-def _check(recipe: str, store: str, overrides: Sequence[str]) -> None:
+def _check(recipe: str, store: str, overrides: Sequence[str], executor: ExecutorName) -> None:
+    prepare_process()
+    from infra.executors import build_executor
+    from stages.execution import check_ready
     from stages.recipe import load_recipe
     from storage.store import Store
 
-    load_recipe(recipe, list(overrides))
-    Store(store)
+    check_ready(load_recipe(recipe, list(overrides)), Store(store), build_executor(executor))

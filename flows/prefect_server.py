@@ -20,14 +20,19 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import IO
 
-from flows.interrupts import own_processes
-
 _START_S = 120.0
 """How long a server may take until it answers; a loaded machine needs half a minute."""
 _STOP_S = 5.0
 _PR_SET_PDEATHSIG = 1  # of Linux' prctl
 
+_ours = False
+
 _COMMAND = ["server", "start", "--no-ui", "--no-scheduler", "--no-late-runs", "--log-level", "ERROR"]
+
+
+def is_ours() -> bool:
+    """Whether the flows of this process report to a server that ends with it, so that nobody is left to be told."""
+    return _ours
 
 
 @contextmanager
@@ -45,7 +50,7 @@ def prefect_server() -> Iterator[Callable[[], None]]:
     if PREFECT_API_URL.value():
         yield lambda: None
         return
-    own_processes()
+    global _ours
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -58,10 +63,12 @@ def prefect_server() -> Iterator[Callable[[], None]]:
             stderr=subprocess.STDOUT,
             preexec_fn=_end_with_parent if sys.platform == "linux" else None,
         )
+        _ours = True
         try:
             with temporary_settings({PREFECT_API_URL: url}):
                 yield lambda: _wait(url, process, printed)
         finally:
+            _ours = False
             _deliver()
             process.terminate()
             try:

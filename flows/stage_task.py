@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import uuid
 from collections.abc import Callable, Iterator, Sequence
@@ -13,11 +14,12 @@ from prefect import task
 from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 
-from flows.interrupts import catch_signals
-from infra.executors import ExecutorName, build_executor
+from flows.prefect_server import is_ours
+from infra import interrupts
+from infra.executors import ClusterNotStarted, ExecutorName, build_executor
 from infra.malloc import give_back_freed_memory
 from infra.worker_errors import WorkerDied, WorkerFailed
-from stages.execution import run_stage
+from stages.execution import check_ready, run_stage
 from stages.recipe import STAGES, load_recipe
 from stages.standalone import default_store
 from storage.store import Store
@@ -31,6 +33,8 @@ if TYPE_CHECKING:
 RETRY_DELAYS_SECONDS = [5.0, 30.0]
 """Waits before a stage is tried again after an infrastructure error."""
 
+_STARTED_BY_A_WORKER = "PREFECT__FLOW_RUN_ID"
+"""Environment variable that Prefect's workers set for the process of a flow run."""
 _INFRASTRUCTURE_MODULES = ("ray", "botocore", "aiohttp", "urllib3", "urllib", "http", "ssl", "socket")
 _INFRASTRUCTURE_ERRORS = (ConnectionError, TimeoutError, InterruptedError)
 
@@ -61,12 +65,12 @@ def stage_tasks(
     through them. So one Ray cluster serves the whole run; it starts when the first stage maps something.
 
     Raises:
-        ValueError, OSError, StoreError: the recipe or the store cannot be used.
+        ValueError, OSError, StoreError: the recipe or the store cannot be used, or a stage lacks what it needs.
     """
-    catch_signals()
     recipe = load_recipe(recipe_name, list(overrides))
     store = Store(store_uri or default_store())
     executor = build_executor(executor_name)
+    check_ready(recipe, store, executor)
     run_id = uuid.uuid4().hex
 
     @task(
@@ -97,10 +101,22 @@ def stage_tasks(
         )
         return _summary(result)
 
-    try:
-        yield lambda name, *feeders: stage(name, feeders)
-    finally:
-        executor.close()
+    with _signals():
+        try:
+            yield lambda name, *feeders: stage(name, feeders)
+        finally:
+            executor.close()
+
+
+@contextmanager
+def _signals() -> Iterator[None]:
+    """Signals end a flow whose server ends with it; where the server lives on it is told first."""
+    if is_ours():
+        interrupts.take_back_signals()  # the flow took SIGTERM for Prefect's own handler
+        yield
+        return
+    with interrupts.reported_signals(owned=_STARTED_BY_A_WORKER in os.environ):
+        yield
 
 
 def is_infrastructure_error(error: BaseException | None) -> bool:
@@ -109,7 +125,7 @@ def is_infrastructure_error(error: BaseException | None) -> bool:
         module = type(error).__module__.partition(".")[0]
         if isinstance(error, _INFRASTRUCTURE_ERRORS) or module in _INFRASTRUCTURE_MODULES:
             return True
-        if isinstance(error, (ValueError, TypeError, KeyError, WorkerDied, WorkerFailed)):
+        if isinstance(error, (ValueError, TypeError, KeyError, WorkerDied, WorkerFailed, ClusterNotStarted)):
             return False
         error = error.__cause__
     return False

@@ -9,11 +9,13 @@ import secrets
 import socket
 import sys
 import tempfile
+import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, Protocol
 
+from infra.interrupts import descendants, end_processes, program_name, take_back_signals
 from infra.process_groups import Function, run_here, run_on_ray
 from infra.worker_errors import WorkerDied, is_worker_death, portable
 
@@ -28,6 +30,11 @@ TASK_RETRIES = 5
 """How often an input is given to a new worker process after its worker died. An input that waits in a worker's queue
 while the worker dies of another one loses a try too, so this is twice what one input may need (`stages.tokenize` finds
 the image that kills its worker at the third try), and one more for bad luck."""
+STARTS = 2
+"""How often a cluster of this machine is started before it is given up."""
+START_S = 120.0
+"""How long its processes may take to come up, each time. Ray's own limits, 15 s for its agent and 30 for all, are too
+short for a machine with other work: on two cores with eight busy processes a start took 46."""
 OBJECT_STORE_BYTES = 256 * 2**20
 """Shared memory of a cluster started here; items and results are small."""
 
@@ -36,8 +43,17 @@ class ClusterUnreachable(ConnectionError):
     """The Ray cluster that `RAY_ADDRESS` names does not answer."""
 
 
+class ClusterNotStarted(OSError):
+    """No Ray cluster comes up on this machine."""
+
+
 class Executor(Protocol):
     """Maps items over workers."""
+
+    @property
+    def on_this_machine(self) -> bool:
+        """Whether every worker will be on the machine of this process."""
+        ...
 
     def map(
         self, factory: WorkerFactory, items: list[Item], *, num_workers: int, num_gpus: float = 0
@@ -83,6 +99,8 @@ class Executor(Protocol):
 class LocalExecutor:
     """One item after the other in this process, and what runs together on this machine: without Ray."""
 
+    on_this_machine = True
+
     def map(
         self, factory: WorkerFactory, items: list[Item], *, num_workers: int, num_gpus: float = 0
     ) -> Iterator[Item]:
@@ -114,6 +132,10 @@ class RayExecutor:
     def __init__(self, num_cpus: int | None = None) -> None:
         self._num_cpus = num_cpus
         self._started = False
+
+    @property
+    def on_this_machine(self) -> bool:
+        return "RAY_ADDRESS" not in os.environ
 
     def map(
         self, factory: WorkerFactory, items: list[Item], *, num_workers: int, num_gpus: float = 0
@@ -198,6 +220,7 @@ class RayExecutor:
         address = os.environ.get("RAY_ADDRESS")
         if address is None:
             os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+        os.environ.setdefault("RAY_agent_register_timeout_ms", str(int(START_S * 1000)))
         import ray
         import ray.data
 
@@ -210,24 +233,79 @@ class RayExecutor:
         if address is not None:
             _check_answers(address)
             try:
-                with _without_log_level_line():
+                with _without_log_level_line(), _adapted_start():
                     ray.init(log_to_driver=False, logging_level=logging.WARNING)
             except (ConnectionError, RuntimeError, ValueError) as error:
                 raise _unreachable(address, error) from error
             logger.info("connected to the Ray cluster %s", address)
             return
-        # `local`, not `auto`: that joins any cluster on this machine, another run's too, and dies with it
-        with _without_log_level_line():
-            ray.init(
-                address="local",
-                num_cpus=self._num_cpus,
-                object_store_memory=OBJECT_STORE_BYTES,
-                include_dashboard=False,
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-            )
+        _start_cluster(self._num_cpus)
         self._started = RayExecutor._cluster_is_ours = True
         logger.info("started a local Ray cluster")
+
+
+def _start_cluster(num_cpus: int | None) -> None:
+    """Start a Ray cluster on this machine and connect to it.
+
+    Raises:
+        ClusterNotStarted: it did not come up, whatever the reason; Ray raises anything from `Exception` down.
+    """
+    import ray
+
+    for start in range(STARTS):
+        before = set(descendants())
+        try:
+            with _without_log_level_line(), _adapted_start():
+                # `local`, not `auto`: that joins any cluster on this machine, another run's too, and dies with it
+                ray.init(
+                    address="local",
+                    num_cpus=num_cpus,
+                    object_store_memory=OBJECT_STORE_BYTES,
+                    include_dashboard=False,
+                    log_to_driver=False,
+                    logging_level=logging.ERROR,
+                )
+            return
+        except Exception as error:
+            ray.shutdown()
+            end_processes(spared=before)
+            reason = " ".join(str(error).split())[:300]
+            if start + 1 == STARTS:
+                raise ClusterNotStarted(
+                    f"Ray does not start on this machine, after {STARTS} tries: {reason}; use `--executor local`, "
+                    "which does without it, or try again when the machine is less busy"
+                ) from error
+            logger.warning("Ray did not start (%s); trying once more", reason)
+
+
+@contextmanager
+def _adapted_start() -> Iterator[None]:
+    """What Ray's start has no settings for.
+
+    It waits START_S for this machine to join its own cluster, as long as the process that joins lives: 30 seconds are a
+    number in its code. And it leaves SIGTERM to whoever took it before; its native handler would print a stack, and
+    abort the process three seconds later.
+    """
+    from ray._private import services, utils
+
+    look_up, take_signal = services.get_node, utils.set_sigterm_handler
+
+    def wait(*arguments: Any) -> Any:
+        until = time.monotonic() + START_S
+        while True:
+            try:
+                return look_up(*arguments)
+            except RuntimeError:  # it has not joined yet
+                if time.monotonic() > until or "raylet" not in map(program_name, descendants()):
+                    raise
+                time.sleep(0.1)
+
+    services.get_node, utils.set_sigterm_handler = wait, lambda handler: None
+    try:
+        yield
+    finally:
+        services.get_node, utils.set_sigterm_handler = look_up, take_signal
+        take_back_signals()
 
 
 class _RayWorker:

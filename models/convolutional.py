@@ -27,7 +27,7 @@ class ConvConfig(Config):
 
     channels: PositiveInt = 128
     """Channels at the highest resolution that is convolved."""
-    channel_multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)
+    channel_multipliers: tuple[PositiveInt, ...] = (1, 1, 2, 2, 4)
     """Channels at each resolution, in units of `channels`; each step after the first halves the resolution."""
     encoder_blocks: PositiveInt = 2
     """Residual blocks at each resolution of the encoder."""

@@ -47,7 +47,7 @@ class TokenizerConfig(Config):
     pixel_layers: tuple[PositiveInt, ...] = (6, 4)
     """Layers of the tower, counted from 1, whose features are `dualtoken`'s pixel features; none: its semantic
     features, which is DualToken's ablation with both losses at the deep layer."""
-    pixel_layer_weights: tuple[float, ...] = (1.0, 0.6)
+    pixel_layer_weights: tuple[NonNegativeFloat, ...] = (1.0, 0.6)
     """Weight of each of them in the sum."""
     semantic_layer: PositiveInt | None = 26
     """Layer whose features are `dualtoken`'s semantic features, taken as they are, so that the rest of the tower can

@@ -10,7 +10,7 @@ from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt
 from torch import Tensor, nn
 
 from models.backbone_teacher import BackboneTeacher
-from models.config import Config, CountsByContent, Fraction
+from models.config import Config, CountsByContent, Fraction, InOrder
 from models.convolutional import gradient_norm
 from models.ranks import gather_rows
 
@@ -22,7 +22,7 @@ class LossConfig(Config):
     """Mean squared pixel error in [-1, 1]."""
     l1_weight: NonNegativeFloat = 0.0
     """Mean absolute pixel error in [-1, 1]."""
-    perceptual: str = "lpips"
+    perceptual: Literal["lpips", "backbone", "none"] = "lpips"
     """`lpips` (VGG, v0.1), `backbone` (the same distance on the backbone teacher's features: a stand-in where LPIPS's
     weights are out of reach; its values do not compare with LPIPS) or `none`."""
     perceptual_weight: NonNegativeFloat = 1.0
@@ -48,7 +48,7 @@ class LossConfig(Config):
     adversarial_l2_weight: NonNegativeFloat | None = None
     """Weight of the squared error in that ratio; `null`: `l2_weight`. DualToken's released code: 1, where the loss
     itself has 5."""
-    adversarial_clamp: tuple[float, float] = (0.0, 10.0)
+    adversarial_clamp: Annotated[tuple[NonNegativeFloat, NonNegativeFloat], InOrder] = (0.0, 10.0)
     """Limits of that ratio."""
     adversarial_start: NonNegativeInt = 20_000
     """Step at which the discriminator starts to train and to count."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import torch
-from pydantic import NonNegativeFloat, NonNegativeInt
+from pydantic import Field, NonNegativeInt, field_validator
 from torch import Tensor
 
 from models.config import Config, Fraction
@@ -12,14 +14,21 @@ from models.config import Config, Fraction
 class SamplingConfig(Config):
     """How codes are drawn."""
 
-    guidance: float = 3.0
+    guidance: Annotated[float, Field(ge=0, le=1000)] = 3.0
     """Scale s of `u + s (c - u)` (LlamaGen's convention); 1 is no guidance. Show-o's `(1 + w) c - w u` is s = 1 + w."""
-    temperature: NonNegativeFloat = 1.0
+    temperature: Annotated[float, Field(ge=0, le=100)] = 1.0
     """Divides the logits; 0 always takes the likeliest code."""
     top_k: NonNegativeInt = 0
     """Only the likeliest codes are drawn from; 0 means all."""
     top_p: Fraction = 1.0
     """Only the smallest set of codes with at least this probability is drawn from."""
+
+    @field_validator("temperature")
+    @classmethod
+    def _check_temperature(cls, temperature: float) -> float:
+        if 0 < temperature < 0.001:
+            raise ValueError("input should be 0, or at least 0.001: logits over a smaller number are infinite")
+        return temperature
 
 
 def guided(logits: Tensor, config: SamplingConfig) -> Tensor:

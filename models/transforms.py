@@ -5,17 +5,20 @@ from __future__ import annotations
 import math
 import random
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
-from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 from torch import Tensor
 
-from models.config import Config, Fraction, PositiveFraction
+from models.config import Config, Fraction, InOrder, PositiveFraction
 from models.images import Limits, decode_image
+
+_Level = Annotated[int, Field(ge=0, le=255)]
+_Zoom = Annotated[float, Field(ge=0.01, le=100)]
 
 
 class TransformConfig(Config):
@@ -26,7 +29,7 @@ class TransformConfig(Config):
     resize: Literal["shortest_crop", "squash", "pad"] = "shortest_crop"
     """`shortest_crop`: shortest side to `image_size`, then the centre; `squash`: ignore the aspect ratio; `pad`: the
     longest side to `image_size`, the rest white."""
-    background: tuple[int, int, int] = (255, 255, 255)
+    background: tuple[_Level, _Level, _Level] = (255, 255, 255)
     """Colour under transparent pixels and of padding, RGB 0..255."""
 
 
@@ -102,13 +105,13 @@ class ViewsConfig(Config):
     """Views of each training image beside the image itself."""
     flip: bool = True
     """Mirror half of the views."""
-    zoom: tuple[PositiveFloat, PositiveFloat] = (0.8, 1.1)
+    zoom: Annotated[tuple[_Zoom, _Zoom], InOrder] = (0.8, 1.1)
     """Smallest and largest size of the content, 1 being its own."""
     shift: Fraction = 0.1
     """Most that the content moves to each side, as a part of the image's side."""
-    rotation: NonNegativeFloat = 9.0
+    rotation: Annotated[float, Field(ge=0, le=180)] = 9.0
     """Most that the content turns, degrees."""
-    stretch: NonNegativeFloat = 0.1
+    stretch: Fraction = 0.1
     """Deviation of the logarithm of width over height."""
 
 

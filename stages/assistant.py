@@ -70,12 +70,12 @@ class Assistant:
         """Images for a prompt; settings that are not given are the recipe's.
 
         Raises:
-            ValueError: the prompt is longer than the model reads.
+            ValueError: the prompt is longer than the model reads, or a setting is out of range.
         """
         self._check_length("prompt", prompt)
         changes = {"guidance": guidance, "temperature": temperature}
-        sampling: SamplingConfig = self.config.sampling.model_copy(
-            update={name: value for name, value in changes.items() if value is not None}
+        sampling = SamplingConfig.model_validate(
+            self.config.sampling.model_dump() | {name: value for name, value in changes.items() if value is not None}
         )
         wanted, unconditional = self.builder.drawing_prompt(prompt), self.builder.drawing_prompt("")
         generator = torch.Generator().manual_seed(seed)

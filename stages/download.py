@@ -7,6 +7,11 @@ list's order and stored. Duplicates are looked for at the end, when it is known 
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before the imports below, which take seconds: a wrong argument is refused at once
+    from stages.standalone import run_standalone
+
+    raise SystemExit(run_standalone("download"))
+
 import logging
 from collections import Counter
 from contextlib import closing
@@ -35,7 +40,6 @@ from stages.sources.source import OK, PLACE, URL, Source
 from stages.sources.url_list import SAMPLE, HttpConfig, UrlList
 from stages.sources.web_dataset import WebDataset, WebDatasetFiles
 from stages.stage import DoesNotAffectResult, Outcome, RuntimeInt, RuntimeStr, Stage, StageContext
-from stages.standalone import run_standalone
 from stages.training import tracked
 from storage.digests import sha256_file
 from storage.manifest import FileEntry
@@ -422,6 +426,3 @@ STAGE = Stage(
     version=6,  # images as a browser shows them; none without a caption is `ok`; lists and files as people have them
     external_inputs=_external_inputs,
 )
-
-if __name__ == "__main__":
-    raise SystemExit(run_standalone(STAGE.name))

@@ -33,7 +33,12 @@ def report(error: BaseException) -> int:
     """
     if not isinstance(error, USER_ERRORS) or os.environ.get(DEBUG_VARIABLE):
         raise error
-    sys.stderr.write(f"musevl: {one_line(error)}\n")
+    return complain(one_line(error))
+
+
+def complain(text: str) -> int:
+    """Print what is wrong as one line on stderr; return the exit code."""
+    sys.stderr.write(f"musevl: {' '.join(text.split())}\n")
     return EXIT_CODE
 
 

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+if __name__ == "__main__":  # before the imports below, which take seconds: a wrong argument is refused at once
+    from stages.standalone import run_standalone
+
+    raise SystemExit(run_standalone("evaluate"))
+
+from typing import Annotated, Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
-from pydantic import PositiveInt
+from pydantic import Field, PositiveInt
 
 from models.frechet import frechet_distance
 from models.metrics import SSIM_LLAMAGEN, SSIM_WANG, book_statistics
@@ -31,8 +36,7 @@ from stages.evaluation_results import (
 from stages.evaluation_tasks import RANDOM, SAME_CATEGORY, TaskFactory
 from stages.loading import load_teacher
 from stages.measuring import SetDistance, feature_space, weights_inputs
-from stages.stage import Outcome, RuntimeFloat, RuntimeInt, RuntimeStr, Stage, StageContext
-from stages.standalone import run_standalone
+from stages.stage import Device, Outcome, RuntimeFloat, RuntimeInt, RuntimeStr, Stage, StageContext
 from stages.templates import ChoiceTemplate, Template, fill_row
 from stages.training import tracked
 from stages.vlm_training import CodedRows, load_rows
@@ -44,7 +48,7 @@ from storage.tables import metrics_table, write_table
 class EvaluateConfig(PrecisionConfig):
     """What is asked, drawn and measured. The scoring rule is fixed: highest mean log-likelihood a token."""
 
-    max_rows: int | None = None
+    max_rows: PositiveInt | None = None
     """Only the first held-out rows; `null` takes all."""
     question: Template = "What is in the picture?"
     """Asked about each held-out image."""
@@ -54,13 +58,13 @@ class EvaluateConfig(PrecisionConfig):
     """The name of what an image shows, a template over the code table's columns; `{caption}` is its text."""
     category_column: str = "category"
     """Column from which same-category distractors are drawn; rows without a value get no such questions."""
-    num_choices: int = 4
+    num_choices: Annotated[int, Field(ge=2)] = 4
     """Choices of a question."""
     prompt: Template = "Draw {caption}."
     """Drawing request of each held-out row."""
     images_per_prompt: PositiveInt = 1
     """Drawings of each request."""
-    recognition_choices: int = 10
+    recognition_choices: Annotated[int, Field(ge=2)] = 10
     """Concepts among which the teacher recognises a drawing."""
     sampling: SamplingConfig = SamplingConfig()
     """How drawings are sampled."""
@@ -81,7 +85,7 @@ class EvaluateConfig(PrecisionConfig):
     """Share of a GPU that each worker holds; with 0 and `device: auto` all workers of a machine take its first GPU."""
     threads_per_worker: PositiveInt = 1
     """CPU threads of each worker; part of the identity of the result as in training."""
-    device: RuntimeStr = "auto"
+    device: Device = "auto"
     """`auto` (a GPU if there is one), `cpu`, `cuda`."""
 
     def computes_on(self) -> str:
@@ -296,6 +300,3 @@ STAGE = Stage(
     version=6,  # SSIM as scikit-image has it; images arrive as sRGB; text is never markup
     external_inputs=_external_inputs,
 )
-
-if __name__ == "__main__":
-    raise SystemExit(run_standalone(STAGE.name))

@@ -10,11 +10,16 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
+import torch
+
 from infra.executors import Executor
+from infra.interrupts import removed_at_end
 from stages.devices import acceptable_precisions, warn_of_emulation
 from stages.recipe import STAGES, Recipe
+from stages.recipe_files import check_stage_name
+from stages.shared_training import SharedLoopConfig
 from stages.stage import Stage, StageContext, normalised_config
-from stages.training import thread_count
+from stages.training import LoopConfig, thread_count
 from storage.manifest import Manifest
 from storage.store import Store
 
@@ -72,7 +77,7 @@ def run_stage(name: str, recipe: Recipe, store: Store, executor: Executor, *, ru
         key, config = next(iter(wanted.items()))
         logger.info("stage %s: making %s", name, key[:12])
         warn_of_emulation(config, stage.section)
-        with store.attempt_dir() as scratch:
+        with store.attempt_dir() as scratch, removed_at_end(scratch):
             context: StageContext[Any] = StageContext(config, recipe.seed, inputs, store, key, executor, scratch)
             with thread_count(config):
                 outcome = stage.run(context)
@@ -91,6 +96,41 @@ def run_stage(name: str, recipe: Recipe, store: Store, executor: Executor, *, ru
         result = StageResult(name, key, store.load(digest), False, time.monotonic() - started)
     store.record_run(_record(result, recipe, run_id))
     return result
+
+
+def check_ready(recipe: Recipe, store: Store, executor: Executor, names: list[str] | None = None) -> None:
+    """Refuse before any work what stages would find out after hours: files and GPUs that are not there.
+
+    A stage whose result the store holds needs neither.
+
+    Args:
+        recipe: configs.
+        store: where results may be already.
+        executor: where mapped work would run.
+        names: of the stages that are about to run; default all.
+
+    Raises:
+        ValueError, OSError: something is not there; the message names the field.
+    """
+    for name, artifact in find_artifacts(recipe, store, names).items():
+        if artifact is None:
+            stage = STAGES[name]
+            config = recipe.section(stage)
+            if stage.external_inputs is not None:
+                stage.external_inputs(config)
+            _check_device(config, stage.section, executor)
+
+
+def _check_device(config: Any, section: str, executor: Executor) -> None:
+    together = isinstance(config, SharedLoopConfig) and config.num_workers > 1
+    alone = isinstance(config, LoopConfig) and not together  # in this process, wherever the others are
+    device = getattr(config, "device", "auto")
+    gpus = 0.0 if alone else getattr(config, "gpus_per_worker", 0.0)
+    if (device != "cuda" and not gpus) or not (alone or executor.on_this_machine) or torch.cuda.is_available():
+        return
+    what = f"gpus_per_worker={gpus:g}" if gpus else f"device={device}"
+    remedy = f"set {section}.gpus_per_worker to 0" if gpus else f"set {section}.device to auto or cpu"
+    raise ValueError(f"{section}.{what} needs a GPU, and PyTorch finds none on this machine; {remedy}")
 
 
 def require_artifact(name: str, recipe: Recipe, store: Store, *, needed_by: str) -> Manifest:
@@ -148,8 +188,7 @@ def _look_up(wanted: dict[str, Any], store: Store) -> tuple[str, Manifest] | Non
 
 
 def _stage(name: str) -> Stage[Any]:
-    if name not in STAGES:
-        raise ValueError(f"unknown stage {name!r}; the stages are {', '.join(STAGES)}")
+    check_stage_name(name)
     return STAGES[name]
 
 

@@ -15,34 +15,19 @@ import numpy as np
 from models.transforms import TransformConfig
 from stages.image_data import ORIGINAL, table_columns
 from stages.stage import Outcome, StageContext
-from storage.code_table import CodeTableInfo, read_code_table, write_code_shard
+from storage.code_table import CodeTableInfo, code_files, read_code_table, write_code_shard
 from storage.digests import digest_of, sha256_file
 from storage.image_shards import read_image_shard
 from storage.manifest import FileEntry
 
 KIND = "external_codes"
 """Kind of the artifact that stands where a tokenizer's would."""
-_FOLDER = "given"
-
-
-def parquet_files(folder: str) -> list[Path]:
-    """The files of a folder of codes, sorted.
-
-    Raises:
-        ValueError: there are none.
-    """
-    found = sorted(Path(folder).glob("*.parquet")) if folder else []
-    if not found:
-        raise ValueError(
-            f"tokenizer.codes={folder!r} holds no .parquet file; give the folder of the codes that a tokenizer of "
-            f"another project made (see docs/tokenizers.md)"
-        )
-    return found
+_FOLDER, _FIELD = "given", "tokenizer.codes"
 
 
 def content_of(folder: str) -> dict[str, str]:
     """What the action key needs of a folder of codes."""
-    return {"codes": digest_of([sha256_file(path) for path in parquet_files(folder)])}
+    return {"codes": digest_of([sha256_file(path) for path in code_files(folder, _FIELD)])}
 
 
 def keep(context: StageContext[Any]) -> Outcome:
@@ -51,7 +36,7 @@ def keep(context: StageContext[Any]) -> Outcome:
     Raises:
         ValueError: the files are no code table, their transform is not one of ours, or a position has several codes.
     """
-    paths = parquet_files(context.config.codes)
+    paths = code_files(context.config.codes, _FIELD)
     info = read_code_table(paths).info
     TransformConfig(**info.transform)
     if info.code_shape[:2] != (1, 1):

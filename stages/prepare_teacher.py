@@ -7,6 +7,11 @@ training split by SigLIP's pairwise sigmoid loss (arXiv 2303.15343, section 3.2)
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before the imports below, which take seconds: a wrong argument is refused at once
+    from stages.standalone import run_standalone
+
+    raise SystemExit(run_standalone("prepare_teacher"))
+
 from collections import Counter
 from pathlib import Path
 from typing import Annotated, Any
@@ -38,8 +43,7 @@ from models.transforms import TransformConfig, normalise
 from stages.devices import Precision, autocast, resolve_device
 from stages.image_data import ImageSource
 from stages.loading import put_json, put_weights, read_state
-from stages.stage import Outcome, RuntimeStr, Stage, StageContext
-from stages.standalone import run_standalone
+from stages.stage import Device, Outcome, Stage, StageContext
 from stages.training import (
     EpochSampler,
     LoopConfig,
@@ -78,7 +82,7 @@ class PrepareTeacherConfig(LoopConfig):
     """Optimiser of the head."""
     precision: Precision = "auto"
     """Autocast type of the backbone; the head trains in float32. `auto` is `bf16` on a GPU and `fp32` on a CPU."""
-    device: RuntimeStr = "auto"
+    device: Device = "auto"
     """Where the backbone computes: `auto` (a GPU if there is one), `cpu`, `cuda`. The head is small and trains on the
     CPU."""
 
@@ -284,6 +288,3 @@ STAGE = Stage(
     version=3,  # images of all depths and colour profiles arrive as sRGB
     external_inputs=_external_inputs,
 )
-
-if __name__ == "__main__":
-    raise SystemExit(run_standalone(STAGE.name))

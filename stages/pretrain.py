@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before the imports below, which take seconds: a wrong argument is refused at once
+    from stages.standalone import run_standalone
+
+    raise SystemExit(run_standalone("pretrain"))
+
 import logging
 from typing import TYPE_CHECKING
 
@@ -18,7 +23,6 @@ from stages.loading import load_tokenizer
 from stages.sequences import Sequence, SequenceBuilder
 from stages.shared_training import run_shared
 from stages.stage import Outcome, Stage, StageContext
-from stages.standalone import run_standalone
 from stages.training import mix_seed, train
 from stages.vlm_training import (
     CodedRows,
@@ -125,6 +129,3 @@ STAGE = Stage(
     run=run,
     version=5,  # text is never markup, and no longer than the model reads; how rows of a published model's codes start
 )
-
-if __name__ == "__main__":
-    raise SystemExit(run_standalone(STAGE.name))

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
-import yaml
-from pydantic import ValidationError, model_validator
+from pydantic import NonNegativeInt, ValidationError, model_validator
 
 from models.config import Config
 from stages import download, evaluate, prepare_teacher, pretrain, sft, tokenize, train_tokenizer
+from stages.recipe_files import RecipeError, recipe_path, recipe_values
 from stages.stage import Stage
 from stages.templates import CAPTION, names_in, unknown_name
 
@@ -21,11 +20,8 @@ STAGES: dict[str, Stage[Any]] = {
 }
 """Every stage by name, each after the stages that feed it."""
 
-RECIPE_FOLDER = Path(__file__).parent / "recipes"
-
-
-class RecipeError(ValueError):
-    """A recipe that cannot be read, or an override that does not fit; one line that says what and what to do."""
+_LONGEST_VALUE = 100
+"""Characters of a value in an error."""
 
 
 class Recipe(Config):
@@ -35,7 +31,7 @@ class Recipe(Config):
     """As in `--recipe NAME`."""
     description: str = ""
     """What the recipe is for, one line."""
-    seed: int = 0
+    seed: NonNegativeInt = 0
     """Seed of every random choice; part of every action key."""
     download: download.DownloadConfig
     """Where images come from."""
@@ -81,11 +77,6 @@ class Recipe(Config):
             yield f"evaluate.{name}", getattr(self.evaluate, name)
 
 
-def available_recipes() -> list[str]:
-    """Names of the recipes that ship with the project."""
-    return sorted(path.stem for path in RECIPE_FOLDER.glob("*.yaml"))
-
-
 def load_recipe(name_or_path: str, overrides: list[str] | None = None) -> Recipe:
     """Read a recipe and apply overrides.
 
@@ -97,56 +88,7 @@ def load_recipe(name_or_path: str, overrides: list[str] | None = None) -> Recipe
     Raises:
         RecipeError: unknown recipe, unreadable YAML, a field that does not exist or a value that does not fit.
     """
-    path = _recipe_path(name_or_path)
-    values = _read(path, ())
-    values.setdefault("name", path.stem)
-    for override in overrides or []:
-        _apply(values, override)
-    return validate_recipe(values, str(path))
-
-
-def _recipe_path(name_or_path: str) -> Path:
-    path = Path(name_or_path)
-    if path.suffix in (".yaml", ".yml"):
-        return path
-    path = RECIPE_FOLDER / f"{name_or_path}.yaml"
-    if not path.exists():
-        raise RecipeError(
-            f"unknown recipe {name_or_path!r}; the recipes are {', '.join(available_recipes())}; "
-            f"or give the path of a YAML file"
-        )
-    return path
-
-
-def _read(path: Path, readers: tuple[Path, ...]) -> dict[str, Any]:
-    """The values of a recipe file over those of the recipe that it extends."""
-    if path in readers:
-        raise RecipeError(f"recipe {path} extends itself; give `extends` the name of another recipe")
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
-        raise RecipeError(
-            f"cannot read recipe {path}: {' '.join(str(error).split())}; give a readable YAML file"
-        ) from error
-    if not isinstance(values, dict):
-        raise RecipeError(f"recipe {path} is not a mapping of sections; see stages/recipes/mini.yaml")
-    base = values.pop("extends", None)
-    if base is None:
-        return values
-    if not isinstance(base, str):
-        raise RecipeError(f"recipe {path}: `extends` is {base!r}; give the name of one recipe, or a path")
-    inherited = _read(_recipe_path(base), (*readers, path))
-    inherited.pop("name", None)
-    return _merged(inherited, values)
-
-
-def _merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    """`changes` over `base`, section by section; lists and other values are replaced whole, `{}` empties a mapping."""
-    merged = dict(base)
-    for name, value in changes.items():
-        nested = isinstance(value, dict) and value and isinstance(merged.get(name), dict)
-        merged[name] = _merged(merged[name], value) if nested else value
-    return merged
+    return validate_recipe(recipe_values(name_or_path, overrides), str(recipe_path(name_or_path)))
 
 
 def validate_recipe(values: dict[str, Any], where: str) -> Recipe:
@@ -159,25 +101,6 @@ def validate_recipe(values: dict[str, Any], where: str) -> Recipe:
         return Recipe.model_validate(values)
     except ValidationError as error:
         raise RecipeError(_explain(error, where)) from error
-
-
-def _apply(values: dict[str, Any], override: str) -> None:
-    target, separator, text = override.partition("=")
-    if not separator or not target:
-        raise RecipeError(f"override {override!r} is not of the form section.field=value, for example sft.steps=200")
-    *parents, leaf = target.split(".")
-    node = values
-    for parent in parents:
-        child = node.get(parent)
-        if child is None:
-            child = node[parent] = {}
-        if not isinstance(child, dict):
-            raise RecipeError(f"override {override!r}: {parent!r} is a value and has no fields")
-        node = child
-    try:
-        node[leaf] = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise RecipeError(f"override {override!r}: {text!r} is not a YAML value") from error
 
 
 def _explain(error: ValidationError, where: str) -> str:
@@ -195,8 +118,10 @@ def _explain(error: ValidationError, where: str) -> str:
         return f"{where}: {first['ctx']['error'] if 'error' in first.get('ctx', {}) else first['msg']}"
     if isinstance(first["input"], dict) and "error" in first.get("ctx", {}):  # of several fields, which it names itself
         return f"{where}: section {field!r}: {first['ctx']['error']}"
-    reason = first["ctx"]["error"] if "error" in first.get("ctx", {}) else first["msg"].lower()
-    return f"{where}: field {field!r} has value {first['input']!r}: {reason}"
+    problem = str(first["ctx"]["error"]) if first["type"] == "value_error" else first["msg"]
+    value = repr(first["input"])
+    shown = value if len(value) <= _LONGEST_VALUE else value[:_LONGEST_VALUE] + "..."
+    return f"{where}: field {field!r} has value {shown}: {problem[:1].lower()}{problem[1:]}"
 
 
 def _field_names(location: list[str]) -> list[str]:

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before the imports below, which take seconds: a wrong argument is refused at once
+    from stages.standalone import run_standalone
+
+    raise SystemExit(run_standalone("sft"))
+
 from functools import partial
 
 import torch
@@ -14,7 +19,6 @@ from models.vlm import LossAverage
 from stages.sequences import Sequence, SequenceBuilder
 from stages.shared_training import run_shared
 from stages.stage import Outcome, Stage, StageContext
-from stages.standalone import run_standalone
 from stages.templates import Template, fill_row
 from stages.training import train
 from stages.vlm_training import (
@@ -143,6 +147,3 @@ STAGE = Stage(
     run=run,
     version=4,  # text is never markup, and no longer than the model reads
 )
-
-if __name__ == "__main__":
-    raise SystemExit(run_standalone(STAGE.name))

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Generic, TypeVar
+from typing import Annotated, Any, Generic, Literal, TypeVar
 
 from pydantic import NonNegativeFloat, PositiveInt
 
@@ -31,6 +31,7 @@ RuntimeFloat = Annotated[NonNegativeFloat, DoesNotAffectResult]
 RuntimeFraction = Annotated[Fraction, DoesNotAffectResult]
 RuntimeBool = Annotated[bool, DoesNotAffectResult]
 RuntimeStr = Annotated[str, DoesNotAffectResult]
+Device = Annotated[Literal["auto", "cpu", "cuda"], DoesNotAffectResult]
 
 C = TypeVar("C", bound=Config)
 

@@ -7,10 +7,12 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
+from infra.interrupts import GOES_ON, end_on_signals
 from infra.malloc import reexec_with_fast_malloc
 from stages.errors import USER_ERRORS, report
+from stages.recipe_files import check_stage_name, recipe_values
 
 if TYPE_CHECKING:
     from infra.executors import ExecutorName
@@ -37,7 +39,8 @@ def run_standalone(name: str, argv: Sequence[str] | None = None) -> int:
     """
     if argv is None:
         reexec_with_fast_malloc()
-    parser = argparse.ArgumentParser(
+        end_on_signals(GOES_ON)
+    parser = _Parser(
         prog=f"python -m stages.{name}",
         description=f"Run the stage {name} of a recipe; its inputs are found in the store.",
     )
@@ -45,13 +48,20 @@ def run_standalone(name: str, argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--store", default=default_store(), help="folder or s3://bucket/prefix (default: %(default)s)")
     parser.add_argument("--executor", choices=("ray", "local"), default="ray", help="where mapped work runs")
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.FIELD=VALUE", help="override a field")
-    arguments = parser.parse_args(argv)
     try:
+        arguments = parser.parse_args(argv)
         result = run_one_stage(name, arguments.recipe, arguments.store, arguments.executor, arguments.set)
     except USER_ERRORS as error:
         return report(error)
     print(result_line(result))
     return 0
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, as every command does."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message}; see `{self.prog} --help`")
 
 
 def run_one_stage(
@@ -62,10 +72,12 @@ def run_one_stage(
     Raises:
         ValueError, OSError, StoreError: bad input; the message is one for the user.
     """
+    check_stage_name(name)
+    recipe_values(recipe, list(overrides))  # what can be said of them before the imports that take seconds
     prepare_process()
     # Here and not above: the recipe imports the stage modules, which import this one
     from infra.executors import build_executor
-    from stages.execution import run_stage
+    from stages.execution import check_ready, run_stage
     from stages.recipe import load_recipe
     from storage.store import Store
 
@@ -73,6 +85,7 @@ def run_one_stage(
     store = Store(store_uri)
     executor = build_executor(executor_name)
     try:
+        check_ready(loaded, store, executor, [name])
         return run_stage(name, loaded, store, executor)
     finally:
         executor.close()

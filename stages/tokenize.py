@@ -7,6 +7,11 @@ least score is asked for.
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before the imports below, which take seconds: a wrong argument is refused at once
+    from stages.standalone import run_standalone
+
+    raise SystemExit(run_standalone("tokenize"))
+
 import logging
 import time
 from collections import deque
@@ -32,7 +37,6 @@ from stages.image_data import ORIGINAL, table_columns
 from stages.isolation import Sandbox, isolate, loses_device
 from stages.sources.source import FILTERED
 from stages.stage import Outcome, RuntimeFloat, RuntimeFraction, RuntimeInt, Stage, StageContext
-from stages.standalone import run_standalone
 from stages.training import progress
 from storage.code_table import CodeTableInfo, check_written, write_code_shard
 from storage.image_shards import ImageSample, read_image_shard
@@ -419,6 +423,3 @@ STAGE = Stage(
     run=run,
     version=5,  # images of all depths and colour profiles arrive as sRGB
 )
-
-if __name__ == "__main__":
-    raise SystemExit(run_standalone(STAGE.name))

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before the imports below, which take seconds: a wrong argument is refused at once
+    from stages.standalone import run_standalone
+
+    raise SystemExit(run_standalone("train_tokenizer"))
+
 import logging
 import math
 from collections.abc import Mapping
@@ -40,7 +45,6 @@ from stages.loading import load_teacher, put_json, put_weights, read_state, subs
 from stages.measuring import ZeroShot, feature_space, lpips_distance, perceptual_of, weights_inputs
 from stages.shared_training import SharedLoopConfig, run_shared
 from stages.stage import Outcome, RuntimeInt, RuntimeStr, Stage, StageContext
-from stages.standalone import run_standalone
 from stages.templates import Template, fill_row
 from stages.training import (
     EpochSampler,
@@ -411,6 +415,3 @@ STAGE = Stage(
     version=4,  # SSIM as scikit-image has it; images of all depths and colour profiles arrive as sRGB
     external_inputs=_external_inputs,
 )
-
-if __name__ == "__main__":
-    raise SystemExit(run_standalone(STAGE.name))

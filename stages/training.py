@@ -22,10 +22,10 @@ from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveIn
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from models.config import Config, Fraction
+from models.config import BelowOne, Config, Fraction
 from models.ranks import average_gradients, gather_objects, is_first_rank
 from stages.devices import PrecisionConfig, resolve_device
-from stages.stage import RuntimeInt, RuntimeStr, StageContext
+from stages.stage import Device, RuntimeInt, RuntimeStr, StageContext
 from storage.manifest import FileEntry
 from storage.tables import write_table
 
@@ -48,7 +48,7 @@ class OptimiserConfig(Config):
     """Learning rate at the last step, as a fraction of the peak."""
     warmup_steps: NonNegativeInt = 100
     """Steps from zero to the peak."""
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[BelowOne, BelowOne] = (0.9, 0.95)
     """Adam's decay rates."""
     weight_decay: NonNegativeFloat = 1e-4
     """Decoupled weight decay of matrices; biases, norms and other vectors have none."""
@@ -72,7 +72,7 @@ class LoopConfig(PrecisionConfig):
     """Steps between points of the loss curves; a point is the mean since the last."""
     checkpoint_every: RuntimeInt = 200
     """Steps between checkpoints."""
-    device: RuntimeStr = "auto"
+    device: Device = "auto"
     """`auto` (a GPU if there is one), `cpu`, `cuda`."""
     tensorboard: RuntimeStr = ""
     """Folder for TensorBoard events of this stage, loss curves and pictures; empty writes none."""

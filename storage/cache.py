@@ -6,14 +6,10 @@ it lives. A copy with a single link is in nobody's use, and the least recently u
 A link outlives its copy, so it does not matter in which order two processes take their steps, or where one is killed.
 """
 
-import fcntl
 import logging
 import os
-import re
-import shutil
 import threading
 import time
-import uuid
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -21,6 +17,7 @@ from pathlib import Path, PosixPath
 
 from storage.errors import StoreError
 from storage.files import CheckedFiles, atomic_path, refuse_links
+from storage.held_folders import HeldFolder, remove_dead
 from storage.manifest import FileEntry
 
 logger = logging.getLogger(__name__)
@@ -31,8 +28,7 @@ RELEASE_AFTER_S = 600
 """A path may live on as text in the hands of a library: its file stays for so long after it was last handed out."""
 _LOOK_EVERY = 0.05
 """Part of the limit that a process downloads before it looks again at what all of them hold."""
-_COPIES, _HELD, _LOCK = "cas", "held", ".lock"
-_HOLDER_NAME = re.compile("[0-9a-f]{32}")
+_COPIES, _HELD = "cas", "held"
 
 
 def default_cache_dir() -> Path:
@@ -84,7 +80,7 @@ class Cache:
             entry: size and sha256 of the blob.
             download: writes the blob to a path and raises unless it is what `entry` says.
         """
-        for path in (key, f"{_HELD}/{_LOCK}"):
+        for path in (key, f"{_HELD}/ID"):
             refuse_links(self._folder, path, "the cache")
         copy = self._folder / key
         held = self._held_path(copy.name)
@@ -118,7 +114,7 @@ class Cache:
             self._unseen = 0
             if self._holder is not None:
                 self._holder.release(time.time() - RELEASE_AFTER_S)
-        _remove_dead_holders(self._folder / _HELD)
+        remove_dead(self._folder / _HELD)
         copies = sorted(_copies(self._folder / _COPIES), key=lambda copy: copy.used)
         excess = sum(copy.size for copy in copies) + incoming - self._limit
         for copy in copies:
@@ -144,31 +140,24 @@ class _Holder:
         self._pid = os.getpid()
         self._paths: weakref.WeakValueDictionary[str, HeldPath] = weakref.WeakValueDictionary()
         folder.mkdir(parents=True, exist_ok=True)
-        while True:
-            self._folder = folder / uuid.uuid4().hex
-            self._lock_path = self._folder.with_suffix(_LOCK)
-            self._lock_file = open(self._lock_path, "wb")  # noqa: SIM115 - closed, and so unlocked, with this object
-            fcntl.flock(self._lock_file, fcntl.LOCK_EX)
-            if self._lock_path.exists():  # else another process took it for a dead one's before it was locked
-                break
-        self._folder.mkdir()
+        self._held = HeldFolder(folder)
 
     def is_valid(self) -> bool:
         """Say whether this process may use it: not after a fork, nor once somebody has emptied the cache."""
-        return self._pid == os.getpid() and self._lock_path.exists()
+        return self._pid == os.getpid() and self._held.is_there()
 
     def path(self, name: str) -> HeldPath:
         """Return the path of that name, the same object for as long as anybody refers to it."""
         held = self._paths.get(name)
         if held is None:
-            held = HeldPath(self._folder / name)
+            held = HeldPath(self._held.path / name)
             held.holder = self
             self._paths[name] = held
         return held
 
     def release(self, before: float) -> None:
         """Remove the files that nobody refers to and that were last handed out, or written to, before that time."""
-        for copy in _copies(self._folder):
+        for copy in _copies(self._held.path):
             if copy.path.name not in self._paths and copy.used < before:
                 copy.path.unlink(missing_ok=True)
 
@@ -192,19 +181,6 @@ def _link(source: Path, target: Path) -> bool:
             "on a file system with hard links"
         ) from error
     return True
-
-
-def _remove_dead_holders(folder: Path) -> None:
-    for lock in folder.glob(f"*{_LOCK}"):
-        if not _HOLDER_NAME.fullmatch(lock.stem) or lock.is_symlink():
-            continue  # not ours
-        try:
-            with open(lock, "rb") as file:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(lock.with_suffix(""), ignore_errors=True)
-                lock.unlink(missing_ok=True)
-        except (BlockingIOError, FileNotFoundError):
-            continue  # it lives, or another process was faster
 
 
 @dataclass(frozen=True)

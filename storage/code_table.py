@@ -162,6 +162,25 @@ def read_info(path: str | Path) -> CodeTableInfo:
         raise ValueError(f"{path}: {error}") from error
 
 
+def code_files(folder: str | Path, what: str) -> list[Path]:
+    """The Parquet files of a folder of codes, sorted.
+
+    Args:
+        folder: local.
+        what: how a message names it.
+
+    Raises:
+        ValueError: there are none.
+    """
+    found = sorted(Path(folder).glob("*.parquet")) if str(folder) else []
+    if not found:
+        raise ValueError(
+            f"{what}: {str(folder)!r} holds no .parquet file; give the folder of the codes that a tokenizer of another "
+            "project made (see docs/tokenizers.md)"
+        )
+    return found
+
+
 def read_code_table(paths: Iterable[str | Path]) -> CodeTable:
     """Read shards into one table, rows in the order of `paths`.
 

@@ -6,9 +6,7 @@ provenance, `quarantine/` damaged bytes.
 """
 
 import logging
-import os
 import re
-import tempfile
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -24,6 +22,7 @@ from storage.digests import is_sha256, sha256_bytes
 from storage.errors import AmbiguousDigest, DamagedObject, ObjectMissing, StoreError, UnknownArtifact
 from storage.files import refuse_links
 from storage.garbage import Collection, find_garbage, remove
+from storage.held_folders import scratch_folder
 from storage.manifest import FileEntry, Manifest
 from storage.objects import ObjectStore
 from storage.records import (
@@ -442,11 +441,8 @@ class Store:
     @contextmanager
     def attempt_dir(self) -> Iterator[Path]:
         """Yield a private local scratch folder (in MUSEVL_SCRATCH if set), removed at the end."""
-        scratch = os.environ.get("MUSEVL_SCRATCH") or None
-        if scratch is not None:
-            Path(scratch).mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix="musevl-attempt-", dir=scratch) as folder:
-            yield Path(folder)
+        with scratch_folder("musevl-attempt-") as folder:
+            yield folder
 
     # Provenance
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.flows.conftest import ROOT
+from tests.infra.test_interrupts import SIGNALS, START, interrupted, interruptible
 
 
 def _group(leader: int) -> list[int]:
@@ -27,31 +28,29 @@ def _group(leader: int) -> list[int]:
     return found
 
 
-def _interruptible() -> None:
-    """A shell without job control makes its background children deaf to SIGINT; the run is no such child."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    ("number", "executor", "moment"),
+    [(signal.SIGINT, "local", "stage download: making"), (signal.SIGTERM, "ray", "started a local Ray cluster")],
+)
 def test_a_signal_ends_the_run_and_its_server(
-    prefect_environment: dict[str, str], tmp_path: Path, number: signal.Signals
+    prefect_environment: dict[str, str], tmp_path: Path, number: signal.Signals, executor: str, moment: str
 ) -> None:
-    log = tmp_path / "log.txt"
-    command = [sys.executable, "-m", "flows.cli", "run", "--recipe", "tiny", "--executor", "local"]
+    log, scratch = tmp_path / "log.txt", tmp_path / "scratch"
+    command = [sys.executable, "-m", "flows.cli", "run", "--recipe", "tiny", "--executor", executor]
     with log.open("wb") as stream:
         run = subprocess.Popen(
             [*command, "--store", str(tmp_path / "store")],
             cwd=ROOT,
-            env=prefect_environment,
+            env=prefect_environment | {"MUSEVL_SCRATCH": str(scratch)},
             stdout=stream,
             stderr=stream,
             start_new_session=True,
-            preexec_fn=_interruptible,
+            preexec_fn=interruptible,
         )
     try:
         for _ in range(2400):
-            if b"stage download: making" in log.read_bytes() or run.poll() is not None:
+            if moment in log.read_text() or run.poll() is not None:
                 break
             time.sleep(0.1)
         assert run.poll() is None, log.read_text()
@@ -59,6 +58,7 @@ def test_a_signal_ends_the_run_and_its_server(
         os.kill(run.pid, number)
         assert run.wait(timeout=120) == 128 + number
         assert _group(run.pid) == [], "nothing is left behind"
+        assert [path.name for path in scratch.iterdir() if path.is_dir()] == []
     finally:
         for left in _group(run.pid):
             os.kill(left, signal.SIGKILL)
@@ -66,12 +66,35 @@ def test_a_signal_ends_the_run_and_its_server(
     assert last == f"musevl: stopped by {number.name}; the same command goes on where this one was"
 
 
-def test_nothing_is_caught_where_the_run_owns_no_processes() -> None:
-    script = """
-import signal
-from flows.interrupts import catch_signals
-before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
-catch_signals()
-assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+MUSEVL = """
+import flows.cli
+def app(*arguments, **options):
+    flows.cli.advise(flows.cli.GOES_ON if sys.argv[1] == "run" else "")
+    ready()
+    time.sleep(60)
+flows.cli.app = app
+flows.cli.main()
 """
-    subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True)
+STAGE = """
+import stages.standalone
+def run(*arguments):
+    ready()
+    time.sleep(60)
+stages.standalone.run_one_stage = run
+stages.standalone.run_standalone(sys.argv.pop())
+"""
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+@pytest.mark.parametrize(
+    ("program", "argument", "advice"),
+    [
+        (MUSEVL, "ask", ""),
+        (MUSEVL, "run", "; the same command goes on where this one was"),
+        (STAGE, "tokenize", "; the same command goes on where this one was"),
+    ],
+    ids=["musevl ask", "musevl run", "python -m stages.tokenize"],
+)
+def test_every_command_takes_the_signals(program: str, argument: str, advice: str, number: signal.Signals) -> None:
+    code, _, said, _ = interrupted(START + program, number, argument)
+    assert (code, said) == (128 + number, f"musevl: stopped by {number.name}{advice}\n")

@@ -10,7 +10,8 @@ from flows.stage_task import artifact_key, is_infrastructure_error, summary_mark
 from infra.executors import ClusterUnreachable
 from infra.worker_errors import WorkerDied
 from stages.execution import StageResult
-from stages.recipe import STAGES, RecipeError
+from stages.recipe import STAGES
+from stages.recipe_files import RecipeError
 from storage.errors import StoreError
 from storage.manifest import FileEntry, Manifest
 from storage.store import Store

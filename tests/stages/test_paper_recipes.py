@@ -9,7 +9,8 @@ from models.image_tokenizer import ImageTokenizer, TokenizerConfig
 from models.teachers import OpenClipTeacher, OpenClipTeacherConfig
 from models.tokenizers import KINDS, build_tokenizer
 from stages.loading import subset
-from stages.recipe import available_recipes, load_recipe
+from stages.recipe import load_recipe
+from stages.recipe_files import available_recipes
 from stages.training import schedule
 
 PAPER = [name for name in available_recipes() if name.startswith("paper-")]

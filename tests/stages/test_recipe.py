@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from stages.recipe import STAGES, RecipeError, available_recipes, load_recipe
+from stages.recipe import STAGES, load_recipe
+from stages.recipe_files import STAGE_NAMES, RecipeError, available_recipes
 
 
 @pytest.mark.parametrize("name", available_recipes())
@@ -20,6 +21,10 @@ def test_every_stage_comes_after_those_that_feed_it() -> None:
     for name, stage in STAGES.items():
         assert set(stage.inputs) <= seen
         seen.add(name)
+
+
+def test_the_names_of_the_stages_are_known_without_importing_them() -> None:
+    assert tuple(STAGES) == STAGE_NAMES
 
 
 def test_an_override_changes_its_field_and_nothing_else() -> None:
@@ -58,6 +63,9 @@ def test_a_recipe_can_be_a_file_and_takes_its_name_from_it(tmp_path: Path) -> No
         ("=3", "not of the form section.field=value"),
         ("seed.deeper=3", "'seed' is a value and has no fields"),
         ("sft.steps=[1", "'[1' is not a YAML value"),
+        ("sft.prompts=" + "[" * 5000, "stand more than 16 deep in each other"),
+        ("sft.prompts=" + "[" * 17 + "]" * 17, "stand more than 16 deep in each other"),
+        ("sft.steps=" + "9" * 4300, "field 'sft.steps' has value"),
     ],
 )
 def test_a_wrong_override_is_named_in_one_line(override: str, message: str) -> None:
@@ -65,6 +73,7 @@ def test_a_wrong_override_is_named_in_one_line(override: str, message: str) -> N
         load_recipe("mini", [override])
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 1000
 
 
 def test_an_unknown_recipe_lists_those_that_exist() -> None:
@@ -79,12 +88,21 @@ def test_an_unknown_recipe_lists_those_that_exist() -> None:
         ("a: [1", "cannot read recipe"),
         ("- 1", "not a mapping"),
         ("sft: {}", "field 'download' is missing"),
+        ("[" * 5000, "stand more than 16 deep in each other"),
+        ("sft: " + "[" * 50 + "]" * 50, "stand more than 16 deep in each other"),
+        ("sft: &a [*a]", "stand more than 16 deep in each other"),
+        (
+            "a: &a [1, 1, 1, 1, 1, 1, 1, 1, 1]\n"
+            + "".join(f"{x}: &{x} [{', '.join(['*' + chr(ord(x) - 1)] * 9)}]\n" for x in "bcdefg"),
+            "holds more than 100000 values",
+        ),
+        (b"name: caf\xe9", "can't decode byte 0xe9"),
     ],
 )
-def test_a_broken_recipe_file_is_named_in_one_line(content: str | None, message: str, tmp_path: Path) -> None:
+def test_a_broken_recipe_file_is_named_in_one_line(content: str | bytes | None, message: str, tmp_path: Path) -> None:
     path = tmp_path / "broken.yaml"
     if content is not None:
-        path.write_text(content)
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(RecipeError, match=message) as caught:
         load_recipe(str(path))
     assert "broken" in str(caught.value)
@@ -102,12 +120,39 @@ def test_a_broken_recipe_file_is_named_in_one_line(content: str | None, message:
         "tokenize.views.zoom=[0, 1]",
         "tokenize.views.count=-1",
         "evaluate.sampling.temperature=-1",
+        "evaluate.sampling.guidance=-1",
+        "evaluate.num_choices=1",
+        "evaluate.max_rows=0",
+        "sft.optimiser.betas=[0.9, 1]",
+        "seed=-1",
     ],
 )
 def test_a_number_out_of_range_is_named_with_what_was_expected(override: str) -> None:
     field = override.partition("=")[0]
     with pytest.raises(RecipeError, match=rf"field '{field}.*' has value .*: input should be (greater|less) than"):
         load_recipe("tiny", [override])
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("sft.device=tpu", "field 'sft.device' has value 'tpu': input should be 'auto', 'cpu' or 'cuda'"),
+        ("teacher.device=gpu", "input should be 'auto', 'cpu' or 'cuda'"),
+        ("evaluate.device=mps", "input should be 'auto', 'cpu' or 'cuda'"),
+        ("sft.optimiser.learning_rate=.inf", "has value inf: input should be a finite number"),
+        ("tokenizer.loss.l2_weight=.nan", "has value nan: input should be a finite number"),
+        ("tokenizer.loss.l2_weight=1e39", "input should be a number that fits"),
+        ("tokenizer.loss.adversarial_clamp=[2, 1]", "input should be the smaller and then the larger number"),
+        ("tokenizer.loss.perceptual=vgg", "input should be 'lpips', 'backbone' or 'none'"),
+        ("evaluate.sampling.temperature=1e-9", "input should be 0, or at least 0.001"),
+        ("seed=99999999999999999999999", "field 'seed' has value 99999999999999999999999: input should be a number"),
+    ],
+)
+def test_a_value_that_cannot_work_is_refused_when_the_recipe_is_read(override: str, message: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        load_recipe("mini", [override])
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 def test_a_recipe_holds_what_it_changes_of_another(tmp_path: Path) -> None:

@@ -12,7 +12,8 @@ import pytest
 
 from infra.executors import LocalExecutor, RayExecutor
 from stages.execution import StageResult, find_artifact, run_stage
-from stages.recipe import RecipeError, load_recipe
+from stages.recipe import load_recipe
+from stages.recipe_files import RecipeError
 from storage.store import Store
 from storage.tables import read_table
 from tests.tiny import TinyRun, start_stage
