@@ -7,10 +7,12 @@ Whatever a file holds (16 bits, floats, CMYK, a wide gamut, transparency, a came
 from __future__ import annotations
 
 import io
+import re
+import sys
 import zlib
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from PIL import ExifTags, Image, ImageCms, PngImagePlugin, UnidentifiedImageError
@@ -83,7 +85,7 @@ def decode_image(data: bytes, limits: Limits | None = None, background: tuple[in
             if opened.width * opened.height > limits.max_pixels:
                 raise too_many
             width, height, extension = *opened.size, (opened.format or "").lower()
-            rgb = to_rgb(opened, background)
+            rgb = _shown(opened, _eight_bit(opened, data), background)
             return DecodedImage(rgb, width, height, _EXTENSIONS.get(extension, extension))
     except UnusableImage:
         raise
@@ -95,17 +97,9 @@ def decode_image(data: bytes, limits: Limits | None = None, background: tuple[in
         raise UnusableImage("undecodable", f"{type(error).__name__}: {error}"[:_LONGEST_REASON]) from error
 
 
-def to_rgb(opened: Image.Image, background: tuple[int, int, int] = WHITE) -> Image.Image:
-    """An open image as it is seen: upright, 8 bits, sRGB, transparency over the background.
-
-    Grey of more than 8 bits is scaled by the range that its values are written in (`_whole_range`), colours are
-    converted by the ICC profile where there is one, and a profile that cannot be used is ignored.
-
-    Raises:
-        Exception: whatever Pillow raises on damaged bytes.
-    """
-    opened.load()
-    colours, alpha = _parts(_eight_bit(opened))
+def _shown(opened: Image.Image, image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
+    """An image of 8 bits a channel as it is seen, by what the file that was `opened` says of it."""
+    colours, alpha = _parts(image)
     rgb = _srgb(colours, opened.info.get("icc_profile"))
     if alpha is not None:
         rgb.putalpha(alpha)
@@ -240,8 +234,11 @@ def _inflated(packed: bytes, most: int) -> bytes | None:
 # More than 8 bits
 
 
-def _eight_bit(opened: Image.Image) -> Image.Image:
-    """A loaded image with 8 bits a channel; grey with one transparent value becomes grey with alpha."""
+def _eight_bit(opened: Image.Image, data: bytes) -> Image.Image:
+    """The image loaded, with 8 bits a channel; grey with one transparent value becomes grey with alpha."""
+    if _is_deep_tiff(opened):
+        return _eight_bit_colours(opened, data)
+    opened.load()
     if not (opened.mode.startswith("I") or opened.mode == "F"):
         return opened
     tags = getattr(opened, "tag_v2", {})
@@ -249,16 +246,60 @@ def _eight_bit(opened: Image.Image) -> Image.Image:
     if opened.mode == "I" and tags.get(_BITS, (0,))[0] == 32 and not _is_signed(opened):
         samples = samples.view(np.uint32)
     whole = _float_range(samples, tags) if opened.mode == "F" else _whole_range(samples, opened)
-    scaled = np.nan_to_num(samples.astype(np.float32), nan=0, posinf=whole, neginf=0)
-    scaled *= 255 / whole
-    np.rint(np.clip(scaled, 0, 255, out=scaled), out=scaled)
+    scaled = _scaled(samples, whole)
     if tags.get(_PHOTOMETRIC) == 0:  # white is zero, which Pillow heeds at 8 bits only
         np.subtract(255, scaled, out=scaled)
-    grey = Image.fromarray(scaled.astype(np.uint8))
+    grey = Image.fromarray(scaled)
     transparent = opened.info.get("transparency")
     if isinstance(transparent, int):
         grey.putalpha(Image.fromarray(np.where(samples == transparent, 0, 255).astype(np.uint8)))
     return grey
+
+
+def _scaled(samples: np.ndarray, whole: float) -> np.ndarray:
+    """Samples of any type as uint8, `whole` and more being white; holes in floats are black."""
+    scaled = np.nan_to_num(samples.astype(np.float32), nan=0, posinf=whole, neginf=0)
+    scaled *= 255 / whole
+    np.rint(np.clip(scaled, 0, 255, out=scaled), out=scaled)
+    return scaled.astype(np.uint8)
+
+
+_OTHER_ORDER = {"L": "B", "B": "L", "N": "B" if sys.byteorder == "little" else "L"}
+_DEEP = re.compile(r"(RGB|RGBA|RGBX);16([LBN])")
+"""Pillow's names for how colours of 16 bits lie in a file."""
+
+
+def _is_deep_tiff(opened: Image.Image) -> bool:
+    """Whether it is a TIFF of 16 bits a colour; asked before it is loaded."""
+    tiles: list[Any] = getattr(opened, "tile", [])
+    return opened.format == "TIFF" and bool(tiles) and all(_DEEP.fullmatch(_raw_mode(tile)) for tile in tiles)
+
+
+def _raw_mode(tile: Any) -> str:
+    return str(tile.args[0] if isinstance(tile.args, tuple) else tile.args)
+
+
+def _bytes_swapped(tile: Any) -> Any:
+    raw_mode = _DEEP.sub(lambda found: f"{found[1]};16{_OTHER_ORDER[found[2]]}", _raw_mode(tile))
+    return tile._replace(args=(raw_mode, *tile.args[1:]) if isinstance(tile.args, tuple) else raw_mode)
+
+
+def _eight_bit_colours(opened: Image.Image, data: bytes) -> Image.Image:
+    """A TIFF of 16 bits a colour, of which Pillow keeps the upper eight.
+
+    Where nothing reaches a quarter of white it is looked at again with its bytes swapped, which gives the lower eight.
+    """
+    opened.load()
+    upper = np.asarray(opened)[..., :3]
+    if upper.max(initial=0) >= 64:
+        return opened
+    with Image.open(io.BytesIO(data), formats=("TIFF",)) as again:
+        again.tile = [_bytes_swapped(tile) for tile in again.tile]
+        samples = (upper.astype(np.uint16) << 8) | np.asarray(again)[..., :3]
+    colours = Image.fromarray(_scaled(samples, _whole_range(samples, opened)))
+    if opened.mode == "RGBA":
+        colours.putalpha(opened.getchannel("A"))
+    return colours
 
 
 _BITS, _PHOTOMETRIC, _MAX_SAMPLE, _SAMPLE_FORMAT, _S_MAX_SAMPLE = 258, 262, 281, 339, 341
@@ -268,7 +309,7 @@ _MOST_LOOKED_AT = 1_000_000
 
 
 def _whole_range(samples: np.ndarray, opened: Image.Image) -> float:
-    """The value that is white: 65,535, but in a TIFF as many bits as its values need.
+    """The value that is white in integers: 65,535, but in a TIFF as many bits as its values need.
 
     Cameras, scanners and microscopes write 10, 12 or 14 bits into TIFFs of 16 or 32 and seldom say so: the largest
     value, or the largest that the file declares, says it. 8, 10, 12, 14, 16, 24 and all bits are told apart.

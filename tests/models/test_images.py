@@ -195,6 +195,33 @@ def test_white_may_be_zero_at_sixteen_bits(encoded: Encoder) -> None:
     np.testing.assert_allclose(shown, 255 - ramp / 257, atol=0.51)
 
 
+def _colour_tiff(order: str, *samples: int, compression: int = 1) -> bytes:
+    """16 x 16 equal pixels of 16 bits a colour, as Pillow itself cannot write them."""
+    row = struct.pack(f"{order}{len(samples)}H", *samples) * 16
+    pixels = row * 16 if compression == 1 else zlib.compress(row * 16)
+    tags = {256: 16, 257: 16, 258: 0, 259: compression, 262: 2, 273: 0, 277: len(samples), 278: 16, 279: len(pixels)}
+    tags |= {338: 2} if len(samples) == 4 else {}
+    depths = 8 + 2 + 12 * len(tags) + 4  # where the depth of each colour stands, since four do not fit into an entry
+    tags |= {258: depths, 273: depths + 2 * len(samples)}
+    table = struct.pack(f"{order}H", len(tags))
+    for tag, value in tags.items():
+        table += struct.pack(f"{order}HHI", tag, 3, len(samples) if tag == 258 else 1)
+        table += struct.pack(f"{order}I", value) if tag == 258 else struct.pack(f"{order}HH", value, 0)
+    start = struct.pack(f"{order}2sHI", b"II" if order == "<" else b"MM", 42, 8)
+    return start + table + bytes(4) + struct.pack(f"{order}{len(samples)}H", *[16] * len(samples)) + pixels
+
+
+@pytest.mark.parametrize("compression", [1, 8])
+@pytest.mark.parametrize("order", ["<", ">"])
+def test_twelve_bits_of_colour_in_sixteen_are_as_bright_as_they_were_meant(order: str, compression: int) -> None:
+    twelve = pixel(_colour_tiff(order, 3000, 2048, 17, compression=compression))
+    np.testing.assert_allclose(twelve, np.array([3000, 2048, 17]) / 4095 * 255, atol=0.51)
+    sixteen = pixel(_colour_tiff(order, 3000 * 16, 2048 * 16, 17 * 16, compression=compression))
+    np.testing.assert_allclose(sixteen, twelve, atol=1)
+    half = pixel(_colour_tiff(order, 3000, 2048, 17, 0x8000, compression=compression), (0, 0, 0))
+    np.testing.assert_allclose(half, np.array(twelve) / 2, atol=1)
+
+
 @pytest.mark.parametrize("value", [40, 4_000, 40_000])
 def test_dark_png_stays_dark(value: int) -> None:
     assert pixel(raw_png(16, 0, struct.pack(">H", value))) == (round(value / 257),) * 3
