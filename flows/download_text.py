@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from flows.text import megabytes, text_table
 from stages.errors import printable
+from stages.held_out_rows import unused_splits
 from stages.shard_counts import NUM_EXAMPLES, host_of, reason_of
 from stages.sources.source import FILTERED, OK, STATUSES
 from storage.tables import read_table
@@ -52,7 +53,7 @@ def inspect_download(store: Store, manifest: Manifest) -> str:
         ),
     ]
     parts += _counts("reason of failure", reasons, examples) + _counts("filtered because", filters, examples)
-    parts += _rot(hosts)
+    parts += _splits(manifest.metrics.get("splits", {})) + _rot(hosts)
     return "\n\n".join(parts)
 
 
@@ -66,6 +67,18 @@ def _counts(title: str, counts: Counter[str], examples: dict[str, list[str]]) ->
             cells = ["", ""] if number else [reason, str(count)]
             rows.append([*cells, printable(example, _LONGEST_EXAMPLE)])
     return [text_table([title, "rows", "for example"], rows) + _more(len(counts))]
+
+
+def _splits(counts: dict[str, int]) -> list[str]:
+    """The images of each split, where there are several, and which of them no stage uses."""
+    if len(counts) < 2:
+        return []
+    unused = unused_splits(counts)
+    rows = [
+        [printable(name, _LONGEST_EXAMPLE), str(count), "used by no stage" if name in unused else ""]
+        for name, count in counts.items()
+    ]
+    return [text_table(["split", "images", ""], rows)]
 
 
 def _rot(hosts: dict[str, Counter[str]]) -> list[str]:

@@ -56,6 +56,12 @@ class Recipe(Config):
     def _check_templates(self) -> Recipe:
         """Here and not in the stages: hours of work come before the one that would find a wrong name."""
         known = [CAPTION, *self.download.columns]
+        category = self.evaluate.category_column
+        if "category_column" in self.evaluate.model_fields_set and category not in self.download.columns:
+            raise ValueError(
+                f"field 'evaluate.category_column' has value {category!r}: {unknown_name(category, known[1:])}; "
+                "download.extra_columns says which columns are kept of the data"
+            )
         for field, template in self._templates():
             for name in names_in(template):
                 if name not in known:

@@ -58,7 +58,7 @@ def fill_row(template: str, row: Mapping[str, str]) -> str:
 
 def unknown_name(name: str, known: list[str]) -> str:
     """What to say of a name that stands for nothing."""
-    remedy = f"it can name {', '.join(sorted(known))}"
+    remedy = f"it can name {', '.join(sorted(known))}" if known else "the data have none"
     for mark in ":!.[":
         if name.partition(mark)[0] in known:
             return f"there is no column {name!r}, and nothing but a column's name goes into the braces; {remedy}"

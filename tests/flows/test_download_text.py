@@ -40,11 +40,12 @@ def test_counts_are_by_status_by_reason_without_details_and_by_host(tmp_path: Pa
     store = Store(str(tmp_path / "store"))
     write_table(image_metadata_table(metadata()), tmp_path / "rows.parquet")
     entry = store.put_file(tmp_path / "rows.parquet", "metadata/00000.parquet")
-    metrics = Totals([receipt_of([entry], metadata())]).metrics()
+    metrics = Totals([receipt_of([entry], metadata())]).metrics() | {"splits": {"train": 2, "val": 1}}
     manifest = Manifest("image_shards", 1, "download", {}, {}, (entry,), metrics, {})
     lines = [line.split("  ") for line in inspect_download(store, manifest).splitlines()]
     cells = [[cell.strip() for cell in line if cell.strip()] for line in lines]
     assert ["ok", "3", "30.0%", "the image is in the shard"] in cells
+    assert ["train", "2"] in cells and ["val", "1", "used by no stage"] in cells
     cut = cells.index(["undecodable: OSError: image file is truncated", "2", "000000006: http://mixed.example/1"])
     assert cells[cut + 1] == ["000000007: http://mixed.example/2"]
     assert ["shortest side below 64 pixels", "1", "000000008: http://mixed.example/3"] in cells

@@ -6,6 +6,7 @@ import pytest
 
 from stages.recipe import RecipeError, load_recipe
 from stages.templates import fill, fill_row, names_in
+from tests.tiny import CAPTIONS_ONLY
 
 FIELDS = {"text": "a fox", "Image Size": "large", "a.b": "ab", "braces": "{caption} {0}"}
 
@@ -65,6 +66,12 @@ def test_a_wrong_template_is_refused_when_the_recipe_is_read(field: str, shape: 
 def test_an_answer_names_its_choice_alone(template: str) -> None:
     with pytest.raises(RecipeError, match=r"field 'evaluate.answer' has value .*(it can name choice|write \{\{)"):
         load_recipe("tiny", [f'evaluate.answer="{template}"'])
+
+
+def test_a_wrong_category_column_is_refused_and_the_usual_one_may_lack() -> None:
+    with pytest.raises(RecipeError, match=r"'evaluate.category_column' has value 'catgory': there is no column"):
+        load_recipe("tiny", ["evaluate.category_column=catgory"])
+    assert load_recipe("tiny", list(CAPTIONS_ONLY)).evaluate.category_column == "category"
 
 
 def test_columns_of_any_name_are_known_to_the_recipe() -> None:
