@@ -13,6 +13,8 @@ from torch import nn
 
 from models.image_tokenizer import TokenizerConfig
 from models.tokenizers import build_tokenizer
+from models.vlm import build_small_llm
+from models.vocabulary import extend_tokenizer, train_bpe
 from stages.devices import Precision, autocast, native_precision
 from stages.loading import subset
 from stages.recipe import Recipe, load_recipe
@@ -69,22 +71,11 @@ def _forward(layer: Callable[[torch.Tensor], object], inputs: torch.Tensor) -> C
 
 
 def _language_model(recipe: Recipe) -> Case:
-    from transformers import Qwen2Config, Qwen2ForCausalLM
-
-    llm = recipe.pretrain.llm
-    size = llm.bpe_vocab_size + recipe.tokenizer.quantizer.codebook_size
-    model = Qwen2ForCausalLM(
-        Qwen2Config(
-            vocab_size=size,
-            hidden_size=llm.hidden_size,
-            intermediate_size=llm.intermediate_size,
-            num_hidden_layers=llm.num_layers,
-            num_attention_heads=llm.num_heads,
-            num_key_value_heads=llm.num_heads,
-            attn_implementation=llm.attention,
-        )
-    )
-    token_ids = torch.randint(size, (recipe.sft.batch_size, 84))
+    grid = recipe.tokenizer.grid
+    tokenizer = train_bpe(["a photo of bread"], recipe.pretrain.llm.bpe_vocab_size)
+    vocabulary = extend_tokenizer(tokenizer, (recipe.tokenizer.quantizer.codebook_size,), (1, 1, *grid))
+    model = build_small_llm(recipe.pretrain.llm, vocabulary)
+    token_ids = torch.randint(vocabulary.size, (recipe.sft.batch_size, 84))
     return lambda: model(input_ids=token_ids, labels=token_ids, use_cache=False).loss.backward()
 
 
