@@ -134,7 +134,8 @@ def _read(value: Any, caption_column: str) -> _Entry:
         return _Entry(problem=f"is no object: {str(value)[:80]}")
     images = value.get("image")
     images = [image for image in images if image] if isinstance(images, list) else [images] if images else []
-    entry = _Entry(clean(images[0]) if images and isinstance(images[0], str) else "")
+    others = {name: what for name, what in value.items() if name not in ("image", "conversations")}
+    entry = _Entry(clean(images[0]) if images and isinstance(images[0], str) else "", columns=others)
     entry.problem = _problem(value.get("conversations"), images)
     if entry.problem:
         return entry
@@ -145,7 +146,6 @@ def _read(value: Any, caption_column: str) -> _Entry:
         entry.problem = "has a question and no answer" if question is not None else "has no question"
     elif answer in ("", _MARK):
         entry.problem = "has an image for an answer" if answer else "has an empty answer"
-    others = {name: what for name, what in value.items() if name not in ("image", "conversations")}
     caption = others.get(caption_column)
     if caption is None or (isinstance(caption, str) and not caption.strip()):
         others[caption_column] = answer

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from models.teachers import Teacher
 from models.transforms import ViewsConfig
 from stages import encoding
+from stages.devices import with_precision
 from stages.encoding import CPU_CHUNK, Encoder, EncoderFactory, Pixels
 from stages.execution import find_artifacts
 from stages.isolation import FAILED
@@ -91,7 +92,7 @@ def test_a_pair_that_cannot_be_scored_is_a_row_and_the_others_are_scored(teacher
     store = run.store(str(tmp_path / "store"))
     found = find_artifacts(run.recipe, store, ["download", "prepare_teacher", "train_tokenizer"])
     digests = [manifest.digest for manifest in found.values() if manifest is not None]
-    config = run.recipe.tokenize.model_copy(update={"min_caption_match": 0.0})
+    config = with_precision(run.recipe.tokenize.model_copy(update={"min_caption_match": 0.0}), {})
 
     def left_out(action_key: str) -> dict[str, tuple[str, str]]:
         receipt = WorkerFactory(store, action_key, config, 0, *digests)()({"shard": "00000"})["receipt"]

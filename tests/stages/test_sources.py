@@ -219,15 +219,16 @@ def _entry(*turns: str, **fields: Any) -> dict[str, Any]:
     """`h:` begins what a human says, `g:` what the model does."""
     speakers = {"h": "human", "g": "gpt", "s": "system"}
     said = [{"from": speakers[turn[0]], "value": turn[2:]} for turn in turns]
-    return {"image": "a.png", "conversations": said} | fields
+    return {"id": "mine", "image": "a.png", "conversations": said} | fields
 
 
 def _conversation_rows(tmp_path: Path, *entries: Any) -> list[dict[str, Any]]:
     files = make_conversations(tmp_path)
     path = Path(files["path"])
     path.write_text(json.dumps([*entries, *json.loads(path.read_text())]))
-    config = DownloadConfig(files=files, extra_columns=("question", "answer"), max_failed_fraction=1)
+    config = DownloadConfig(files=files, extra_columns=("question", "answer", "id"), max_failed_fraction=1)
     rows, _, _ = run_download(config, tmp_path)
+    assert [row["id"] for row in rows[: len(entries)]] == ["mine"] * len(entries), "whatever else is wrong"
     return rows[: len(entries)]
 
 
