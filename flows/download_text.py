@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 from flows.text import megabytes, text_table
 from stages.errors import printable
 from stages.held_out_rows import unused_splits
-from stages.shard_counts import NUM_EXAMPLES, host_of, reason_of
-from stages.sources.source import FILTERED, OK, STATUSES
+from stages.shard_counts import host_of, reason_of
+from stages.sources.source import FILTERED, NUM_EXAMPLES, OK, STATUSES
 from storage.tables import read_table
 
 if TYPE_CHECKING:

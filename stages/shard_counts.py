@@ -10,14 +10,13 @@ from urllib.parse import urlsplit
 
 from stages.errors import printable
 from stages.held_out_rows import unused_splits
-from stages.sources.source import FILTERED, OK
+from stages.sources.source import FILTERED, NUM_EXAMPLES, OK
 from storage.manifest import FileEntry
 
 _COUNTED = ("status", "errors", "filters", "hosts", "failed_hosts", "splits")
 _DETAILS = re.compile(r" \([^()]*\)$")
 _SHOWN = 20
 """Reasons and hosts that the metrics name; the metadata tables have them all."""
-NUM_EXAMPLES = 3
 _LONGEST_EXAMPLE = 200
 _TOLD, _LONGEST_TOLD = 3, 80
 """Reasons in a message, and characters of an example there."""

@@ -55,7 +55,8 @@ STATUSES: dict[str, str] = {
 """What can become of a row."""
 
 
-_EXAMPLES = 3
+NUM_EXAMPLES = 3
+"""Of what is left out, or failed, so many are named."""
 
 
 @dataclass(frozen=True)
@@ -134,18 +135,20 @@ def same_column(one: str, other: str) -> bool:
     return one.strip().casefold() == other.strip().casefold()
 
 
-def say_left_out(logger: logging.Logger, what: str, names: Sequence[str], kind: str) -> None:
+def say_left_out(logger: logging.Logger, what: str, names: Sequence[str], kind: str, number: int | None = None) -> None:
     """Log how many files or members of a source are not used, and the first of them; nothing where there are none.
 
     Args:
         logger: of the module that leaves them out.
         what: the source, as messages name it.
-        names: of all that are left out.
+        names: of those that are left out, or of the first ones.
         kind: what they are, as in `3 files that are no tars`.
+        number: how many they are, where `names` are not all.
     """
     if names:
-        examples = ", ".join(names[:_EXAMPLES]) + (", ..." if len(names) > _EXAMPLES else "")
-        logger.warning("%s: left out %d %s: %s", what, len(names), kind, examples)
+        number = number or len(names)
+        examples = ", ".join(names[:NUM_EXAMPLES]) + (", ..." if number > NUM_EXAMPLES else "")
+        logger.warning("%s: left out %d %s: %s", what, number, kind, examples)
 
 
 def has_text(caption: str) -> bool:

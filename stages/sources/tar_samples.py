@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from stages.sources.images import is_image_name
-from stages.sources.source import has_text, same_column
+from stages.sources.source import NUM_EXAMPLES, has_text, same_column
 from stages.sources.text import TEXT_SUFFIXES, decode, load_json, pair_folded, split_suffix
 from storage.input_files import is_clutter
 
@@ -96,7 +96,8 @@ class TarReader:
         self.problem = ""
         """What is wrong with the first .json that is none."""
         self.left_out: list[str] = []
-        """Members that are no part of a sample."""
+        """The first members that are no part of a sample."""
+        self.num_left_out = 0
         self._tar = ""
 
     def samples(self, file: Any, tar: str) -> list[TarSample]:
@@ -162,7 +163,8 @@ class TarReader:
                 sample.fields[column] = value[own]
 
     def _leave_out(self, names: Sequence[str]) -> None:
-        self.left_out += [f"{self._tar}/{name}" for name in names]
+        self.num_left_out += len(names)
+        self.left_out += [f"{self._tar}/{name}" for name in names[: NUM_EXAMPLES - len(self.left_out)]]
 
     def _told_apart(self, repeated: list[TarSample]) -> list[TarSample]:
         """The samples of one name: a first, a second and so on, where each member comes as often as the others."""

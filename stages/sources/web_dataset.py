@@ -73,14 +73,16 @@ class WebDataset:
         kept: dict[str, list[Any]] = {name: [] for name in columns}
         said = False
         for tar in tars:
-            for sample in self._samples(tar, reader):
+            samples, compressed = self._samples(tar, reader)
+            for sample in samples:
                 fields = (sample.fields or {}) | {self._caption_column: sample.caption(self._caption_column)}
                 said = said or bool(sample.texts)
                 for wanted, values in kept.items():
                     values.append(fields.get(wanted))
                 urls.append(f"{tar}/{sample.image.name if sample.image else sample.stem}")
-                places.append(_place_of(sample, tar))
-        say_left_out(logger, self.what, reader.left_out, "members that are neither an image nor its text")
+                places.append(_place_of(sample, tar, compressed))
+        kind = "members that are neither an image nor its text"
+        say_left_out(logger, self.what, reader.left_out, kind, reader.num_left_out)
         seen = dict.fromkeys([self._caption_column] if said else []) | reader.seen
         if reader.problem and not seen:
             raise ValueError(f"{self.what} has no .json that can be read: {reader.problem}; write one object a sample")
@@ -91,16 +93,16 @@ class WebDataset:
         )
 
     def fetch(self, rows: list[Row], scratch: Path) -> Iterator[tuple[int, Fetched]]:
-        wanted: dict[str, list[tuple[int, int, int]]] = {}
+        wanted: dict[tuple[str, bool], list[tuple[int, int, int]]] = {}
         for position, found in placed(rows, "the sample"):
             if isinstance(found, Failure):
                 yield position, found
             else:
-                tar, offset, size = found
-                wanted.setdefault(tar, []).append((offset, size, position))
-        for tar, members in wanted.items():
+                tar, compressed, offset, size = found
+                wanted.setdefault((tar, compressed), []).append((offset, size, position))
+        for (tar, compressed), members in wanted.items():
             with self._files.open(tar) as file:
-                data = decompressed(file)
+                data = decompressed(file) if compressed else file
                 for offset, size, position in sorted(members):  # a compressed tar is read from its start, once
                     data.seek(offset)
                     yield position, bytes(data.read(min(size, self._max_bytes + 1)))
@@ -112,21 +114,21 @@ class WebDataset:
             raise ValueError(f"{self.what} holds no .tar, but {names[0]!r}; mend the path")
         return tars
 
-    def _samples(self, tar: str, reader: TarReader) -> list[TarSample]:
-        """The samples of one tar, without the images' bytes."""
+    def _samples(self, tar: str, reader: TarReader) -> tuple[list[TarSample], bool]:
+        """The samples of one tar, without the images' bytes, and whether it is compressed."""
         try:
             with self._files.open(tar) as file:
                 data = decompressed(file)
                 if not data.seekable():
                     raise tarfile.ReadError("it is compressed with Zstandard: unpack it")
-                return reader.samples(data, tar)
+                return reader.samples(data, tar), data is not file
         except (tarfile.TarError, OSError, ValueError, *COMPRESSION_ERRORS) as error:
             raise ValueError(f"{self.what}: {tar} is not readable as tar: {error}; make or fetch it again") from error
 
 
-def _place_of(sample: TarSample, tar: str) -> str:
+def _place_of(sample: TarSample, tar: str, compressed: bool) -> str:
     if sample.image is None:
         return ""
     if sample.problem or not sample.has_text:
         return no_place(NO_CAPTION, sample.problem or "no text beside the image")
-    return place(tar, sample.image.offset, sample.image.size)
+    return place(tar, compressed, sample.image.offset, sample.image.size)
