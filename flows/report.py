@@ -33,7 +33,7 @@ def write_report(recipe: Recipe, store: Store, folder: Path) -> Path:
         seed=recipe.seed,
         written=_now(),
         artifacts=find_artifacts(recipe, store),
-        inputs={name: stage.inputs for name, stage in STAGES.items()},
+        inputs={name: stage.feeders(recipe.section(stage)) for name, stage in STAGES.items()},
         store=store,
     )
     return write_page(render_page(data), folder)

@@ -66,8 +66,9 @@ def run_stage(name: str, recipe: Recipe, store: Store, executor: Executor, *, ru
     """
     started = time.monotonic()
     stage = _stage(name)
-    available = find_artifacts(recipe, store, list(stage.inputs))
-    inputs = {feeder: _required(feeder, available, recipe, store, needed_by=name) for feeder in stage.inputs}
+    feeders = stage.feeders(recipe.section(stage))
+    available = find_artifacts(recipe, store, list(feeders))
+    inputs = {feeder: _required(feeder, available, recipe, store, needed_by=name) for feeder in feeders}
     wanted = _wanted(stage, recipe, inputs)
     found = _look_up(wanted, store)
     if found is not None:
@@ -166,8 +167,9 @@ def find_artifacts(recipe: Recipe, store: Store, names: list[str] | None = None)
     def resolve(name: str) -> Manifest | None:
         if name not in found:
             stage = _stage(name)
-            inputs = {feeder: artifact for feeder in stage.inputs if (artifact := resolve(feeder)) is not None}
-            complete = len(inputs) == len(stage.inputs)
+            feeders = stage.feeders(recipe.section(stage))
+            inputs = {feeder: artifact for feeder in feeders if (artifact := resolve(feeder)) is not None}
+            complete = len(inputs) == len(feeders)
             hit = _look_up(_wanted(stage, recipe, inputs), store) if complete else None
             found[name] = hit[1] if hit is not None else None
         return found[name]

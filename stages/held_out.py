@@ -40,9 +40,10 @@ class HeldOut:
     source: ImageSource
     split: str
     """Name of these images."""
-    space: FeatureSpace
+    space: FeatureSpace | None
+    """None where there is neither a teacher nor Inception."""
     task: ZeroShot | None
-    """None where the teacher has no text tower."""
+    """None without a teacher that has a text tower."""
     perceptual: Perceptual | None
     """None where training has none."""
     device: torch.device
@@ -70,7 +71,7 @@ class HeldOut:
             for name in ("zero_shot", "zero_shot_teacher"):
                 if name in found:
                     metrics[f"{name}_top1"] = float((found[name] == 0).double().mean())
-        if len(self.source) > 1:  # one image has no spread
+        if self.space is not None and len(self.source) > 1:  # one image has no spread
             distance = self.space.distance
             metrics[distance.metric] = frechet_distance(found["reconstructions"], found["originals"])
             size = self.source.transform.image_size
@@ -96,9 +97,9 @@ class HeldOut:
             "psnr": psnr(drawn, pixels),
             "ssim": ssim(drawn, pixels),
             "codes": output.codes.cpu(),
-            "originals": self.space.describe(pixels),
-            "reconstructions": self.space.describe(drawn),
         }
+        if self.space is not None:
+            found |= {"originals": self.space.describe(pixels), "reconstructions": self.space.describe(drawn)}
         if output.semantic_prediction is not None and output.semantic_target is not None:
             cosine = semantic_cosine(output.semantic_prediction, output.semantic_target)
             found["semantic_cosine"] = cosine.cpu().expand(len(rows))

@@ -42,13 +42,13 @@ class FeatureSpace:
     """uint8 `[B, 3, H, W]` on the CPU -> float32 `[B, F]` on the CPU."""
 
 
-def feature_space(section: str, inception_weights: str, teacher: Teacher, device: torch.device) -> FeatureSpace:
+def feature_space(section: str, inception_weights: str, teacher: Teacher | None, device: torch.device) -> FeatureSpace:
     """FID's own space where its weights are given, else the teacher's.
 
     Args:
         section: of the recipe, for messages.
         inception_weights: path of torch-fidelity's weights, or "".
-        teacher: frozen; on `device`.
+        teacher: frozen; on `device`. None where Inception's weights are given.
         device: where features are computed.
 
     Raises:
@@ -62,6 +62,7 @@ def feature_space(section: str, inception_weights: str, teacher: Teacher, device
             "features": "InceptionV3, last pooling, 2048",
         }
         return FeatureSpace(SetDistance(RFID, settings), lambda pixels: network(pixels.to(device)).cpu())
+    assert teacher is not None, "there is nothing to compare in"
     if isinstance(teacher, BackboneTeacher):
         blocks = ", ".join(map(str, teacher.config.feature_blocks))
         what = f"{teacher.config.architecture}, blocks {blocks}, mean over positions"

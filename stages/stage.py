@@ -78,12 +78,19 @@ class Stage(Generic[C]):
     """The recipe's section that configures it."""
     config_class: type[C]
     inputs: tuple[str, ...]
-    """Names of the stages that feed it."""
+    """Names of the stages that may feed it."""
     run: Callable[[StageContext[C]], Outcome]
     version: int = 1
     """Raise it when a change of code changes results: old artifacts are then no longer hits."""
     external_inputs: Callable[[C], dict[str, str]] | None = None
     """Digests of what the config names outside the store (a URL list's content, say), by a name; part of the key."""
+    unused_inputs: Callable[[C], tuple[str, ...]] | None = None
+    """Those of `inputs` that a config has no use for: they need not be made, and are no part of the key."""
+
+    def feeders(self, config: C) -> tuple[str, ...]:
+        """Names of the stages that feed it under a config."""
+        unused = self.unused_inputs(config) if self.unused_inputs else ()
+        return tuple(name for name in self.inputs if name not in unused)
 
     def action_key(self, config: C, seed: int, inputs: dict[str, str]) -> str:
         """The identity of the result that this stage would have.

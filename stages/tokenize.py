@@ -98,13 +98,12 @@ def run(context: StageContext[TokenizeConfig]) -> Outcome:
     download, tokenizer = context.inputs["download"], context.inputs["train_tokenizer"]
     if tokenizer.kind == external_codes.KIND:
         return external_codes.join(context)
-    _check_scorer(config, context.inputs["prepare_teacher"])
+    scorer = _scorer(config, context.inputs.get("prepare_teacher"))
     shards = [entry.path.removeprefix("images/").removesuffix(".tar") for entry in download.files_under("images")]
     plan = store.create_plan(key, {"shards": shards})
     receipts = store.receipts(key)
     items = [{"shard": shard} for shard in plan["shards"] if shard not in receipts]
-    teacher = context.inputs["prepare_teacher"].digest
-    factory = WorkerFactory(store, key, config, context.seed, download.digest, teacher, tokenizer.digest)
+    factory = WorkerFactory(store, key, config, context.seed, download.digest, scorer, tokenizer.digest)
     failures = [row for receipt in receipts.values() for row in _failures(receipt)]
     _check_failures(config, failures, download)
     map_items = partial(context.executor.map, num_workers=config.num_workers, num_gpus=config.gpus_per_worker)
@@ -123,12 +122,17 @@ def run(context: StageContext[TokenizeConfig]) -> Outcome:
     )
 
 
-def _check_scorer(config: TokenizeConfig, teacher: Manifest) -> None:
-    if config.min_caption_match is not None and not teacher.metadata["has_text"]:
+def _scorer(config: TokenizeConfig, teacher: Manifest | None) -> str | None:
+    """Digest of the teacher that scores captions; None where none are scored."""
+    if config.min_caption_match is None:
+        return None
+    assert teacher is not None, "see unused_inputs"
+    if not teacher.metadata["has_text"]:
         raise ValueError(
             f"tokenize.min_caption_match={config.min_caption_match} needs a teacher with a text tower; choose one in "
             "teacher.model, or take the setting out"
         )
+    return teacher.digest
 
 
 def _followed(results: Iterator[dict[str, Any]], total: int) -> Generator[dict[str, Any], None, None]:
@@ -179,7 +183,7 @@ class WorkerFactory:
     config: TokenizeConfig
     seed: int
     download_digest: str
-    teacher_digest: str
+    scorer_digest: str | None
     tokenizer_digest: str
 
     def __call__(self) -> TokenizeWorker:
@@ -191,7 +195,7 @@ class WorkerFactory:
         return EncoderFactory(
             store=self.store,
             tokenizer_digest=self.tokenizer_digest,
-            scorer_digest=None if config.min_caption_match is None else self.teacher_digest,
+            scorer_digest=self.scorer_digest,
             views=config.views,
             precision=config.precision,
             on_gpu=config.gpus_per_worker > 0,
@@ -415,11 +419,16 @@ def _ahead(futures: Iterator[tuple[ImageSample, Future[_T]]], count: int) -> Ite
         waiting.extend(islice(futures, 1))
 
 
+def _unused_inputs(config: TokenizeConfig) -> tuple[str, ...]:
+    return ("prepare_teacher",) if config.min_caption_match is None else ()
+
+
 STAGE = Stage(
     name="tokenize",
     section="tokenize",
     config_class=TokenizeConfig,
     inputs=("download", "prepare_teacher", "train_tokenizer"),
+    unused_inputs=_unused_inputs,
     run=run,
     version=5,  # images of all depths and colour profiles arrive as sRGB
 )

@@ -34,7 +34,7 @@ from models.losses import (
 )
 from models.ranks import is_first_rank, mean_terms, num_ranks, own_part, start_equal
 from models.teachers import Teacher
-from models.tokenizers import build_tokenizer
+from models.tokenizers import KINDS, build_tokenizer
 from models.transforms import CropConfig, RandomCrop, normalise, to_pixels
 from models.zero_shot import Templates
 from stages import external_codes
@@ -118,7 +118,8 @@ def run(context: StageContext[TrainTokenizerConfig]) -> Outcome:
 def _train(context: StageContext[TrainTokenizerConfig]) -> Outcome | None:
     config = context.config
     source = ImageSource(context.store, context.inputs["download"], config.transform, split="train")
-    teacher = load_teacher(context.store, context.inputs["prepare_teacher"])
+    prepared = context.inputs.get("prepare_teacher")
+    teacher = load_teacher(context.store, prepared) if prepared is not None else None
     torch.manual_seed(mix_seed(context.seed, "tokenizer"))
     training = TokenizerTraining(config, context.seed, source, teacher)
     training.held_out = _held_out(context, training)
@@ -143,10 +144,10 @@ def _train(context: StageContext[TrainTokenizerConfig]) -> Outcome | None:
 class TokenizerTraining:
     """One optimiser step of the generator, one of the discriminator once it has started."""
 
-    def __init__(self, config: TrainTokenizerConfig, seed: int, source: ImageSource, teacher: Teacher) -> None:
+    def __init__(self, config: TrainTokenizerConfig, seed: int, source: ImageSource, teacher: Teacher | None) -> None:
         self.config, self.source = config, source
         self.device = resolve_device(config.device)
-        self.teacher = teacher.to(self.device)
+        self.teacher = teacher.to(self.device) if teacher is not None else None
         self.tokenizer = build_tokenizer(subset(config, TokenizerConfig), self.teacher).to(self.device)
         if config.weights:
             _load_weights(self.tokenizer, config.weights)
@@ -221,7 +222,7 @@ class TokenizerTraining:
 
         The teacher is frozen, so where flipping is the only augmentation small data need not meet it more than twice.
         """
-        if not self.tokenizer.has_semantic_branch or self.config.random_crop.kind != "none":
+        if self.teacher is None or not self.tokenizer.has_semantic_branch or self.config.random_crop.kind != "none":
             return None
         rows, columns = self.tokenizer.grid
         if 2 * len(self.source) * rows * columns * self.teacher.feature_dim * 4 > _FEATURE_CACHE_BYTES // num_ranks():
@@ -264,6 +265,7 @@ class TokenizerTraining:
             if weights.pooled_weight:
                 loss = loss + weights.pooled_weight * self._pooled_loss(output, terms)
         if output.image_embedding is not None:
+            assert self.teacher is not None, "the kind was built with it"
             texts = self.teacher.embed_texts([self.source.captions[row] for row in rows])
             terms["contrastive"] = contrastive_loss(output.image_embedding, texts, self.tokenizer.logit_scale)
             loss = loss + weights.contrastive_weight * terms["contrastive"]
@@ -363,7 +365,7 @@ def _load_weights(tokenizer: ImageTokenizer, path: str) -> None:
         ) from error
 
 
-def _perceptual_distance(loss: LossConfig, teacher: Teacher) -> nn.Module | None:
+def _perceptual_distance(loss: LossConfig, teacher: Teacher | None) -> nn.Module | None:
     if loss.perceptual == "none" or loss.perceptual_weight == 0:
         return None
     if loss.perceptual == "lpips":
@@ -388,8 +390,11 @@ def _held_out(context: StageContext[TrainTokenizerConfig], training: TokenizerTr
         )
     source = ImageSource(context.store, download, config.transform, split=split)
     names = [fill_row(config.class_name, source.row(row)) for row in range(len(source))]
-    space = feature_space("tokenizer", config.inception_weights, teacher, device)
-    task = ZeroShot.of(teacher, names, config.class_templates)
+    space = task = None
+    if teacher is not None or config.inception_weights:
+        space = feature_space("tokenizer", config.inception_weights, teacher, device)
+    if teacher is not None:
+        task = ZeroShot.of(teacher, names, config.class_templates)
     return HeldOut(source, split, space, task, perceptual_of(training.perceptual), device, config.precision)
 
 
@@ -406,11 +411,21 @@ def _external_inputs(config: TrainTokenizerConfig) -> dict[str, str]:
     return given | {"weights": sha256_file(config.weights)}
 
 
+def _unused_inputs(config: TrainTokenizerConfig) -> tuple[str, ...]:
+    """No teacher where neither the kind nor the perceptual distance has one: it would only be measured with."""
+    if config.kind != "external":
+        looks_through_it = config.loss.perceptual == "backbone" and config.loss.perceptual_weight > 0
+        if looks_through_it or KINDS[config.kind].needs_teacher:
+            return ()
+    return ("prepare_teacher",)
+
+
 STAGE = Stage(
     name="train_tokenizer",
     section="tokenizer",
     config_class=TrainTokenizerConfig,
     inputs=("download", "prepare_teacher"),
+    unused_inputs=_unused_inputs,
     run=run,
     version=4,  # SSIM as scikit-image has it; images of all depths and colour profiles arrive as sRGB
     external_inputs=_external_inputs,

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from storage.digests import canonical_json
@@ -155,7 +156,10 @@ def read_info(path: str | Path) -> CodeTableInfo:
     """Read what is known of a shard without its rows; ValueError when the file is no shard of a code table."""
     metadata = pq.read_schema(path).metadata or {}
     if _METADATA_KEY not in metadata:
-        raise ValueError(f"{path} is no code table: its schema metadata lacks 'musevl'; give files that tokenize wrote")
+        raise ValueError(
+            f"{path} is no code table: its schema metadata lacks 'musevl'; give files that tokenize or "
+            f"storage.code_table.write_code_shard wrote (docs/tokenizers.md, codes of another project)"
+        )
     try:
         return CodeTableInfo.from_bytes(metadata[_METADATA_KEY])
     except ValueError as error:
@@ -185,28 +189,70 @@ def read_code_table(paths: Iterable[str | Path]) -> CodeTable:
     """Read shards into one table, rows in the order of `paths`.
 
     Raises:
-        ValueError: there are no shards, their infos or columns differ, or a code lies outside its codebook.
+        ValueError: there are no shards, their infos or columns differ, the codes are none of the shape that the info
+            says, or a code lies outside its codebook.
     """
     shards = list(paths)
     if not shards:
         raise ValueError("no shards of a code table were given; give at least one Parquet file")
     info = read_info(shards[0])
-    tables = []
+    tables, parts = [], [np.zeros((0, *info.code_shape), info.dtype)]
     for path in shards:
         if (other := read_info(path)) != info:
             raise ValueError(
                 f"shards of different code tables: {shards[0]} and {path} differ in {_difference(info, other)}; "
                 "read tables of one tokenizer and transform at a time"
             )
-        tables.append(read_table(path))
+        shard = read_table(path)
+        if missing := [name for name in _RESERVED_COLUMNS if name not in shard.column_names]:
+            raise ValueError(f"{path} has no column {missing[0]!r}; it has {', '.join(shard.column_names)}")
+        parts += [_codes_of(chunk, info, path) for chunk in shard.column("codes").chunks]
+        tables.append(shard.drop_columns(["codes"]))
         if tables[-1].column_names != tables[0].column_names:
             raise ValueError(f"{path} has columns {tables[-1].column_names}, {shards[0]} {tables[0].column_names}")
-    table = pa.concat_tables(tables)
-    flat = [chunk.flatten().to_numpy() for chunk in table.column("codes").chunks]
-    codes = np.concatenate([*flat, np.zeros(0, info.dtype)]).reshape(-1, *info.code_shape)
+    try:
+        table = pa.concat_tables(tables, promote_options="default")  # a text column may be empty in one of them
+    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{shards[0]} and the other shards have columns of different types: {reason}") from error
+    if not pa.types.is_string(kind := table.schema.field("key").type) and not pa.types.is_large_string(kind):
+        raise ValueError(f"{shards[0]}: keys are of type {kind}; give the texts of the metadata tables' column `key`")
+    codes = np.concatenate(parts)
     _check_codes(shards[0], info, codes)
     columns = {name: table.column(name).to_pylist() for name in table.column_names if name not in _RESERVED_COLUMNS}
     return CodeTable(info=info, keys=table.column("key").to_pylist(), columns=columns, codes=codes)
+
+
+def _codes_of(values: pa.Array, info: CodeTableInfo, path: str | Path) -> npt.NDArray[Any]:
+    """Codes `[B, N, D, h, w]` of lists, flat as tokenize writes them, or nested as pandas does.
+
+    Raises:
+        ValueError: a list is missing or has another length than the shape says, or it holds no numbers.
+    """
+    nested: list[int] = []
+    while pa.types.is_list(kind := values.type) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
+        lengths = pc.unique(pc.list_value_length(values)).to_pylist()
+        if values.null_count or len(lengths) > 1:
+            shown = ", ".join("none" if length is None else str(length) for length in lengths[:4])
+            raise ValueError(
+                f"{path}: lists in `codes` have different lengths ({shown}); every image has {prod(info.code_shape)} "
+                f"codes, those of code_shape {list(info.code_shape)}"
+            )
+        nested += lengths
+        values = values.flatten()
+    if not pa.types.is_integer(kind) or values.null_count:
+        held = f"{values.null_count} empty places" if values.null_count else f"values of type {kind}"
+        raise ValueError(f"{path}: `codes` holds {held}; give a list of integers for each row")
+    if nested and _squeezed(nested) not in (_squeezed(info.code_shape), _squeezed([prod(info.code_shape)])):
+        raise ValueError(
+            f"{path}: lists in `codes` have the shape {nested}, code_shape is {list(info.code_shape)}; write the codes "
+            f"of an image as one list of {prod(info.code_shape)}, in the order books, depth, rows, columns"
+        )
+    return values.to_numpy(zero_copy_only=False).reshape(-1, *info.code_shape)
+
+
+def _squeezed(shape: Sequence[int]) -> list[int]:
+    return [length for length in shape if length != 1]
 
 
 def check_tokenizer(info: CodeTableInfo, expected_digest: str) -> None:

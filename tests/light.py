@@ -89,10 +89,10 @@ def light_run(
     recipe = load_recipe(str(path))
     run = LightRun(recipe, path, "", keys)
     with tempfile.TemporaryDirectory() as scratch:
-        inputs = _fill(Store(scratch), recipe, run._images())
-    return replace(
-        run, action_key=STAGES["tokenize"].action_key(with_precision(recipe.tokenize, {}), recipe.seed, inputs)
-    )
+        digests = _fill(Store(scratch), recipe, run._images())
+    stage, config = STAGES["tokenize"], with_precision(recipe.tokenize, {})
+    inputs = {feeder: digests[feeder] for feeder in stage.feeders(config)}
+    return replace(run, action_key=stage.action_key(config, recipe.seed, inputs))
 
 
 def _fill(store: Store, recipe: Recipe, shards: list[list[ImageSample]]) -> dict[str, str]:
@@ -128,7 +128,7 @@ def _commit(
     **metadata: Any,
 ) -> None:
     stage = STAGES[name]
-    inputs = {feeder: digests[feeder] for feeder in stage.inputs}
     config = with_precision(recipe.section(stage), {})
+    inputs = {feeder: digests[feeder] for feeder in stage.feeders(config)}
     manifest = Manifest(kind, 1, name, normalised_config(config), inputs, tuple(files), metrics or {}, metadata)
     digests[name] = store.commit(stage.action_key(config, recipe.seed, inputs), manifest).digest

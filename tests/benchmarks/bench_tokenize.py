@@ -129,7 +129,7 @@ def _stage(
 ) -> tuple[float, tuple[float, float]]:
     """Milliseconds an image in steady state; seconds before it, and those that a bare loop takes for as many images."""
     store = run.store(str(folder))
-    found = find_artifacts(run.recipe, store, list(STAGE.inputs))
+    found = find_artifacts(run.recipe, store, list(STAGE.feeders(run.recipe.tokenize)))
     inputs = {name: manifest for name, manifest in found.items() if manifest is not None}
     with store.attempt_dir() as scratch:
         context: StageContext[Any] = StageContext(
@@ -147,7 +147,7 @@ def _encoder(run: LightRun, store: Store) -> Encoder:
     tokenizer = find_artifacts(run.recipe, store, ["train_tokenizer"])["train_tokenizer"]
     assert tokenizer is not None
     config, seed = run.recipe.tokenize, run.recipe.seed
-    factory = TokenizeFactory(store, run.action_key, config, seed, "", "", tokenizer.digest)
+    factory = TokenizeFactory(store, run.action_key, config, seed, "", None, tokenizer.digest)
     return factory.encoder()()
 
 

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from flows.cli import import_codes
 from flows.inspection import inspect_code_table
 from infra.executors import LocalExecutor
 from stages.execution import run_stage
 from stages.loading import load_tokenizer
 from stages.recipe import load_recipe
-from storage.code_table import CodeTable, read_code_table
+from storage.code_table import CodeTable, CodeTableInfo, read_code_table, write_code_shard
 from tests.external import write_codes
+from tests.light import light_run
 from tests.tiny import TinyRun
 
 
@@ -79,3 +82,18 @@ def test_codes_that_cannot_be_used_are_refused(tiny_run: TinyRun, theirs: CodeTa
     message = {"empty": "holds no .parquet file", "several": "2 books of depth 1"}[case]
     with pytest.raises(ValueError, match=message):
         run_stage("train_tokenizer", recipe, store, LocalExecutor())
+
+
+def test_codes_are_imported_with_nothing_but_the_download(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The two documented commands; the store holds no teacher of this recipe."""
+    run = light_run(tmp_path, num_images=4, rows_per_shard=2)
+    store, codes = run.store(str(tmp_path / "store")), np.arange(24).reshape(4, 1, 1, 2, 3)
+    info = CodeTableInfo((1, 1, 2, 3), ("theirs",), (64,), "SEED-2", {"image_size": 40, "resize": "squash"})
+    (tmp_path / "theirs").mkdir()
+    write_code_shard(tmp_path / "theirs/0.parquet", info, run.keys, {}, codes)
+    import_codes(tmp_path / "theirs", str(run.recipe_path), store.uri, "local", ["teacher.steps=7"])
+    made = dict(re.findall(r"^(\w+)  made  (\w+)", capsys.readouterr().out, re.MULTILINE))
+    assert list(made) == ["train_tokenizer", "tokenize"]
+    table = store.load(made["tokenize"])
+    found = read_code_table([store.fetch(entry) for entry in table.files_under("codes")])
+    assert found.keys == run.keys and np.array_equal(found.codes, codes)

@@ -16,7 +16,7 @@ from models.losses import LossConfig
 from models.transforms import CropConfig
 from stages.execution import run_stage
 from stages.loading import read_weights
-from stages.recipe import load_recipe
+from stages.recipe import STAGES, load_recipe
 from stages.train_tokenizer import TokenizerTraining, TrainTokenizerConfig
 from stages.training import OptimiserConfig, build_optimiser
 from tests.tiny import TinyRun
@@ -134,3 +134,37 @@ def test_dualtokens_released_settings_train(tiny_run: TinyRun, tmp_path: Path) -
     recipe = load_recipe("tiny", [f"tokenizer.{name}={value}" for name, value in settings.items()])
     weights = read_weights(store, run_stage("train_tokenizer", recipe, store, LocalExecutor()).manifest)
     assert all(bool(value.isfinite().all()) for value in weights.values() if value.is_floating_point())
+
+
+@pytest.mark.parametrize(
+    ("recipe", "overrides", "needed"),
+    [
+        ("paper-vqgan-256", [], False),
+        ("paper-sde-256", [], True),
+        ("paper-vila_u-256", [], True),
+        ("mini", [], True),
+        ("mini", ["tokenizer.kind=vqgan"], True),  # its perceptual distance looks through the teacher's backbone
+        ("mini", ["tokenizer.kind=vqgan", "tokenizer.loss.perceptual_weight=0"], False),
+        ("mini", ["tokenizer.kind=external"], False),
+    ],
+)
+def test_a_teacher_is_an_input_where_it_is_used_and_nowhere_else(
+    recipe: str, overrides: list[str], needed: bool
+) -> None:
+    loaded = load_recipe(recipe, overrides)
+    assert STAGES["train_tokenizer"].feeders(loaded.tokenizer) == ("download", "prepare_teacher")[: 1 + needed]
+    assert STAGES["tokenize"].feeders(loaded.tokenize) == ("download", "train_tokenizer")
+    scoring = load_recipe(recipe, [*overrides, "tokenize.min_caption_match=0.2"])
+    assert "prepare_teacher" in STAGES["tokenize"].feeders(scoring.tokenize)
+    assert "prepare_teacher" in STAGES["evaluate"].feeders(loaded.evaluate), "it judges drawings"
+
+
+def test_a_kind_without_a_teacher_is_trained_and_used_without_one(tiny_run: TinyRun, tmp_path: Path) -> None:
+    store = tiny_run.store_before("prepare_teacher", tmp_path / "store")
+    overrides = ["tokenizer.kind=vqgan", "tokenizer.loss.perceptual=none", "tokenizer.steps=2"]
+    recipe = load_recipe("tiny", overrides)
+    trained = run_stage("train_tokenizer", recipe, store, LocalExecutor()).manifest
+    assert set(trained.inputs) == {"download"}
+    assert trained.metrics["psnr"] > 0
+    assert not {"frechet_teacher", "zero_shot_teacher_top1"} & set(trained.metrics)
+    assert run_stage("tokenize", recipe, store, LocalExecutor()).manifest.metrics["num_rows"] > 0

@@ -6,6 +6,8 @@ import duckdb
 import numpy as np
 import pandas as pd
 import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from storage.code_table import (
@@ -199,3 +201,69 @@ def test_a_shard_that_does_not_give_back_what_was_written_is_noticed(shard: Path
 
 def test_info_survives_the_round_trip() -> None:
     assert CodeTableInfo.from_bytes(INFO.to_bytes()) == INFO
+
+
+SMALL = CodeTableInfo((1, 1, 2, 3), ("theirs",), (64,), "SEED-2", {})
+
+
+def write_theirs(path: Path, **columns: Any) -> Path:
+    """Rows as another project may write them: pandas' lists of 64 bits, with our schema metadata."""
+    table = pa.table(columns)
+    pq.write_table(table.replace_schema_metadata({b"musevl": SMALL.to_bytes()}), path)
+    return path
+
+
+@pytest.mark.parametrize("kind", ["list", "large", "fixed", "nested", "whole shape", "nested fixed", "unsigned"])
+def test_codes_are_read_from_lists_of_any_form_that_has_their_shape(tmp_path: Path, kind: str) -> None:
+    codes = random_codes(4, SMALL)
+    flat, grid = [row.ravel().tolist() for row in codes], [row[0, 0].tolist() for row in codes]
+    column = {
+        "list": lambda: pa.array(flat),
+        "large": lambda: pa.array(flat, pa.large_list(pa.int32())),
+        "fixed": lambda: pa.array(flat, pa.list_(pa.int64(), 6)),
+        "nested": lambda: pa.array(grid),
+        "whole shape": lambda: pa.array(codes.tolist()),
+        "nested fixed": lambda: pa.array(grid, pa.list_(pa.list_(pa.uint8(), 3), 2)),
+        "unsigned": lambda: pa.array(flat, pa.list_(pa.uint16())),
+    }[kind]()
+    paths = [
+        write_theirs(tmp_path / f"{part}.parquet", key=keys_of(2, start), codes=column[start : start + 2])
+        for part, start in enumerate((0, 2))
+    ]
+    table = read_code_table(paths)
+    np.testing.assert_array_equal(table.codes, codes)
+    assert table.keys == keys_of(4)
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"key": ["a", "b"], "codes": [[1] * 6, [1] * 5]}, r"different lengths \(6, 5\); every image has 6 codes"),
+        ({"key": ["a", "b"], "codes": [[1] * 6, None]}, r"different lengths \(6, none\)"),
+        ({"key": ["a"], "codes": [[[1, 2], [3, 4], [5, 6]]]}, r"have the shape \[3, 2\], code_shape is \[1, 1, 2, 3\]"),
+        ({"key": ["a"], "codes": [[[1, 2, 3], [4, 5]]]}, "different lengths"),
+        ({"key": ["a"], "codes": [[1] * 5]}, r"have the shape \[5\], code_shape is .* as one list of 6"),
+        ({"key": ["a"], "codes": [[1, 2, 3, 4, 5, None]]}, "holds 1 empty places; give a list of integers"),
+        ({"key": ["a"], "codes": [[0.5] * 6]}, "holds values of type double; give a list of integers"),
+        ({"key": ["a"], "codes": ["1 2 3 4 5 6"]}, "holds values of type string; give a list of integers"),
+        ({"key": [7], "codes": [[1] * 6]}, "keys are of type int64; give the texts of the metadata tables"),
+        ({"name": ["a"], "codes": [[1] * 6]}, "has no column 'key'; it has name, codes"),
+        ({"key": ["a"], "tokens": [[1] * 6]}, "has no column 'codes'; it has key, tokens"),
+    ],
+)
+def test_codes_of_another_form_are_refused_by_file_and_with_what_is_right(
+    tmp_path: Path, columns: dict[str, Any], message: str
+) -> None:
+    path = write_theirs(tmp_path / "theirs.parquet", **columns)
+    with pytest.raises(ValueError, match=rf"^{path}.*{message}"):
+        read_code_table([path])
+
+
+def test_a_text_column_may_be_empty_in_one_shard(tmp_path: Path) -> None:
+    codes = [[1] * 6]
+    first = write_theirs(tmp_path / "0.parquet", key=["a"], view=pa.nulls(1), codes=codes)
+    second = write_theirs(tmp_path / "1.parquet", key=["b"], view=["view_1"], codes=codes)
+    assert read_code_table([first, second]).columns == {"view": [None, "view_1"]}
+    third = write_theirs(tmp_path / "2.parquet", key=["c"], view=[3], codes=codes)
+    with pytest.raises(ValueError, match="columns of different types"):
+        read_code_table([second, third])
