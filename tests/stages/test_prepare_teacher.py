@@ -7,10 +7,12 @@ import json
 import shutil
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from infra.executors import LocalExecutor
@@ -52,7 +54,6 @@ def write_open_clip(folder: Path, *, hf_text: bool = False, tokenizer: bool = Tr
     """A small random model in open_clip's layout, with a tokenizer of its own."""
     make_torchvision_importable()
     import open_clip
-    from safetensors.torch import save_file
 
     folder.mkdir(parents=True)
     text: dict[str, Any] = {"context_length": 16, "vocab_size": 6, "width": 32, "heads": 2, "layers": 1}
@@ -170,6 +171,39 @@ def write_siglip(folder: Path, resample: int) -> Path:
     SiglipImageProcessor(resample=resample).save_pretrained(folder)
     save_word_tokenizer(folder, 10)
     return folder
+
+
+def prepared(model: str, folder: Path) -> None:
+    """Run the stage for a published teacher, which needs no image."""
+    config = load_recipe("tiny", [f"teacher.model={model}"]).teacher
+    context: Any = SimpleNamespace(config=config, scratch=folder / "scratch", store=Store(str(folder / "store")))
+    prepare_teacher.run(context)
+
+
+def test_weights_that_are_no_numbers_do_not_become_a_teacher(tmp_path: Path) -> None:
+    siglip, clip = write_siglip(tmp_path / "siglip", 2), write_open_clip(tmp_path / "clip")
+    for path in (siglip / "model.safetensors", clip / "open_clip_model.safetensors"):
+        state = load_file(path)
+        name = min(name for name, value in state.items() if value.is_floating_point())
+        save_file(state | {name: torch.full_like(state[name], torch.inf)}, path, {"format": "pt"})
+    for model in (
+        f"{{kind: transformers, path: '{siglip}'}}",
+        f"{{kind: open_clip, name: 'local-dir:{clip}'}}",
+    ):
+        with pytest.raises(
+            ValueError, match=r"the teacher '.*' holds NaN or infinite values in 1 of .*take other weights"
+        ):
+            prepared(model, tmp_path)
+
+
+def test_a_folder_of_open_clip_without_weights_is_no_random_teacher(tmp_path: Path) -> None:
+    folder = write_open_clip(tmp_path / "clip")
+    for path in folder.glob("*.safetensors"):
+        path.unlink()
+    with pytest.raises(
+        ValueError, match=r"teacher\.model\.name='local-dir:.*cannot be read .*weights.*fetch its files"
+    ):
+        prepared(f"{{kind: open_clip, name: 'local-dir:{folder}'}}", tmp_path)
 
 
 def test_only_published_teachers_have_a_version_of_their_own() -> None:
