@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from models.image_tokenizer import ImageTokenizer, TokenizerConfig
+from models.import_llamagen import _sources, convert_llamagen
 from models.teachers import OpenClipTeacher, OpenClipTeacherConfig
 from models.tokenizers import KINDS, build_tokenizer
 from stages.loading import subset
@@ -142,3 +143,21 @@ def test_towers_are_siglips_size() -> None:
     """SigLIP SO400M's image tower has 428 million parameters (arXiv 2303.15343, table 1 of the model cards)."""
     tokenizer = build("paper-dualtoken-384")
     assert round(parameters(tokenizer.tower) / 1e6) == 428
+
+
+def test_vq_8_names_the_setting_with_which_it_is_imported() -> None:
+    """LlamaGen's other public tokenizer, by shapes alone, against the recipe of VQ-16."""
+    setting = "tokenizer.conv.channel_multipliers=[1,2,2,4]"
+    vq_8, vq_16 = (
+        subset(load_recipe("paper-vqgan-256", given).tokenizer, TokenizerConfig) for given in ([setting], [])
+    )
+    with torch.device("meta"):
+        tokenizer = build_tokenizer(vq_8)
+    own, state = tokenizer.state_dict(), {}
+    for ours, theirs in _sources(tokenizer):
+        parts = own[ours].chunk(len(theirs))
+        state |= dict(zip(theirs, parts, strict=True))
+    with pytest.raises(ValueError, match="by its shapes it is the one of") as refused:
+        convert_llamagen(state, vq_16)
+    assert f"--set '{setting}'" in str(refused.value)
+    assert convert_llamagen(state, vq_8).keys() >= own.keys()
