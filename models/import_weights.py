@@ -70,9 +70,12 @@ def weights_of(checkpoint: Any, which: str | None = None) -> Weights:
         raise ValueError(f"holds no weights under the key {which!r}; it has {listed(nested) or 'none under any key'}")
     if not taken and not _has_tensors(checkpoint):
         if not nested:
-            raise ValueError(f"holds no dict of tensors, only {listed(map(str, checkpoint)) or 'nothing'}")
+            raise ValueError(f"holds no dict of tensors, only {listed(map(repr, checkpoint)) or 'an empty dict'}")
         if len(nested) > 1:
-            raise ValueError(f"holds several networks ({listed(nested)}); save the one that is meant as a file alone")
+            raise ValueError(
+                f"holds several networks ({listed(nested)}); `musevl import-tokenizer --which` takes one of them, "
+                f"elsewhere give a file with that one alone"
+            )
         taken = nested[0]
     chosen = checkpoint[taken] if taken else checkpoint
     tensors = _unwrapped({str(name): value for name, value in chosen.items() if isinstance(value, Tensor)})
