@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import shlex
 import sys
 from datetime import timedelta
@@ -24,13 +23,6 @@ if TYPE_CHECKING:
     from stages.assistant import Assistant
     from stages.recipe import Recipe
     from storage.store import Store
-
-
-def _finite(number: float | None) -> float | None:
-    """Refuse what no comparison does: not a number, which is neither too small nor too large."""
-    if number is not None and not math.isfinite(number):
-        raise typer.BadParameter(f"{number} is not a finite number.")
-    return number
 
 
 app = typer.Typer(
@@ -83,7 +75,7 @@ def run_command(arguments: list[str]) -> int:
             return EXIT_CODE
         context = getattr(error, "ctx", None)
         hint = f"; see `{context.command_path} --help`" if context is not None else ""
-        return complain(f"{error.format_message().rstrip('.')}{hint}")
+        return complain(error.format_message().rstrip(".").replace("Value error, ", "") + hint)
     except USER_ERRORS as error:
         return report(error)
 
@@ -352,9 +344,7 @@ def artifacts_gc(
     store: StoreOption = DEFAULT_STORE,
     grace_days: Annotated[
         float,
-        typer.Option(
-            min=0, max=36500, callback=_finite, help="Keep what is younger; longer than any run that is at work."
-        ),
+        typer.Option(min=0, max=36500, help="Keep what is younger; longer than any run that is at work."),
     ] = 7.0,
     delete: Annotated[bool, typer.Option("--delete", help="Delete it. Without, only say what would go.")] = False,
 ) -> None:
@@ -419,10 +409,10 @@ def generate(
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of the sampling.")] = 0,
     guidance: Annotated[
         float | None,
-        typer.Option(min=0, max=1000, callback=_finite, help="Classifier-free guidance scale (default: recipe's)."),
+        typer.Option(min=0, max=1000, help="Classifier-free guidance scale (default: recipe's)."),
     ] = None,
     temperature: Annotated[
-        float | None, typer.Option(min=0, max=100, callback=_finite, help="Of the sampling (default: recipe's).")
+        float | None, typer.Option(min=0, max=100, help="Of the sampling (default: recipe's).")
     ] = None,
     recipe: RecipeOption = "mini",
     store: StoreOption = DEFAULT_STORE,

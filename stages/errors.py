@@ -38,13 +38,13 @@ def report(error: BaseException) -> int:
 
 def complain(text: str) -> int:
     """Print what is wrong as one line on stderr; return the exit code."""
-    sys.stderr.write(f"musevl: {' '.join(text.split())}\n")
+    sys.stderr.write(f"musevl: {printable(' '.join(text.split()))}\n")
     return EXIT_CODE
 
 
 def one_line(error: BaseException) -> str:
     """An error's message on one line; where a library raised it, also its type and how to see where."""
-    text = printable(" ".join(str(error).split())) or type(error).__name__
+    text = " ".join(str(error).split()) or type(error).__name__
     if not isinstance(error, (OSError, StoreError)) and not _raised_by_us(error.__traceback__):
         text = f"{type(error).__name__}: {text} ({DEBUG_VARIABLE}=1 shows where)"
     return text

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 import threading
 import time
@@ -69,6 +70,7 @@ def run(job: dict[str, Any]) -> bool:
 
 def main() -> int:
     """Read the job, work through it, return the exit code."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all; the stage says so, and ends this one
     job = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     end_with(job["parent"])
     return 0 if run(job) else 1

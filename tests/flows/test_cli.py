@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -131,10 +132,74 @@ def test_ask_opens_what_a_download_opens(
     assert not (tmp_path / "ran").exists()
 
 
-def test_usage_errors_have_exit_code_2_too(musevl: Command) -> None:
-    done = musevl("run", "--executor", "spark")
-    assert done.returncode == 2
-    assert "Traceback" not in done.stderr
+REFUSED_AT_ONCE: list[tuple[str, list[str]]] = [
+    ("unknown recipe 'nosuch'", ["run", "--recipe", "nosuch"]),
+    ("'[1' is not a YAML value", ["run", "--set", "sft.steps=[1"]),
+    ("stand more than 16 deep", ["compare-tokenizers", "--set", "sft.prompts=" + "[" * 9000]),
+    ("unknown stage 'nosuch'", ["stage", "nosuch"]),
+    ("Invalid value for '--executor': 'spark'", ["run", "--executor", "spark"]),
+    ("No such option", ["run", "--recipee", "mini"]),
+    ("Missing argument", ["generate"]),
+    ("No such command 'runn'", ["runn"]),
+    ("'/nonexistent' holds no .parquet file", ["compare-tokenizers", "--kinds", "vqgan,external=/nonexistent"]),
+    ("--kinds names no tokenizer", ["compare-tokenizers", "--kinds", ","]),
+    ("--seeds 'one' is not a list of integers", ["compare-tokenizers", "--seeds", "one"]),
+    ("CODES: 'nowhere' holds no .parquet file", ["import-codes", "nowhere"]),
+    ("there is no checkpoint file nowhere.pt", ["import-tokenizer", "nowhere.pt"]),
+    ("'--grace-days': Input should be less", ["artifacts", "gc", "--grace-days", "inf"]),
+    ("'--guidance': Input should be less", ["generate", "bird", "--guidance", "nan"]),
+    ("'--temperature': Input should be greater", ["generate", "bird", "--temperature", "-1"]),
+    ("'--seed': Input should be less", ["generate", "bird", "--seed", "9" * 20]),
+    ("'--grace-days': Input should be less", ["artifacts", "gc", "--grace-days", "nan"]),
+    ("'--grace-days': Input should be less", ["artifacts", "gc", "--grace-days", "1e300"]),
+    ("'--guidance': Input should be less", ["generate", "bird", "--guidance", "inf"]),
+    ("'--temperature': Input should be less", ["generate", "bird", "--temperature", "nan"]),
+    ("the prompt is not UTF-8", ["generate", "caf\udce9"]),
+    ("the prompt has 40000 characters", ["generate", "a" * 40_000]),
+    ("the question is not UTF-8", ["ask", "image.png", "caf\udce9"]),
+    ("the question has 40000 characters", ["ask", "image.png", "a" * 40_000]),
+    ("picture.doc has no known image suffix", ["generate", "bird", "--out", "picture.doc"]),
+    ("'--images': Input should be less", ["inspect", "0123456789", "--images", "99999999"]),
+    ("--codes 'x' is not a list of integers", ["inspect", "0123456789", "--codes", "x"]),
+]
+"""Words of the message, and the arguments that it is about."""
+
+
+@pytest.fixture(scope="module")
+def refused(prefect_environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """How each of them ended, all run in one process: exit code, stdout, stderr; and what that process imported."""
+    script = """
+import contextlib, io, json, sys
+from flows import cli
+ended = []
+for words, arguments in json.load(open("arguments.json")):
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
+        code = cli.run_command(arguments)
+    ended.append([code, out.getvalue(), err.getvalue()])
+heavy = {"torch", "prefect", "ray", "transformers"} & set(sys.modules)
+print(json.dumps({"ended": ended, "imported": sorted(heavy)}))
+"""
+    folder = tmp_path_factory.mktemp("refused")
+    (folder / "arguments.json").write_text(json.dumps(REFUSED_AT_ONCE))
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=prefect_environment, cwd=folder, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    assert [path.name for path in folder.iterdir()] == ["arguments.json"], "nothing is made, no store either"
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+@pytest.mark.parametrize("number", range(len(REFUSED_AT_ONCE)), ids=[words for words, _ in REFUSED_AT_ONCE])
+def test_an_argument_that_cannot_work_is_one_line_and_exit_code_2(number: int, refused: dict[str, Any]) -> None:
+    code, printed, said = refused["ended"][number]
+    assert (code, printed) == (2, "")
+    assert said.startswith("musevl: ") and said.count("\n") == 1 and len(said) < 500
+    assert REFUSED_AT_ONCE[number][0] in said
+
+
+def test_arguments_are_checked_before_pytorch_and_prefect_are_imported(refused: dict[str, Any]) -> None:
+    assert refused["imported"] == []
 
 
 def test_debug_shows_the_traceback(musevl: Command) -> None:

@@ -7,7 +7,7 @@ import httpx
 import pytest
 
 from flows.stage_task import artifact_key, is_infrastructure_error, summary_markdown
-from infra.executors import ClusterUnreachable
+from infra.executors import ClusterNotStarted, ClusterUnreachable
 from infra.worker_errors import WorkerDied
 from stages.execution import StageResult
 from stages.recipe import STAGES
@@ -88,6 +88,7 @@ def chained(outer: Exception, inner: Exception) -> Exception:
         (chained(StoreError("cannot read"), ConnectionError()), True),
         (ValueError("bad field"), False),
         (RecipeError("bad field"), False),
+        (ClusterNotStarted("after two tries"), False),
         (chained(ValueError("bad field"), ConnectionError()), False),
         (FileNotFoundError("no such file"), False),
         (PermissionError("not yours"), False),

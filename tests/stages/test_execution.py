@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,15 +11,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from infra.executors import LocalExecutor
+from infra.executors import LocalExecutor, RayExecutor
 from models.backbone_teacher import BackboneTeacherConfig
 from models.config import Config
 from models.losses import LossConfig
 from models.teachers import OpenClipTeacherConfig, TransformersTeacherConfig
 from models.vlm import LlmConfig
-from stages.execution import MissingInput, find_artifacts, run_stage
+from stages import execution
+from stages.execution import MissingInput, check_ready, find_artifacts, run_stage
 from stages.recipe import STAGES, load_recipe
 from stages.stage import normalised_config
+from storage.manifest import Manifest
 from storage.store import Store
 from tests.tiny import TinyRun
 
@@ -193,3 +196,41 @@ def test_measured_rows_carry_what_is_needed_to_compare(tiny_run: TinyRun) -> Non
     accuracy = rows["sde", "accuracy_same_category"]
     assert accuracy["ci_low"] <= accuracy["value"] <= accuracy["ci_high"]
     assert accuracy["num_samples"] == 22
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("sft.device=cuda", "sft.device=cuda needs a GPU, and PyTorch finds none on this machine; set sft.device"),
+        ("teacher.device=cuda", "teacher.device=cuda needs a GPU"),
+        ("evaluate.device=cuda", "evaluate.device=cuda needs a GPU"),
+        ("tokenize.gpus_per_worker=0.5", "tokenize.gpus_per_worker=0.5 needs a GPU"),
+        ("tokenizer.weights=/nonexistent", "tokenizer.weights='/nonexistent' does not exist"),
+        ("evaluate.inception_weights=/nonexistent", "/nonexistent"),
+    ],
+)
+def test_what_a_stage_lacks_is_said_before_any_work(
+    override: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    store = Store(str(tmp_path))
+    check_ready(load_recipe("tiny"), store, LocalExecutor())
+    with pytest.raises(ValueError, match=re.escape(message)):
+        check_ready(load_recipe("tiny", [override]), store, LocalExecutor())
+
+
+def test_a_gpu_of_the_cluster_is_not_looked_for_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setenv("RAY_ADDRESS", "head:6379")
+    recipe = load_recipe("tiny", ["evaluate.device=cuda", "tokenize.gpus_per_worker=1"])
+    check_ready(recipe, Store(str(tmp_path)), RayExecutor())
+    with pytest.raises(ValueError, match="sft.device=cuda needs a GPU"):  # which trains in this process
+        check_ready(load_recipe("tiny", ["sft.device=cuda"]), Store(str(tmp_path)), RayExecutor())
+
+
+def test_a_finished_stage_needs_no_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    recipe = load_recipe("tiny", ["sft.device=cuda"])
+    made = {name: Manifest("stub", 1, name, {}, {}, (), {}, {}) for name in STAGES}
+    monkeypatch.setattr(execution, "find_artifacts", lambda *_: made)
+    check_ready(recipe, Store(str(tmp_path)), LocalExecutor())

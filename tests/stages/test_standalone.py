@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import logging
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ import pytest
 
 from stages import recipe, standalone
 from stages.errors import one_line, report
+from stages.recipe_files import STAGE_NAMES
 from stages.stage import Outcome, StageContext
 from storage.errors import UnknownArtifact
 
@@ -74,6 +76,10 @@ def test_the_store_of_the_environment_is_used(tmp_path: Path, monkeypatch: pytes
         (["--recipe", "nosuch"], "unknown recipe 'nosuch'"),
         (["--set", "download.rows_per_shrd=7"], "did you mean 'rows_per_shard'?"),
         (["--store", "/proc/nowhere"], "/proc/nowhere"),
+        (["--executor", "spark"], "argument --executor: invalid choice: 'spark'"),
+        (["--stor", "x", "--sett", "y"], "unrecognized arguments: --sett y; see `python -m stages.download --help`"),
+        (["--set", "sft.device=tpu"], "input should be 'auto', 'cpu' or 'cuda'"),
+        (["--set", "download.files={kind: webdataset, path: /nonexistent}"], "/nonexistent"),
     ],
 )
 def test_bad_input_gives_one_line_and_exit_code_2(
@@ -93,6 +99,20 @@ def test_a_stage_module_is_a_command(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert done.stderr.startswith("musevl: tokenize needs the artifact of download")
     assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", STAGE_NAMES)
+def test_a_stage_checks_its_arguments_before_pytorch_is_imported(name: str) -> None:
+    script = (
+        "import runpy, sys\n"
+        "sys.argv[1:] = ['--recipe', 'nosuch']\n"
+        f"try: runpy.run_module('stages.{name}', run_name='__main__')\n"
+        "except SystemExit as exit: print(exit.code, 'torch' in sys.modules)\n"
+    )
+    environment = os.environ | {"MUSEVL_FAST_MALLOC": "0"}
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.stdout == "2 False\n"
+    assert done.stderr.startswith("musevl: unknown recipe 'nosuch'")
 
 
 def test_debug_and_defects_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
