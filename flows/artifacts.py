@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from flows.text import megabytes, text_table
+from flows.text import megabytes, one_line, text_table
 from storage.errors import DamagedObject, ObjectMissing, UnknownArtifact
 from storage.garbage import Collection
 from storage.manifest import Manifest
@@ -24,7 +24,7 @@ def lineage_text(store: Store, artifact: str) -> str:
     manifest = store.load(artifact)
     lines: list[str] = []
     _branch(store, manifest.stage, manifest.digest, "", lines, set())
-    return "\n".join(lines)
+    return "\n".join(one_line(line) for line in lines)
 
 
 def _branch(store: Store, stage: str, digest: str, indent: str, lines: list[str], shown: set[str]) -> None:
@@ -87,7 +87,8 @@ def garbage_text(collection: Collection, *, deleted: bool) -> str:
     """What a garbage collection found, by reason, and what kept it from looking further."""
     garbage, parts = collection.garbage, list[str]()
     if collection.unreadable:
-        parts += ["every blob is kept, for it is not known what these need:", *collection.unreadable, ""]
+        lines = [one_line(line) for line in collection.unreadable]
+        parts += ["every blob is kept, for it is not known what these need:", *lines, ""]
     if not garbage:
         return "\n".join([*parts, "nothing to remove"])
     rows = []

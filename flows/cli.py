@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shlex
 import sys
 from datetime import timedelta
@@ -11,10 +12,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from flows.text import megabytes, text_table
+from flows.text import megabytes, one_line, text_table
 from infra.interrupts import GOES_ON, advise, end_on_signals
 from infra.malloc import reexec_with_fast_malloc
-from stages.errors import EXIT_CODE, USER_ERRORS, complain, printable, report
+from infra.terminal import LogFormatter, say
+from stages.errors import EXIT_CODE, USER_ERRORS, complain, report
 from stages.recipe_files import available_recipes, check_stage_name, recipe_values
 from stages.standalone import DEFAULT_STORE, STORE_VARIABLE, prepare_process, result_line, run_one_stage
 
@@ -22,7 +24,7 @@ if TYPE_CHECKING:
     from models.images import Limits
     from stages.assistant import Assistant
     from stages.recipe import Recipe
-    from storage.store import Store
+    from storage.store import Access, Store
 
 
 app = typer.Typer(
@@ -67,6 +69,8 @@ def run_command(arguments: list[str]) -> int:
 
     Every command first checks what it was given, as far as that goes without importing PyTorch.
     """
+    if logging.lastResort is not None:  # where a command sets no handler up
+        logging.lastResort.setFormatter(LogFormatter())
     try:
         return app(arguments, prog_name="musevl", standalone_mode=False) or 0
     except typer.TyperException as error:
@@ -97,12 +101,12 @@ def run(
         overrides = _next_attempt(recipe, store, overrides)
     summaries = run_pipeline(recipe, store, overrides or [], executor)
     rows = [[s.stage, "hit" if s.hit else "made", s.digest[:12], f"{s.seconds:.1f}"] for s in summaries]
-    print(text_table(["stage", "result", "artifact", "seconds"], rows))
+    say(text_table(["stage", "result", "artifact", "seconds"], rows))
     loaded, opened = _load(recipe, overrides), _open(store)
-    print("\n" + _metrics_text(_read_metrics(opened, summaries[-1].digest)))
+    say("\n" + _metrics_text(_read_metrics(opened, summaries[-1].digest)))
     from flows.report import write_report
 
-    print(f"\nreport: {write_report(loaded, opened, Path('.musevl/report') / loaded.name)}")
+    say(f"\nreport: {write_report(loaded, opened, Path('.musevl/report') / loaded.name)}")
 
 
 @app.command()
@@ -119,7 +123,7 @@ def stage(
     check_stage_name(name)
     if retry_failed:
         overrides = _next_attempt(recipe, store, overrides)
-    print(result_line(run_one_stage(name, recipe, store, executor, overrides or [])))
+    say(result_line(run_one_stage(name, recipe, store, executor, overrides or [])))
 
 
 @app.command("compare-tokenizers")
@@ -146,11 +150,11 @@ def compare_tokenizers(
     from flows.local_run import run_comparison
 
     comparison = run_comparison(recipe, store, overrides or [], executor, listed, numbers)
-    print(comparison.text())
+    say(comparison.text())
     from flows.report import write_comparison
 
     folder = Path(".musevl/report") / f"{comparison.recipe}-tokenizers"
-    print(f"\npage: {write_comparison(comparison, _open(store), folder)}\nrows: {folder / 'comparison.parquet'}")
+    say(f"\npage: {write_comparison(comparison, _open(store), folder)}\nrows: {folder / 'comparison.parquet'}")
 
 
 @app.command("import-tokenizer")
@@ -175,9 +179,9 @@ def import_tokenizer(
 
     prepare_process()
     if taken := import_weights(checkpoint, _load(recipe, overrides), out, which):
-        print(f"{checkpoint}: {taken}", file=sys.stderr)
+        say(f"{checkpoint}: {taken}", file=sys.stderr)
     given = "".join(f"--set {shlex.quote(override)} " for override in overrides or [])
-    print(
+    say(
         f"{out}\nuse it as it is: musevl stage train_tokenizer --recipe {recipe} {given}"
         f"--set tokenizer.weights={out} --set tokenizer.steps=0"
     )
@@ -199,15 +203,15 @@ def import_codes(
     code_files(codes, "CODES")
     given = [*(overrides or []), "tokenizer.kind=external", f"tokenizer.codes={codes.absolute()}"]
     for name in ("train_tokenizer", "tokenize"):
-        print(result_line(run_one_stage(name, recipe, store, executor, given)))
-    print(f"compare them: musevl compare-tokenizers --recipe {recipe} --kinds vqgan,sde,external={codes.absolute()}")
+        say(result_line(run_one_stage(name, recipe, store, executor, given)))
+    say(f"compare them: musevl compare-tokenizers --recipe {recipe} --kinds vqgan,sde,external={codes.absolute()}")
 
 
 @app.command()
 def recipes() -> None:
     """List the recipes that ship with the project."""
     loaded = [recipe_values(name) for name in available_recipes()]
-    print(text_table(["recipe", "description"], [[recipe["name"], recipe["description"]] for recipe in loaded]))
+    say(text_table(["recipe", "description"], [[recipe["name"], recipe["description"]] for recipe in loaded]))
 
 
 @app.command()
@@ -221,7 +225,8 @@ def results(
     if recipe and Path(recipe).suffix in (".yaml", ".yml"):
         recipe = str(recipe_values(recipe)["name"])  # what the record of a run holds
     for record in opened.runs():
-        if record.get("stage") == "evaluate" and "artifact" in record and recipe in (None, record.get("recipe")):
+        complete = {"artifact", "recipe", "finished"} <= set(record)
+        if complete and record.get("stage") == "evaluate" and recipe in (None, record["recipe"]):
             break
     else:
         of_recipe = f" of recipe {recipe!r}" if recipe else ""
@@ -229,10 +234,11 @@ def results(
         raise ValueError(f"the store {opened.uri} holds no completed run{of_recipe}; run `{command}` first")
     rows = _read_metrics(opened, record["artifact"])
     if as_json:
-        print(json.dumps(rows, indent=2))
+        say(json.dumps(rows, indent=2))
         return
-    print(f"recipe {record['recipe']}, finished {record['finished']}, artifact {record['artifact'][:12]}\n")
-    print(_metrics_text(rows))
+    about = f"recipe {record['recipe']}, finished {record['finished']}, artifact {record['artifact'][:12]}"
+    say(f"{one_line(about)}\n")
+    say(_metrics_text(rows))
 
 
 @artifacts_app.command("ls")
@@ -247,14 +253,14 @@ def artifacts_ls(store: StoreOption = DEFAULT_STORE) -> None:
         ]
         for a in opened.artifacts()
     ]  # fmt: skip
-    print(text_table(["artifact", "stage", "kind", "files", "size", "action", ""], rows))
+    say(text_table(["artifact", "stage", "kind", "files", "size", "action", ""], rows))
 
 
 @artifacts_app.command("show")
 def artifacts_show(artifact: DigestArgument, store: StoreOption = DEFAULT_STORE) -> None:
     """Print the manifest of an artifact as JSON."""
     manifest = _open(store).load(artifact)
-    print(json.dumps({"digest": manifest.digest, **manifest.to_json()}, indent=2))
+    say(json.dumps({"digest": manifest.digest, **manifest.to_json()}, indent=2))
 
 
 @artifacts_app.command("export")
@@ -272,7 +278,7 @@ def artifacts_export(
         folders = ", ".join(sorted({entry.path.split("/")[0] for entry in manifest.files}))
         raise ValueError(f"artifact {manifest.digest[:12]} has no folder {only!r}; it has {folders}")
     opened.materialise(manifest, folder, only)
-    print(f"{len(files)} files in {folder}")
+    say(f"{len(files)} files in {folder}")
 
 
 @artifacts_app.command("verify")
@@ -283,11 +289,11 @@ def artifacts_verify(
     """Read every byte again; damaged files are set aside, and the next run rebuilds them. Exit code 1 on damage."""
     problems = _open(store).verify(artifact)
     for problem in problems:
-        print(f"{problem.digest[:12] or 'record'}  {problem.path}: {problem.reason}")
+        say(one_line(f"{problem.digest[:12] or 'record'}  {problem.path}: {problem.reason}"))
     if problems:
-        print(f"{len(problems)} problems; the next run of these stages rebuilds what is missing", file=sys.stderr)
+        say(f"{len(problems)} problems; the next run of these stages rebuilds what is missing", file=sys.stderr)
         raise typer.Exit(1)
-    print("all files are intact")
+    say("all files are intact")
 
 
 @artifacts_app.command("lineage")
@@ -295,7 +301,7 @@ def artifacts_lineage(artifact: DigestArgument, store: StoreOption = DEFAULT_STO
     """Print what an artifact was made from, and what that was made from, as a tree."""
     from flows.artifacts import lineage_text
 
-    print(lineage_text(_open(store), artifact))
+    say(lineage_text(_open(store), artifact))
 
 
 @artifacts_app.command("diff")
@@ -309,7 +315,7 @@ def artifacts_diff(
 
     opened = _open(store)
     found = diff_text(opened.load(first), opened.load(second))
-    print(found or "no difference")
+    say(found or "no difference")
     if found:
         raise typer.Exit(1)
 
@@ -321,13 +327,13 @@ def artifacts_pin(
     store: StoreOption = DEFAULT_STORE,
 ) -> None:
     """Keep an artifact and all that it was made from: gc leaves them alone, forget refuses."""
-    print(f"pinned {_open(store).pin(artifact, note)}")
+    say(f"pinned {_open(store, 'write').pin(artifact, note)}")
 
 
 @artifacts_app.command("unpin")
 def artifacts_unpin(artifact: DigestArgument, store: StoreOption = DEFAULT_STORE) -> None:
     """Take a pin away."""
-    print(f"unpinned {_open(store).unpin(artifact)}")
+    say(f"unpinned {_open(store, 'write').unpin(artifact)}")
 
 
 @artifacts_app.command("forget")
@@ -336,7 +342,7 @@ def artifacts_forget(artifact: DigestArgument, store: StoreOption = DEFAULT_STOR
 
     An action whose record is unreadable is named by its key.
     """
-    print(f"forgot {_open(store).forget(artifact)}; `musevl artifacts gc` shows what this frees")
+    say(f"forgot {_open(store, 'write').forget(artifact)}; `musevl artifacts gc` shows what this frees")
 
 
 @artifacts_app.command("gc")
@@ -354,8 +360,8 @@ def artifacts_gc(
     """
     from flows.artifacts import garbage_text
 
-    found = _open(store).collect_garbage(timedelta(days=grace_days), delete=delete)
-    print(garbage_text(found, deleted=delete))
+    found = _open(store, "write" if delete else "read").collect_garbage(timedelta(days=grace_days), delete=delete)
+    say(garbage_text(found, deleted=delete))
     if found.unreadable:
         raise typer.Exit(1)
 
@@ -377,14 +383,14 @@ def inspect(
 
     opened = _open(store)
     if (manifest := opened.load(artifact)).kind == KIND:
-        print(inspect_download(opened, manifest))
+        say(inspect_download(opened, manifest))
         return
     from flows.inspection import inspect_code_table, inspect_codes
 
     prepare_process()
-    print(inspect_code_table(opened, artifact, out, num_images=num_images))
+    say(inspect_code_table(opened, artifact, out, num_images=num_images))
     if chosen:
-        print("\n" + inspect_codes(opened, artifact, out, chosen))
+        say("\n" + inspect_codes(opened, artifact, out, chosen))
 
 
 @app.command()
@@ -399,7 +405,7 @@ def ask(
     _check_text(question, "the question")
     recipe_values(recipe, overrides)
     picture = _read_image(image, _load(recipe, overrides).download.limits)
-    print(printable(_assistant(recipe, store, overrides).ask(picture, question)))
+    say(_assistant(recipe, store, overrides).ask(picture, question))
 
 
 @app.command()
@@ -426,7 +432,7 @@ def generate(
     drawn = assistant.draw(prompt, num_images=1, guidance=guidance, temperature=temperature, seed=seed)
     out.parent.mkdir(parents=True, exist_ok=True)
     drawn[0].save(out)
-    print(out)
+    say(out)
 
 
 def _listed(text: str) -> list[str]:
@@ -465,10 +471,11 @@ def _check_text(text: str, what: str) -> None:
         raise ValueError(f"{what} has {len(text)} characters; a model reads at most {MAX_PROMPT} here")
 
 
-def _open(uri: str) -> Store:
+def _open(uri: str, access: Access = "read") -> Store:
+    """A store that must be there; what only reads needs no right to write."""
     from storage.store import Store
 
-    return Store(uri)
+    return Store(uri, access=access)
 
 
 def _load(recipe: str, overrides: list[str] | None) -> Recipe:
@@ -482,8 +489,8 @@ def _next_attempt(recipe: str, store: str, overrides: list[str] | None) -> list[
     from stages.download import next_attempt
 
     loaded = _load(recipe, overrides)
-    setting = f"download.attempt={next_attempt(loaded.download, loaded.seed, _open(store))}"
-    print(f"{setting}: keep it for later commands with `--set {setting}`, or in the recipe", file=sys.stderr)
+    setting = f"download.attempt={next_attempt(loaded.download, loaded.seed, _open(store, 'create'))}"
+    say(f"{setting}: keep it for later commands with `--set {setting}`, or in the recipe", file=sys.stderr)
     return [*(overrides or []), setting]
 
 

@@ -6,7 +6,7 @@ from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from flows.text import megabytes, text_table
-from stages.errors import printable
+from infra.terminal import printable
 from stages.held_out_rows import unused_splits
 from stages.shard_counts import host_of, reason_of
 from stages.sources.source import FILTERED, NUM_EXAMPLES, OK, STATUSES

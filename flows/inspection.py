@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from flows.code_pictures import code_strips
-from flows.text import text_table
+from flows.text import one_line, text_table
 from models.transforms import to_pil, to_pixels
 from stages import external_codes
 from stages.loading import load_tokenizer
@@ -156,8 +156,8 @@ def _facts(found: _Found, manifest: Manifest) -> str:
         [
             f"rows:      {found.num_rows} in {len(manifest.files_under('codes'))} files, {manifest.size / 1e6:.1f} MB",
             f"codes:     {books} book(s) x depth {depth} x {height} x {width} positions, stored as {info.dtype}",
-            f"tokenizer: {info.tokenizer_digest}",
-            f"transform: {info.transform}",
+            one_line(f"tokenizer: {info.tokenizer_digest}"),
+            one_line(f"transform: {info.transform}"),
         ]
     )
 
@@ -172,7 +172,7 @@ def _first_rows(table: CodeTable) -> str:
 
 
 def _cell(value: object) -> str:
-    text = " ".join(str(value).split()) if value is not None else "-"
+    text = one_line(" ".join(str(value).split())) if value is not None else "-"
     return text if len(text) <= _LONGEST_CELL else text[: _LONGEST_CELL - 3] + "..."
 
 

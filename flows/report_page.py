@@ -22,6 +22,7 @@ from flows.report_data import (
     duration,
     format_value,
 )
+from infra.terminal import printable
 
 MAX_HEADLINES = 6
 _TEMPLATES = Path(__file__).parent / "templates"
@@ -65,6 +66,8 @@ def _render(template: str, **values: Any) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
+        # a page has no more use for control characters and changes of direction than a terminal
+        finalize=lambda value: printable(value, lines=True) if type(value) is str else value,
     )
     environment.filters |= {"words": _words, "duration": duration, "bytes": _bytes, "number": format_value}
     return environment.get_template(template).render(**values)

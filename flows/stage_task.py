@@ -15,6 +15,7 @@ from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 
 from flows.prefect_server import is_ours
+from flows.text import one_line
 from infra import interrupts
 from infra.executors import ClusterNotStarted, ExecutorName, build_executor
 from infra.malloc import give_back_freed_memory
@@ -158,7 +159,10 @@ def summary_markdown(result: StageResult) -> str:
 
 
 def _table(left: str, right: str, rows: dict[str, Any]) -> str:
-    lines = [f"| {name} | {str(value).replace('|', '/')} |" for name, value in rows.items()]
+    def cell(text: str) -> str:
+        return one_line(text).replace("|", "/").replace("<", "&lt;")
+
+    lines = [f"| {cell(name)} | {cell(str(value))} |" for name, value in rows.items()]
     return "\n".join([f"| {left} | {right} |", "| --- | --- |", *lines]) + "\n"
 
 

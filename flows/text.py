@@ -4,18 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from stages.errors import printable
+from infra.terminal import printable
 
 
 def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Left-aligned columns that are never wrapped, safe for a terminal; says so when there are no rows."""
+    """Left-aligned columns that are never wrapped; says so when there are no rows.
+
+    Cells may come from anywhere: line breaks in them become spaces, and control characters are spelled out.
+    """
     if not rows:
         return "nothing there yet"
-    rows = [[printable(cell) for cell in row] for row in rows]
-    widths = [max(len(line[column]) for line in [header, *rows]) for column in range(len(header))]
-    lines = [header, ["-" * width for width in widths], *rows]
+    names, *cells = ([one_line(cell) for cell in line] for line in [header, *rows])
+    widths = [max(len(line[column]) for line in [names, *cells]) for column in range(len(names))]
+    lines = [names, ["-" * width for width in widths], *cells]
     padded = [[cell.ljust(width) for cell, width in zip(line, widths, strict=True)] for line in lines]
     return "\n".join("  ".join(cells).rstrip() for cells in padded)
+
+
+def one_line(text: str) -> str:
+    """Text from anywhere on one line, with control characters spelled out."""
+    return printable(" ".join(text.splitlines()))
 
 
 def megabytes(size: int) -> str:

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from types import TracebackType
 
+from infra.terminal import say
 from infra.worker_errors import WorkerDied, WorkerFailed
 from storage.errors import StoreError
 
@@ -17,8 +18,6 @@ EXIT_CODE = 2
 USER_ERRORS = (ValueError, OSError, StoreError, WorkerDied, WorkerFailed)
 """Exceptions whose message is meant for the user; all others are defects and keep their traceback."""
 
-_JOINERS = "\u200c\u200d"
-"""Invisible, but part of emoji and of Persian and Indian words."""
 _ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -38,7 +37,7 @@ def report(error: BaseException) -> int:
 
 def complain(text: str) -> int:
     """Print what is wrong as one line on stderr; return the exit code."""
-    sys.stderr.write(f"musevl: {printable(' '.join(text.split()))}\n")
+    say(f"musevl: {' '.join(text.split())}", file=sys.stderr)
     return EXIT_CODE
 
 
@@ -48,23 +47,6 @@ def one_line(error: BaseException) -> str:
     if not isinstance(error, (OSError, StoreError)) and not _raised_by_us(error.__traceback__):
         text = f"{type(error).__name__}: {text} ({DEBUG_VARIABLE}=1 shows where)"
     return text
-
-
-def printable(text: str, longest: int | None = None) -> str:
-    r"""Text that strangers wrote, on one line and without what a terminal would obey: escape and control characters,
-    changes of direction and half surrogates are spelled out, as `\x1b`.
-
-    Args:
-        text: of any source.
-        longest: most characters of it, the last of which says that there were more; None for all.
-    """
-    if longest is not None and len(text) > longest:
-        text = text[: longest - 1] + "…"
-    return "".join(each if each.isprintable() or each in _JOINERS else _spelled(each) for each in text)
-
-
-def _spelled(character: str) -> str:
-    return character.encode("unicode_escape").decode("ascii")
 
 
 def _raised_by_us(trace: TracebackType | None) -> bool:

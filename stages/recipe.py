@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Iterator
 from typing import Any
 
-from pydantic import NonNegativeInt, ValidationError, model_validator
+from pydantic import NonNegativeInt, ValidationError, field_validator, model_validator
 
 from models.config import Config
 from stages import download, evaluate, prepare_teacher, pretrain, sft, tokenize, train_tokenizer
@@ -22,13 +22,14 @@ STAGES: dict[str, Stage[Any]] = {
 
 _LONGEST_VALUE = 100
 """Characters of a value in an error."""
+_LONGEST_NAME = 100
 
 
 class Recipe(Config):
     """All stage configs and the seed."""
 
     name: str
-    """As in `--recipe NAME`."""
+    """As in `--recipe NAME`; the report's folder is called by it."""
     description: str = ""
     """What the recipe is for, one line."""
     seed: NonNegativeInt = 0
@@ -47,6 +48,16 @@ class Recipe(Config):
     """Fine-tuning on understanding and generation."""
     evaluate: evaluate.EvaluateConfig
     """What is measured."""
+
+    @field_validator("name")
+    @classmethod
+    def _is_file_name(cls, name: str) -> str:
+        plain = name.isprintable() and not set(name) & set("/\\") and name == name.strip()
+        if not plain or not name or name.startswith(".") or len(name.encode()) > _LONGEST_NAME:
+            raise ValueError(
+                f"give a plain file name of at most {_LONGEST_NAME} bytes, without '/' and '\\' and no '.' in front"
+            )
+        return name
 
     def section(self, stage: Stage[Any]) -> Any:
         """The config of a stage."""

@@ -65,13 +65,12 @@ def recipe_path(name_or_path: str) -> Path:
     path = Path(name_or_path)
     if path.suffix in (".yaml", ".yml"):
         return path
-    path = RECIPE_FOLDER / f"{name_or_path}.yaml"
-    if not path.exists():
+    if name_or_path not in available_recipes():
         raise RecipeError(
             f"unknown recipe {name_or_path!r}; the recipes are {', '.join(available_recipes())}; "
             f"or give the path of a YAML file"
         )
-    return path
+    return RECIPE_FOLDER / f"{name_or_path}.yaml"
 
 
 def _read(path: Path, readers: tuple[Path, ...]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 from urllib.parse import urlsplit
 
-from stages.errors import printable
+from infra.terminal import printable
 from stages.held_out_rows import unused_splits
 from stages.sources.source import FILTERED, NUM_EXAMPLES, OK
 from storage.manifest import FileEntry

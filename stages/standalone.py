@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from infra.interrupts import GOES_ON, end_on_signals
 from infra.malloc import reexec_with_fast_malloc
+from infra.terminal import LogFormatter, say
 from stages.errors import USER_ERRORS, report
 from stages.recipe_files import check_stage_name, recipe_values
 
@@ -53,7 +54,7 @@ def run_standalone(name: str, argv: Sequence[str] | None = None) -> int:
         result = run_one_stage(name, arguments.recipe, arguments.store, arguments.executor, arguments.set)
     except USER_ERRORS as error:
         return report(error)
-    print(result_line(result))
+    say(result_line(result))
     return 0
 
 
@@ -102,7 +103,7 @@ def prepare_process() -> None:
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(message)s"))
+    handler.setFormatter(LogFormatter())
     for package in ("stages", "infra", "storage"):
         package_logger = logging.getLogger(package)
         package_logger.setLevel(logging.INFO)

@@ -12,7 +12,7 @@ from storage.errors import ObjectMissing, StoreError
 from storage.manifest import check_relative_path
 from storage.object_info import ObjectInfo
 from storage.objects_local import TEMPORARY_FOLDER, LocalBackend
-from storage.objects_s3 import S3Backend
+from storage.objects_s3 import S3Backend, not_writable
 from storage.s3_retries import is_transport_error, one_line
 
 _Item = TypeVar("_Item")
@@ -87,10 +87,7 @@ class ObjectStore:
             try:
                 self._backend.put(key, canonical_json({"conditional_create": True}))
             except PermissionError as error:
-                raise StoreError(
-                    f"cannot write to the store {self.uri}: {one_line(error)}; use credentials that may write and "
-                    "delete there (what only reads, such as `musevl artifacts ls`, works with these)"
-                ) from error
+                raise not_writable(self.uri, error) from error
 
     def probe_conditional_create(self) -> None:
         """Raise StoreError unless create-only writes hold; writes and removes one small object."""

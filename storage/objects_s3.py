@@ -83,6 +83,8 @@ class S3Backend:
         except Exception as error:
             with suppress(Exception):  # the first reason counts
                 self.delete(key)
+            if isinstance(error, PermissionError):
+                raise not_writable(f"s3://{self._base}", error) from error
             raise StoreError(
                 f"create-only puts fail at {self.endpoint} (s3://{self._base}): {one_line(error)}; "
                 "allow writing and deleting there, or use an S3 service with If-None-Match"
@@ -257,6 +259,14 @@ class _RangeReader(io.RawIOBase):
         buffer[: len(data)] = data
         self._position += len(data)
         return len(data)
+
+
+def not_writable(uri: str, error: PermissionError) -> StoreError:
+    """What is said where credentials may not write to a bucket."""
+    return StoreError(
+        f"cannot write to the store {uri}: {one_line(error)}; use credentials that may write and delete there (what "
+        "only reads, such as `musevl artifacts ls`, works with these)"
+    )
 
 
 def _remedy(error: Exception) -> str:

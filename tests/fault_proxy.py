@@ -27,6 +27,8 @@ FAULTS: tuple[Fault, ...] = (
 READ_TIMEOUT_S = 0.4
 """How long an impatient client waits for an answer."""
 _CODES = {"500": "InternalError", "503": "SlowDown", "done_but_500": "InternalError"}
+WRITES = frozenset({"PUT", "POST", "DELETE"})
+"""What a reader's key is refused."""
 _HOP_BY_HOP = ("connection", "transfer-encoding", "keep-alive", "expect")
 
 
@@ -36,6 +38,7 @@ class FaultProxy:
     Attributes:
         faults: what happens to the n-th request from now (0, 1, ...); taken out as they happen.
         always: what happens to every request, None for nothing.
+        refused: HTTP methods that are answered with 403, as to a key that may not use them.
         drop_conditions: forward without If-None-Match, like a service that does not know it.
         methods: HTTP method of every request so far.
     """
@@ -44,6 +47,7 @@ class FaultProxy:
         self._upstream = urlsplit(upstream).netloc
         self.faults: dict[int, Fault] = {}
         self.always: Fault | None = None
+        self.refused: frozenset[str] = frozenset()
         self.drop_conditions = False
         self.methods: list[str] = []
         self._lock = threading.Lock()
@@ -134,6 +138,8 @@ class _Handler(BaseHTTPRequestHandler):
             return self._reset()
         if fault in ("500", "503"):
             return self._refuse(int(fault), _CODES[fault])
+        if self.command in self.owner.refused:
+            return self._refuse(403, "AccessDenied")
         headers = {name: value for name, value in self.headers.items() if name.lower() not in _HOP_BY_HOP}
         status, answer_headers, answer = self.owner.forward(self.command, self.path, headers, body)
         if fault == "lost_response":

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
@@ -41,6 +42,38 @@ def musevl(prefect_environment: dict[str, str], tmp_path: Path) -> Command:
             text=True,
             timeout=1500,
         )
+
+    return run
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a command ended with."""
+
+    code: int
+    stdout: str
+    stderr: str
+    """With the log."""
+
+
+@pytest.fixture
+def command(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+    tmp_path: Path,
+) -> Callable[..., Answer]:
+    """Run the `musevl` command in this process, in an empty folder: for what needs none of its own."""
+    from flows import cli
+
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: str) -> Answer:
+        caplog.clear()
+        capsys.readouterr()
+        code = cli.run_command(list(arguments))
+        captured = capsys.readouterr()
+        return Answer(code, captured.out, captured.err + caplog.text)
 
     return run
 

@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from flows import cli
+from stages.standalone import DEFAULT_STORE
 from storage.manifest import Manifest
 from storage.store import Store
 from storage.tables import metrics_table, write_table
@@ -98,6 +99,7 @@ def test_help_needs_no_heavy_library(arguments: list[str], prefect_environment: 
 def test_bad_input_gives_one_line_and_exit_code_2(arguments: str, words: str, musevl: Command, tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text("no picture")
     Image.new("RGB", (8, 8)).save(tmp_path / "image.png")
+    (tmp_path / DEFAULT_STORE).mkdir(parents=True)
     done = musevl(*arguments.split())
     assert done.returncode == 2, done.stderr
     assert done.stdout == ""

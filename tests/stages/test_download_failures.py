@@ -17,9 +17,10 @@ import pytest
 
 from flows.text import text_table
 from infra.executors import Item, LocalExecutor, WorkerFactory
+from infra.terminal import printable
 from models.images import Limits
 from stages.download import STAGE, DownloadConfig, next_attempt
-from stages.errors import one_line, printable
+from stages.errors import one_line
 from stages.image_facts import DIED, ImageFacts, Inspector, apart
 from stages.recipe import STAGES, load_recipe
 from stages.shard_counts import Totals, receipt_of

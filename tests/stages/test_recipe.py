@@ -1,5 +1,6 @@
 """Recipes: each that ships loads, overrides reach their field, and mistakes are named with a way out."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -74,6 +75,39 @@ def test_a_wrong_override_is_named_in_one_line(override: str, message: str) -> N
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 1000
+
+
+@pytest.mark.parametrize(
+    "name", ["../../x", "/tmp/x", "a/b", "a\\b", "..", ".hidden", "", " a", "a\nb", "a\x1b[2J", "a\u202eb", "x" * 101]
+)
+def test_the_name_of_a_recipe_is_a_file_name(name: str, tmp_path: Path) -> None:
+    """The report's folder is called by it."""
+    path = tmp_path / "recipe.yaml"
+    path.write_text(f"extends: mini\nname: {json.dumps(name)}")
+    with pytest.raises(
+        RecipeError, match="field 'name' has value .*give a plain file name of at most 100 bytes"
+    ) as caught:
+        load_recipe(str(path))
+    assert "\n" not in str(caught.value)
+    with pytest.raises(RecipeError, match="field 'name'"):
+        load_recipe("mini", [f"name={json.dumps(name)}"])
+
+
+@pytest.mark.parametrize("name", ["my recipe (2)", "größe", "猫", "v1.5_a-b", "x" * 100])
+def test_a_recipe_may_have_any_file_name(name: str, tmp_path: Path) -> None:
+    path = tmp_path / f"{name}.yaml"
+    path.write_text("extends: mini")
+    assert load_recipe(str(path)).name == name
+
+
+@pytest.mark.parametrize("name", ["../recipes/mini", "../../stages/recipes/mini", "./mini", "mini\0"])
+def test_the_name_of_a_recipe_to_read_is_no_path(name: str, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="unknown recipe"):
+        load_recipe(name)
+    path = tmp_path / "recipe.yaml"
+    path.write_text(f"extends: {json.dumps(name)}")
+    with pytest.raises(RecipeError, match="unknown recipe"):
+        load_recipe(str(path))
 
 
 def test_an_unknown_recipe_lists_those_that_exist() -> None:
