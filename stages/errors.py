@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from types import TracebackType
 
-from infra.terminal import say
+from infra.terminal import printable, say
 from infra.worker_errors import WorkerDied, WorkerFailed
 from storage.errors import StoreError
 
@@ -43,7 +43,7 @@ def complain(text: str) -> int:
 
 def one_line(error: BaseException) -> str:
     """An error's message on one line; where a library raised it, also its type and how to see where."""
-    text = " ".join(str(error).split()) or type(error).__name__
+    text = printable(" ".join(str(error).split())) or type(error).__name__
     if not isinstance(error, (OSError, StoreError)) and not _raised_by_us(error.__traceback__):
         text = f"{type(error).__name__}: {text} ({DEBUG_VARIABLE}=1 shows where)"
     return text
