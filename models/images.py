@@ -258,7 +258,7 @@ def _eight_bit(opened: Image.Image, data: bytes) -> Image.Image:
 
 def _scaled(samples: np.ndarray, whole: float) -> np.ndarray:
     """Samples of any type as uint8, `whole` and more being white; holes in floats are black."""
-    scaled = np.nan_to_num(samples.astype(np.float32), nan=0, posinf=whole, neginf=0)
+    scaled = np.nan_to_num(samples.astype(np.float32), copy=False, nan=0, posinf=whole, neginf=0)
     scaled *= 255 / whole
     np.rint(np.clip(scaled, 0, 255, out=scaled), out=scaled)
     return scaled.astype(np.uint8)
