@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 import tarfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -104,9 +104,17 @@ def zstandard(data: bytes) -> bytes:
     return pa.Codec("zstd").compress(data, asbytes=True)  # type: ignore[no-any-return]
 
 
-def write_tar(path: Path, members: dict[str, bytes]) -> None:
-    with tarfile.open(path, "w") as tar:
-        for name, data in members.items():
+def tar_of(members: Sequence[tuple[str, bytes | str]]) -> bytes:
+    """A tar with these members in this order, where a name may come twice."""
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w") as tar:
+        for name, data in members:
+            encoded = data.encode() if isinstance(data, str) else data
             info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
+            info.size = len(encoded)
+            tar.addfile(info, io.BytesIO(encoded))
+    return file.getvalue()
+
+
+def write_tar(path: Path, members: dict[str, bytes]) -> None:
+    path.write_bytes(tar_of(list(members.items())))

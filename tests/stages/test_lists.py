@@ -15,12 +15,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from stages.download import DownloadConfig, open_source, read_rows
-from tests.given_files import zstandard
+from tests.given_files import IMAGES, tar_of, zstandard
 
 PAIRS = [("https://a.invalid/1.jpg", "one"), ("https://a.invalid/2.jpg", "zwei Bäume 🌳")]
 CSV = "url,caption\n" + "".join(f"{url},{caption}\n" for url, caption in PAIRS)
@@ -173,6 +174,23 @@ def test_the_parts_of_a_list_are_read_in_the_order_of_their_names(tmp_path: Path
     assert pairs(tmp_path / spelled) == PAIRS
     files = {"kind": "folder", "path": str(tmp_path), "captions": str(tmp_path / spelled), "file_column": "url"}
     assert read_rows(DownloadConfig(files=files))["caption"].to_pylist() == [caption for _, caption in PAIRS]
+
+
+def test_compressed_lists_and_tars_are_read_from_s3_whatever_their_folder_is_called(s3_uri: str) -> None:
+    folder = f"{s3_uri}/parts [1]"
+    file_system, root = fsspec.core.url_to_fs(folder)
+    for name, data in {
+        "part-0.csv.gz": gzip.compress(CSV.splitlines()[0].encode() + b"\n"),
+        "part-1.csv.gz": gzip.compress(CSV.encode()),
+        "tars/a.tar": tar_of([("1.png", IMAGES[0]), ("1.txt", b"one")]),
+        "tars/b.tar.gz": gzip.compress(tar_of([("1.png", IMAGES[1]), ("1.txt", b"two")])),
+    }.items():
+        file_system.pipe_file(f"{root}/{name}", data)
+    assert read_rows(DownloadConfig(url_list=f"{folder}/part-*"))["url"].to_pylist() == [url for url, _ in PAIRS]
+    source = open_source(DownloadConfig(files={"kind": "webdataset", "path": f"{folder}/tars"}))
+    rows = source.rows(["caption"]).to_pylist()
+    assert [row["caption"] for row in rows] == ["one", "two"]
+    assert dict(source.fetch(rows, Path())) == {0: IMAGES[0], 1: IMAGES[1]}
 
 
 def test_what_is_no_part_of_a_list_is_counted_and_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -8,7 +8,6 @@ import io
 import json
 import logging
 import lzma
-import tarfile
 import tracemalloc
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,22 +19,10 @@ from PIL import Image
 from stages.download import DownloadConfig, read_rows
 from stages.sources.tar_samples import REPEATED, TarReader
 from storage.image_shards import ImageSample, write_image_shard
-from tests.given_files import CAPTIONS, IMAGES, run_download, zstandard
+from tests.given_files import CAPTIONS, IMAGES, run_download, tar_of, zstandard
 
 RED, GREEN, BLUE = IMAGES
 Members = Sequence[tuple[str, bytes | str]]
-
-
-def tar_of(members: Members) -> bytes:
-    """A tar with these members in this order, where a name may come twice."""
-    file = io.BytesIO()
-    with tarfile.open(fileobj=file, mode="w") as tar:
-        for name, data in members:
-            encoded = data.encode() if isinstance(data, str) else data
-            info = tarfile.TarInfo(name)
-            info.size = len(encoded)
-            tar.addfile(info, io.BytesIO(encoded))
-    return file.getvalue()
 
 
 def download(folder: Path, path: Path | None = None, **config: Any) -> list[dict[str, Any]]:
