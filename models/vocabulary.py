@@ -212,12 +212,12 @@ class PlainText:
             ids = self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
         if self._refused(ids):  # a unigram model may know `</s>` as a piece like any other
             ids = [part for index in ids for part in (self._characters(index) if self._refused([index]) else [index])]
-        if refused := self._refused(ids):
-            tokens = self.tokenizer.convert_ids_to_tokens(sorted(refused))
-            raise ValueError(
-                f"the text {text[:80]!r} becomes the control tokens {tokens}, which this tokenizer cannot write as "
-                "text; take them out of the text"
-            )
+            if refused := self._refused(ids):
+                tokens = self.tokenizer.convert_ids_to_tokens(sorted(refused))
+                raise ValueError(
+                    f"the text {text[:80]!r} becomes the control tokens {tokens}, which this tokenizer cannot write as "
+                    "text; take them out of the text"
+                )
         return ids
 
     def text(self, token_ids: list[int]) -> str:
@@ -229,8 +229,9 @@ class PlainText:
         return {index for index in ids if index in self.control_ids and index != self._unknown}
 
     def _characters(self, index: int) -> list[int]:
-        """Ids of the single characters of a token, which in a tokenizer's vocabulary are pieces of their own."""
-        return [self.tokenizer.convert_tokens_to_ids(part) for part in self.tokenizer.convert_ids_to_tokens(index)]
+        """Ids of the single characters of a token; the token itself where the vocabulary lacks one of them."""
+        parts = [self.tokenizer.convert_tokens_to_ids(part) for part in self.tokenizer.convert_ids_to_tokens(index)]
+        return [index] if None in parts else parts
 
 
 def _without_added_tokens(tokenizer: PreTrainedTokenizerBase, names: set[str]) -> Tokenizer | None:

@@ -48,7 +48,7 @@ def test_both_ssim_rows_name_window_border_and_range() -> None:
 
 def _worker(run: TinyRun, **changes: Any) -> EvaluationWorker:
     inputs = {name: result.manifest for name, result in run.results.items()}
-    config = run.recipe.evaluate.model_copy(update=changes)
+    config = run.recipe.evaluate.model_copy(update={"precision": "fp32"} | changes)
     return EvaluationWorker(TaskFactory(run.store, "key", config, 0, inputs))
 
 
@@ -62,6 +62,15 @@ def test_captions_may_stand_for_concepts_and_categories_may_lack(tiny_run: TinyR
         ("sde", "accuracy_random"),
         ("ceiling: teacher", "accuracy_random"),
     }
+
+
+def test_texts_that_the_model_cannot_read_whole_are_cut_and_told_apart(tiny_run: TinyRun) -> None:
+    long = "a page of words <|soi|> " * 400
+    assert [row["text_cut"] for row in _worker(tiny_run).understand([0, 1])] == [False] * 4
+    assert [row["text_cut"] for row in _worker(tiny_run, question=long).understand([0])] == [True] * 2
+    assert [row["text_cut"] for row in _worker(tiny_run, prompt=long + "{caption}").generate([0])] == [True]
+    assert tiny_run.results["evaluate"].manifest.metrics["num_cut"] == 0
+    assert tiny_run.results["sft"].manifest.metadata["max_tokens"] == tiny_run.recipe.pretrain.llm.max_positions
 
 
 def test_rows_without_a_category_get_no_questions_within_it(tiny_run: TinyRun) -> None:
