@@ -65,7 +65,7 @@ def check_what_prefect_shows(api: str) -> None:
 
 
 def test_a_users_error_ends_the_run_at_once_in_one_line(musevl: Command, prefect_server: str, tmp_path: Path) -> None:
-    environment = {"STUB_FAILURE": "3:ValueError:9", "STUB_COUNTER": str(tmp_path / "tries")}
+    environment = {"STUB_FAILURE": "2:ValueError:9", "STUB_COUNTER": str(tmp_path / "tries")}
     environment["PREFECT_API_URL"] = prefect_server
     done = musevl("run", "--executor", "local", module=STUBS, **environment)
     assert done.returncode == 2
