@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from flows.text import megabytes, one_line, text_table
+from flows.text import byte_bar, megabytes, one_line, text_table
 from infra.interrupts import GOES_ON, advise, end_on_signals
 from infra.malloc import reexec_with_fast_malloc
 from infra.terminal import LogFormatter, say
@@ -277,7 +277,8 @@ def artifacts_export(
     if not files:
         folders = ", ".join(sorted({entry.path.split("/")[0] for entry in manifest.files}))
         raise ValueError(f"artifact {manifest.digest[:12]} has no folder {only!r}; it has {folders}")
-    opened.materialise(manifest, folder, only)
+    with byte_bar("copied", sum(entry.size for entry in files)) as on_file:
+        opened.materialise(manifest, folder, only, on_file)
     say(f"{len(files)} files in {folder}")
 
 
@@ -287,7 +288,10 @@ def artifacts_verify(
     store: StoreOption = DEFAULT_STORE,
 ) -> None:
     """Read every byte again; damaged files are set aside, and the next run rebuilds them. Exit code 1 on damage."""
-    problems = _open(store).verify(artifact)
+    opened = _open(store)
+    sizes = [found.size for found in opened.artifacts() if found.digest.startswith(artifact or "")]
+    with byte_bar("checked", sum(sizes)) as on_file:
+        problems = opened.verify(artifact, on_file)
     for problem in problems:
         say(one_line(f"{problem.digest[:12] or 'record'}  {problem.path}: {problem.reason}"))
     if problems:
@@ -496,6 +500,7 @@ def _next_attempt(recipe: str, store: str, overrides: list[str] | None) -> list[
 
 def _assistant(recipe: str, store: str, overrides: list[str] | None) -> Assistant:
     prepare_process()
+    say(f"loading the model of recipe {recipe}", file=sys.stderr)
     from stages.assistant import Assistant
 
     return Assistant(_load(recipe, overrides), _open(store))

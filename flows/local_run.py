@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
+from infra.terminal import say
 from stages.standalone import prepare_process
 
 if TYPE_CHECKING:
@@ -65,6 +67,7 @@ def run_comparison(
 
 def _server() -> AbstractContextManager[Callable[[], None]]:
     prepare_process()
+    say("starting Prefect", file=sys.stderr)
     for name, value in _SETTINGS.items():
         os.environ.setdefault(name, value)
     from flows.prefect_server import prefect_server
@@ -74,6 +77,7 @@ def _server() -> AbstractContextManager[Callable[[], None]]:
 
 def _check(recipe: str, store: str, overrides: Sequence[str], executor: ExecutorName) -> None:
     prepare_process()
+    say(f"checking recipe {recipe}: loading PyTorch", file=sys.stderr)
     from infra.executors import build_executor
     from stages.execution import check_ready
     from stages.recipe import load_recipe

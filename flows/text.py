@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from tqdm import tqdm
 
 from infra.terminal import printable
+
+if TYPE_CHECKING:
+    from storage.manifest import FileEntry
 
 
 def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -24,6 +31,21 @@ def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def one_line(text: str) -> str:
     """Text from anywhere on one line, with control characters spelled out."""
     return printable(" ".join(text.splitlines()))
+
+
+@contextmanager
+def byte_bar(label: str, total: int) -> Iterator[Callable[[FileEntry], object]]:
+    """A progress bar over files, which shows itself after five seconds.
+
+    Args:
+        label: what is done.
+        total: bytes of all files.
+
+    Yields:
+        What is to be called after each file.
+    """
+    with tqdm(total=total, desc=label, unit="B", unit_scale=True, delay=5, mininterval=5, miniters=1) as bar:
+        yield lambda entry: bar.update(entry.size)
 
 
 def megabytes(size: int) -> str:

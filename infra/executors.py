@@ -239,6 +239,7 @@ class RayExecutor:
                 raise _unreachable(address, error) from error
             logger.info("connected to the Ray cluster %s", address)
             return
+        logger.info("starting a local Ray cluster")
         _start_cluster(self._num_cpus)
         self._started = RayExecutor._cluster_is_ours = True
         logger.info("started a local Ray cluster")

@@ -8,7 +8,7 @@ provenance, `quarantine/` damaged bytes.
 import logging
 import re
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -150,13 +150,20 @@ class Store:
         """Return the entry's bytes, checked; raises as `fetch` does."""
         return self._blobs.read_bytes(entry)
 
-    def materialise(self, manifest: Manifest, folder: str | Path, prefix: str = "") -> None:
+    def materialise(
+        self,
+        manifest: Manifest,
+        folder: str | Path,
+        prefix: str = "",
+        on_file: Callable[[FileEntry], object] = lambda entry: None,
+    ) -> None:
         """Copy an artifact's files to `folder/<path in the artifact>`, each one checked.
 
         Args:
             manifest: of the artifact.
             folder: made if needed; files of the same names are replaced.
             prefix: only the files in this folder of the artifact; they keep their full paths.
+            on_file: called after each file.
 
         Raises:
             ObjectMissing, DamagedObject: as by `fetch`.
@@ -165,6 +172,7 @@ class Store:
         for entry in manifest.files_under(prefix):
             refuse_links(Path(folder), entry.path, "the folder that files are copied to")
             self._blobs.copy_to(entry, Path(folder) / entry.path)
+            on_file(entry)
 
     # Artifacts
 
@@ -240,14 +248,16 @@ class Store:
         found = [info for info in self._objects.map(info, self._objects.list("actions/")) if info is not None]
         return sorted(found, key=lambda item: (item.stage, item.digest, item.action_key))
 
-    def verify(self, digest: str | None = None) -> list[Problem]:
+    def verify(
+        self, digest: str | None = None, on_file: Callable[[FileEntry], object] = lambda entry: None
+    ) -> list[Problem]:
         """Re-hash every blob of one artifact (digest or prefix), or all that is in use; return what is wrong.
 
         In use are the artifacts of actions and pins, what they were made from, and the files of plans and receipts.
         Damaged bytes are moved to `quarantine/`, so the next lookup of their artifact, plan or receipt is a miss; where
-        the store cannot be written they stay, and the problem says so.
+        the store cannot be written they stay, and the problem says so. `on_file` is called after each file.
         """
-        verifier = Verifier(self._objects, self._blobs)
+        verifier = Verifier(self._objects, self._blobs, on_file)
         if digest is not None:
             verifier.check_artifact(self._resolve(digest))
         else:

@@ -41,10 +41,12 @@ class Verifier:
     Args:
         objects: the store's objects.
         blobs: the store's blobs.
+        on_file: called after each file, also after one that was read before under another name.
     """
 
-    def __init__(self, objects: ObjectStore, blobs: Blobs) -> None:
+    def __init__(self, objects: ObjectStore, blobs: Blobs, on_file: Callable[[FileEntry], object]) -> None:
         self._objects = objects
+        self._on_file = on_file
         self._blobs = blobs
         self._known: dict[str, str | None] = {}
         """What is wrong with a blob, by sha256: blobs that artifacts share are read once."""
@@ -158,6 +160,11 @@ class Verifier:
         self.problems.append(Problem("", path, reason))
 
     def _check(self, entry: FileEntry) -> str | None:
+        reason = self._checked(entry)
+        self._on_file(entry)
+        return reason
+
+    def _checked(self, entry: FileEntry) -> str | None:
         if entry.sha256 in self._known:
             return self._known[entry.sha256]
         reason = self._blobs.problem(entry)

@@ -1,4 +1,5 @@
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -156,3 +157,12 @@ def test_a_pin_whose_note_is_damaged_still_pins(store: Store, manifest: Manifest
     store.pin(manifest.digest, "why")
     damage(store, f"pins/{manifest.digest}.json", b"{")
     assert store.pins() == {manifest.digest: "(its note is damaged)"}
+
+
+def test_checking_and_copying_say_each_file_with_its_size(store: Store, manifest: Manifest, tmp_path: Path) -> None:
+    checked: list[str] = []
+    store.verify(manifest.digest, lambda entry: checked.append(entry.path))
+    assert sorted(checked) == ["a", "b/c", "manifest"]
+    copied: list[tuple[str, int]] = []
+    store.materialise(manifest, tmp_path / "out", on_file=lambda entry: copied.append((entry.path, entry.size)))
+    assert copied == [("a", 10), ("b/c", 11)]
