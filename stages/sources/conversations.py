@@ -33,7 +33,7 @@ from storage.input_files import InputFiles, read_input
 
 QUESTION, ANSWER, CONVERSATION = "question", "answer", "conversation"
 _RULES = "2"
-"""Of the rules by which entries can be used: images that were found by others are not remembered."""
+"""Version of the rules by which entries can be used; what other rules found is not taken for known."""
 _WHAT = "download.files.path"
 _EXPECTED = "a JSON file with a list of {id, image, conversations}, or JSONL with one a line"
 _MARK = "<image>"

@@ -180,7 +180,7 @@ class FolderImages:
         return [self._resolve(name) if name else name for name in names]
 
     def digest(self, names: Sequence[str]) -> str:
-        """Of the names and contents of the images that a list means; a name that cannot be read counts as absent."""
+        """The digest of the images that a list means, by name and content; what cannot be read counts as absent."""
         return self.files.digest(sorted({posixpath.normpath(name) for name in self.resolve(names) if name}))
 
     def say_unlisted(self, names: Sequence[str], what: str) -> None:

@@ -70,7 +70,7 @@ class RowList:
         self._expected, self._tsv_quotes = expected, tsv_quotes
 
     def digest(self) -> str:
-        """Of what decides the rows: formats and contents of its files in order, and how they are read; no names.
+        """The digest of what decides the rows: formats and contents of its files in order, how they are read, no names.
 
         Raises:
             ValueError: there is no such list.
@@ -128,7 +128,7 @@ class RowList:
 
 
 def _format(name: str) -> str | None:
-    """Of a file, by its suffix before that of a compression; None where it is no list."""
+    """The format of a file, by its suffix before that of a compression; None where it is no list."""
     path = PurePosixPath(name.lower())
     return _FORMATS.get(PurePosixPath(path.stem).suffix if path.suffix in _COMPRESSED else path.suffix)
 

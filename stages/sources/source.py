@@ -56,7 +56,7 @@ STATUSES: dict[str, str] = {
 
 
 NUM_EXAMPLES = 3
-"""Of what is left out, or failed, so many are named."""
+"""How many of the files that are left out, or of the rows that failed, messages name."""
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ _JSON = "json"
 NO_OBJECT = "the .json beside the image is no JSON object"
 REPEATED = "its name comes several times in the tar, and it is not clear which text is its own"
 _RAW_SUFFIXES = ("img", "image", "bin", "")
-"""Of members that are likelier to be an image than others whose suffix says nothing of one."""
+"""Suffixes of members that are likelier to be an image than others whose suffix says nothing of one."""
 _CHUNK = 1 << 20
 
 
@@ -54,7 +54,7 @@ class TarSample:
 
     @property
     def image(self) -> TarImage | None:
-        """Of several images the first one is the sample's."""
+        """The sample's image: the first one where there are several."""
         return self.images[0] if self.images else None
 
     @property

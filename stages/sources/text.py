@@ -37,7 +37,7 @@ _PIECE = 1 << 20
 
 
 TEXT_SUFFIXES = ("txt", "text", "caption", "cap")
-"""Of files, and of members of tars, that hold the text of the image beside them; the first one counts."""
+"""Suffixes of files, and of members of tars, with the text of the image beside them, the one that counts first."""
 
 
 def decode(data: bytes) -> str:
