@@ -176,23 +176,25 @@ class ObjectStore:
     def list(self, prefix: str) -> list[str]:
         """Return the keys that begin with `prefix`, sorted; unfinished files never appear.
 
+        Nor do names that no object can have (unprintable, with a backslash): such a file is not the store's.
+
         Raises:
             StoreError: a part of the list cannot be read; never a list that is too short.
         """
         _check_prefix(prefix)
         with self._explained("list", prefix or "."):
-            return sorted(self._backend.list(prefix))
+            return sorted(key for key in self._backend.list(prefix) if _is_plain(key))
 
     def details(self, prefix: str) -> builtins.list[ObjectInfo]:
         """Return the objects whose keys begin with `prefix`, sorted, with size and age."""
         _check_prefix(prefix)
         with self._explained("list", prefix or "."):
-            return sorted(self._backend.details(prefix), key=lambda item: item.key)
+            return sorted(filter(_is_own, self._backend.details(prefix)), key=lambda item: item.key)
 
     def unfinished(self) -> builtins.list[ObjectInfo]:
         """Return the files that a writer left behind half-way, or is still at; a bucket has none."""
         with self._explained("list", TEMPORARY_FOLDER):
-            return sorted(self._backend.unfinished(), key=lambda item: item.key)
+            return sorted(filter(_is_own, self._backend.unfinished()), key=lambda item: item.key)
 
     def delete_any(self, key: str) -> None:
         """Remove an object, or an unfinished file, if it is there."""
@@ -246,6 +248,18 @@ class ObjectStore:
                 f"cannot {verb} {key!r} in the store {self.uri}: {one_line(error)}; "
                 "check free space, permissions and the network"
             ) from error
+
+
+def _is_own(item: ObjectInfo) -> bool:
+    return _is_plain(item.key)
+
+
+def _is_plain(key: str) -> bool:
+    try:
+        check_relative_path(key)
+    except ValueError:
+        return False
+    return True
 
 
 def _check_prefix(prefix: str) -> None:

@@ -5,7 +5,6 @@ They stand in the user's cache folder under the list's digest, which `InputFiles
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from storage.cache import default_cache_dir
 from storage.digests import digest_of
 from storage.files import atomic_path
 from storage.input_files import InputFiles
+from storage.records import parse_record, record_bytes
 
 
 def images_named(
@@ -36,12 +36,13 @@ def images_named(
     images = read()
     if files.again().digest(names) == digest:  # else it changed under our hands, and the digest is of what it was
         with atomic_path(file) as private:
-            private.write_text(json.dumps({"images": images}), encoding="utf-8")
+            private.write_bytes(record_bytes({"images": images}))
     return images
 
 
 def _remembered(file: Path) -> list[str] | None:
     try:
-        return list(json.loads(file.read_text(encoding="utf-8"))["images"])
-    except (FileNotFoundError, ValueError, TypeError, KeyError):  # never seen, or damaged: reading the list mends both
+        return list(parse_record(file.read_bytes())["images"])
+    except (FileNotFoundError, ValueError, TypeError, KeyError):
+        # Never seen, or damaged, which its checksum shows: reading the list mends both
         return None

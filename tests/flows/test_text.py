@@ -6,15 +6,18 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
 import pytest
 
 from flows.artifacts import diff_text, garbage_text, lineage_text
-from flows.inspection import _cell
+from flows.inspection import _cell, _facts, _first_rows, _Found, _histogram, _usage
 from flows.report_page import _render
 from flows.stage_task import summary_markdown
 from flows.text import text_table
 from stages.errors import report
 from stages.execution import StageResult
+from storage.code_table import CodeTable, CodeTableInfo
 from storage.garbage import Collection
 from storage.manifest import Manifest
 from storage.store import Store
@@ -40,6 +43,16 @@ def test_cells_are_on_one_line_and_columns_stay_aligned() -> None:
 
 def test_a_cell_is_cut_after_it_is_spelled_out() -> None:
     assert len(_cell("\x1b" * 100)) == len(_cell("x" * 100)) == 48
+
+
+def test_inspect_shows_the_captions_of_a_table_and_obeys_none_of_them() -> None:
+    info = CodeTableInfo((1, 1, 1, 1), (HOSTILE,), (4,), HOSTILE, {"text": HOSTILE})
+    table = CodeTable(info, [HOSTILE], {HOSTILE: [HOSTILE], "caption": [None]}, np.zeros((1, 1, 1, 1, 1), np.uint8))
+    found = _Found(pa.schema([pa.field(HOSTILE, pa.string())]), info, np.ones((1, 1, 4), np.int64), table, 1)
+    manifest = Manifest("code_table", 1, "tokenize", {}, {}, (), {}, {})
+    texts = [_first_rows(table), _facts(found, manifest), _usage(found), _histogram(found)]
+    assert [len(text.splitlines()) for text in texts] == [3, 4, 3, 4]
+    assert all("cat\\x1b[2J" in text and not FORBIDDEN & set(text) for text in texts)
 
 
 @pytest.mark.parametrize("arguments", ["artifacts ls", "artifacts lineage {}", "artifacts show {}"])

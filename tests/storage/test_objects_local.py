@@ -144,6 +144,25 @@ def test_a_pipe_or_a_folder_in_the_place_of_a_file_is_damage_and_blocks_nobody(t
         store.objects.read("actions/key.json")
 
 
+@pytest.mark.parametrize("name", [b"Icon\r", b"a\nb", b"\xff", b"back\\slash", b"\x1b[2J"])
+def test_files_whose_names_no_object_can_have_are_left_alone_and_stop_nothing(
+    name: bytes, local_store: Store, manifest_of: Callable[..., Manifest]
+) -> None:
+    manifest = manifest_of(local_store.put_bytes(b"data", "a"))
+    local_store.commit("key", manifest)
+    local_store.record_run({"stage": "x"})
+    root = os.fsencode(local_store.uri)
+    for folder in FOLDERS:
+        os.makedirs(os.path.join(root, folder.encode()), exist_ok=True)
+        path = os.path.join(root, folder.encode(), name)
+        with open(path, "wb"):
+            os.utime(path, (0, 0))
+    assert [info.digest for info in local_store.artifacts()] == [manifest.digest]
+    assert len(local_store.runs()) == 1 and local_store.pins() == {} and local_store.verify() == []
+    assert local_store.collect_garbage(timedelta(days=1), delete=True).unreadable == []
+    assert all(os.path.exists(os.path.join(root, folder.encode(), name)) for folder in FOLDERS)
+
+
 @pytest.mark.parametrize("linked", ["model", "model/inner"])
 def test_an_export_writes_through_no_link_below_its_folder(
     linked: str, local_store: Store, manifest_of: Callable[..., Manifest], tmp_path: Path, outside: Path
