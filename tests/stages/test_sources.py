@@ -485,16 +485,6 @@ def test_a_shard_is_read_back_as_a_webdataset_whatever_its_images_are(tmp_path: 
         assert [(row["status"], row["caption"], row["sha256"]) for row in again] == [("ok", "noise", rows[0]["sha256"])]
 
 
-def test_shadow_files_of_macos_are_no_samples(tmp_path: Path) -> None:
-    members = {"._1.png": b"shadow", "1.png": IMAGES[0], "._1.txt": b"shadow", "1.txt": b"one"}
-    write_tar(tmp_path / "a.tar", members)
-    rows, samples, _ = run_download(
-        DownloadConfig(files={"kind": "webdataset", "path": str(tmp_path / "a.tar")}), tmp_path
-    )
-    assert [(row["caption"], row["status"]) for row in rows] == [("one", "ok")]
-    assert [sample.image for sample in samples] == [IMAGES[0]]
-
-
 def test_a_file_that_a_program_would_be_run_for_is_no_image(tmp_path: Path) -> None:
     make_folder(tmp_path)
     eps = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n"
