@@ -15,6 +15,7 @@ import torch
 from infra.executors import Executor
 from infra.interrupts import removed_at_end
 from stages.devices import acceptable_precisions, warn_of_emulation
+from stages.errors import named_full_disk
 from stages.recipe import STAGES, Recipe
 from stages.recipe_files import check_stage_name
 from stages.shared_training import SharedLoopConfig
@@ -78,7 +79,7 @@ def run_stage(name: str, recipe: Recipe, store: Store, executor: Executor, *, ru
         key, config = next(iter(wanted.items()))
         logger.info("stage %s: making %s", name, key[:12])
         warn_of_emulation(config, stage.section)
-        with store.attempt_dir() as scratch, removed_at_end(scratch):
+        with store.attempt_dir() as scratch, removed_at_end(scratch), named_full_disk(scratch, store.uri):
             context: StageContext[Any] = StageContext(config, recipe.seed, inputs, store, key, executor, scratch)
             with thread_count(config):
                 outcome = stage.run(context)

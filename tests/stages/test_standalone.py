@@ -6,13 +6,15 @@ import logging
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from stages import recipe, standalone
-from stages.errors import one_line, report
+from stages.errors import DiskFull, named_full_disk, one_line, report
 from stages.recipe_files import STAGE_NAMES
 from stages.stage import Outcome, StageContext
 from storage.errors import UnknownArtifact
@@ -129,3 +131,57 @@ def test_an_error_of_a_library_says_its_type_and_how_to_see_where() -> None:
     assert one_line(caught.value).startswith("JSONDecodeError: ")
     assert one_line(caught.value).endswith("(MUSEVL_DEBUG=1 shows where)")
     assert one_line(UnknownArtifact("no artifact\nbegins so")) == "no artifact begins so"
+
+
+def raised_by_torch() -> None:
+    torch.save({"weights": torch.zeros(10)}, "/dev/full")
+
+
+def raised_by_python() -> None:
+    Path("/dev/full").write_bytes(b"0" * 10_000_000)
+
+
+def raised_by_rust() -> None:
+    raise Exception("No space left on device (os error 28)")  # as tokenizers and safetensors say it
+
+
+def raised_in_a_row() -> None:
+    try:
+        raised_by_python()
+    except OSError:
+        raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 704 vs 598") from None
+
+
+@pytest.mark.parametrize("write", [raised_by_torch, raised_by_python, raised_by_rust, raised_in_a_row])
+def test_a_full_scratch_disk_is_one_line_that_names_it(
+    write: Callable[[], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scratch, store = tmp_path / "scratch", tmp_path / "store"
+    scratch.mkdir()
+    store.mkdir()
+    free = {scratch: 3000, store: 10**9}
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=free[folder]))
+    with pytest.raises(DiskFull) as caught, named_full_disk(scratch, f"file://{store}"):
+        write()
+    said = one_line(caught.value)
+    assert f"no space left on the disk of {scratch} (0.0 MB free): set MUSEVL_SCRATCH (or TMPDIR)" in said
+    free[store] = 0
+    with pytest.raises(DiskFull, match=f"no space left on the disk of {store}"), named_full_disk(scratch, str(store)):
+        write()
+
+
+def test_another_error_on_a_full_disk_stays_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=0))
+    with pytest.raises(ZeroDivisionError), named_full_disk(tmp_path, "s3://bucket"):
+        raise ZeroDivisionError
+
+
+def test_a_stage_says_which_disk_is_full(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stage = dataclasses.replace(recipe.STAGES["download"], run=lambda context: raised_by_torch(), external_inputs=None)
+    monkeypatch.setitem(recipe.STAGES, "download", stage)
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=0))
+    assert run("--store", str(tmp_path)) == 2
+    said = capsys.readouterr().err.splitlines()
+    assert said[-1].startswith("musevl: no space left on the disk of ")
