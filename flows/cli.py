@@ -448,7 +448,7 @@ def _integers(text: str, option: str) -> list[int]:
         numbers = [int(part) for part in _listed(text)]
     except ValueError:
         numbers = []
-    if not numbers:
+    if not numbers or max(numbers) >= 2**63:
         raise ValueError(f"{option} {text!r} is not a list of integers; write for example {option} 0,1,2")
     return numbers
 

@@ -13,6 +13,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from infra.interrupts import descendants, end_processes, program_name, take_back_signals
@@ -74,7 +75,9 @@ class Executor(Protocol):
         """
         ...
 
-    def run_together(self, function: Function, *, num_processes: int, num_gpus: float = 0) -> Any:
+    def run_together(
+        self, function: Function, *, num_processes: int, num_gpus: float = 0, scratch: Path | None = None
+    ) -> Any:
         """Run one function in several processes at once, joined by `torch.distributed`; return what process 0 returns.
 
         When one of them dies, all start again, up to `RESTARTS` times. An exception of the function ends all of them
@@ -84,6 +87,7 @@ class Executor(Protocol):
             function: picklable, without arguments.
             num_processes: how many.
             num_gpus: of each.
+            scratch: folder for temporary files; default the system's.
 
         Raises:
             ValueError: there are not so many GPUs, and there will be none.
@@ -109,8 +113,10 @@ class LocalExecutor:
             for item in items:
                 yield worker(item)
 
-    def run_together(self, function: Function, *, num_processes: int, num_gpus: float = 0) -> Any:
-        return run_here(function, num_processes, num_gpus)
+    def run_together(
+        self, function: Function, *, num_processes: int, num_gpus: float = 0, scratch: Path | None = None
+    ) -> Any:
+        return run_here(function, num_processes, num_gpus, scratch)
 
     def close(self) -> None:
         """Nothing was started."""
@@ -166,7 +172,9 @@ class RayExecutor:
         if replacements:
             logger.warning("%d worker processes died and were replaced (out of memory?)", len(replacements))
 
-    def run_together(self, function: Function, *, num_processes: int, num_gpus: float = 0) -> Any:
+    def run_together(
+        self, function: Function, *, num_processes: int, num_gpus: float = 0, scratch: Path | None = None
+    ) -> Any:
         nodes = self._nodes(num_gpus)
         cores, gpus = (sum(node.get(name, 0) for node in nodes) for name in ("CPU", "GPU"))
         if RayExecutor._cluster_is_ours and num_processes * num_gpus > gpus:
@@ -181,7 +189,7 @@ class RayExecutor:
             logger.warning("the Ray cluster has no room for %d workers at once; waiting for machines", num_processes)
             cpus = 1
         resources = {"CPU": cpus} | ({"GPU": num_gpus} if num_gpus else {})
-        return run_on_ray(function, num_processes, resources, waits=not RayExecutor._cluster_is_ours)
+        return run_on_ray(function, num_processes, resources, scratch, waits=not RayExecutor._cluster_is_ours)
 
     def _nodes(self, num_gpus: float) -> list[dict[str, float]]:
         """Connect, and return the resources of each living machine.

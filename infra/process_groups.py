@@ -48,13 +48,14 @@ class _Lost(Exception):
         self.died, self.raised = died, raised
 
 
-def run_here(function: Function, num_processes: int, num_gpus: float) -> Any:
+def run_here(function: Function, num_processes: int, num_gpus: float, scratch: Path | None = None) -> Any:
     """Run a function in processes of this machine, which talk over its loopback interface.
 
     Args:
         function: picklable; finds `torch.distributed` ready.
         num_processes: how many.
         num_gpus: of each; above 0, process n takes the n-th GPU and they talk by NCCL, else by gloo.
+        scratch: folder for temporary files, swept by its owner where this process is killed; default the system's.
 
     Returns:
         What the function returns in process 0.
@@ -73,23 +74,26 @@ def run_here(function: Function, num_processes: int, num_gpus: float) -> Any:
                 f"{num_processes} workers with a GPU each, and this machine has {found}; set num_workers of the stage "
                 f"to {max(1, found)}, or gpus_per_worker to 0"
             )
-    return _outliving_deaths(lambda: _run_here_once(function, num_processes, num_gpus))
+    return _outliving_deaths(lambda: _run_here_once(function, num_processes, num_gpus, scratch))
 
 
-def run_on_ray(function: Function, num_processes: int, resources: dict[str, float], *, waits: bool) -> Any:
+def run_on_ray(
+    function: Function, num_processes: int, resources: dict[str, float], scratch: Path | None = None, *, waits: bool
+) -> Any:
     """Run a function in workers of Ray Train, on the cluster that this process is connected to.
 
     Args:
         function: picklable; finds `torch.distributed` ready.
         num_processes: how many.
         resources: of each, by Ray's names; with a GPU they talk by NCCL, else by gloo.
+        scratch: as in `run_here`.
         waits: whether machines may yet join the cluster, so that it is worth waiting for room.
 
     Returns, raises: as `run_here`.
     """
     # Otherwise a worker starts in a folder of Ray's, where a config's relative paths lead nowhere
     os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
-    return _outliving_deaths(lambda: _run_on_ray_once(function, num_processes, resources, waits))
+    return _outliving_deaths(lambda: _run_on_ray_once(function, num_processes, resources, scratch, waits))
 
 
 def _outliving_deaths(run_once: Callable[[], Any]) -> Any:
@@ -122,15 +126,16 @@ def _raise_unless_of_a_lost_peer(raised: list[Exception]) -> None:
             raise error
 
 
-def _run_here_once(function: Function, num_processes: int, num_gpus: float) -> Any:
+def _run_here_once(function: Function, num_processes: int, num_gpus: float, scratch: Path | None) -> Any:
     from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException, start_processes
 
-    with tempfile.TemporaryDirectory(prefix="musevl-group-") as name:
+    with tempfile.TemporaryDirectory(prefix="musevl-group-", dir=scratch) as name:
         folder = Path(name)
         arguments = (num_processes, num_gpus > 0, folder, pickle.dumps(function))
-        started = start_processes(
-            _be_a_process, arguments, num_processes, daemon=True, start_method="spawn", join=False
-        )
+        with _interrupts_blocked():
+            started = start_processes(
+                _be_a_process, arguments, num_processes, daemon=True, start_method="spawn", join=False
+            )
         try:
             while not started.join():
                 pass
@@ -148,9 +153,20 @@ def _run_here_once(function: Function, num_processes: int, num_gpus: float) -> A
         return pickle.loads((folder / "result").read_bytes())
 
 
+@contextmanager
+def _interrupts_blocked() -> Iterator[None]:
+    """Keep a terminal's Ctrl-C from processes started meanwhile, which would print a traceback of their imports."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _be_a_process(rank: int, num_processes: int, with_gpu: bool, folder: Path, function: bytes) -> None:
     # Python's own handler would wait for a collective to return; torch sends this when the driver is gone
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     import torch
     import torch.distributed as dist
 
@@ -181,12 +197,15 @@ def _write_whole(path: Path, value: Any) -> None:
     unfinished.rename(path)
 
 
-def _run_on_ray_once(function: Function, num_processes: int, resources: dict[str, float], waits: bool) -> Any:
+def _run_on_ray_once(
+    function: Function, num_processes: int, resources: dict[str, float], scratch: Path | None, waits: bool
+) -> Any:
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
     from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
 
-    with tempfile.TemporaryDirectory(prefix="musevl-train-") as folder, _first_workers_stderr() as stderr:
+    temporary = tempfile.TemporaryDirectory(prefix="musevl-train-", dir=scratch)
+    with temporary as folder, _first_workers_stderr() as stderr:
         # Failures are looked at here: Ray would also repeat those that have a reason. It does start anew where a
         # machine is taken away, or is not there yet.
         retries = {"max_failures": 0, "controller_failure_limit": -1 if waits else RESTARTS}

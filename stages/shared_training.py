@@ -75,6 +75,7 @@ def run_shared(context: StageContext[Any], function: Callable[[StageContext[Any]
             _Part(function, config, context.seed, context.inputs, context.store, context.action_key),
             num_processes=config.num_workers,
             num_gpus=config.gpus_per_worker,
+            scratch=context.scratch,
         )
     assert isinstance(outcome, Outcome), "the first process has an outcome"
     return outcome

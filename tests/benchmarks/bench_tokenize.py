@@ -117,8 +117,14 @@ class _Timed:
             self.times.append(time.perf_counter())
             yield result
 
-    def run_together(self, function: Function, *, num_processes: int, num_gpus: float = 0) -> Any:
-        return self._inner.run_together(function, num_processes=num_processes, num_gpus=num_gpus)
+    @property
+    def on_this_machine(self) -> bool:
+        return self._inner.on_this_machine
+
+    def run_together(
+        self, function: Function, *, num_processes: int, num_gpus: float = 0, scratch: Path | None = None
+    ) -> Any:
+        return self._inner.run_together(function, num_processes=num_processes, num_gpus=num_gpus, scratch=scratch)
 
     def close(self) -> None:
         self._inner.close()

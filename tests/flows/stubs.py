@@ -7,6 +7,7 @@ import builtins
 import dataclasses
 import json
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,11 @@ def run(context: StageContext[Any]) -> Outcome:
 
 
 def fail_as_asked(context: StageContext[Any]) -> None:
-    """Raise what STUB_FAILURE=INPUTS:ERROR:TIMES asks of the stage with so many inputs; count in STUB_COUNTER."""
+    """Raise what STUB_FAILURE=INPUTS:ERROR:TIMES asks of the stage with so many inputs; count in STUB_COUNTER.
+
+    STUB_SECONDS is how long each stage takes.
+    """
+    time.sleep(float(os.environ.get("STUB_SECONDS", "0")))
     if not (wish := os.environ.get("STUB_FAILURE")):
         return
     num_inputs, error, times = wish.split(":")

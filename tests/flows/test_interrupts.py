@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import httpx
 import pytest
 
 from tests.flows.conftest import ROOT
@@ -64,6 +65,25 @@ def test_a_signal_ends_the_run_and_its_server(
             os.kill(left, signal.SIGKILL)
     last = log.read_text().strip().splitlines()[-1]
     assert last == f"musevl: stopped by {number.name}; the same command goes on where this one was"
+
+
+@pytest.mark.slow
+def test_a_server_that_lives_on_is_told_of_the_signal(
+    prefect_environment: dict[str, str], prefect_server: str, tmp_path: Path
+) -> None:
+    command = [sys.executable, "-m", "tests.flows.stubs", "run", "--recipe", "tiny", "--executor", "local"]
+    environment = prefect_environment | {"PREFECT_API_URL": prefect_server, "STUB_SECONDS": "300"}
+    run = subprocess.Popen(
+        [*command, "--store", str(tmp_path)], cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True
+    )
+    assert run.stderr is not None and "stage download: making" in run.stderr.readline()
+    run.send_signal(signal.SIGTERM)
+    assert run.communicate(timeout=60)[1] == (
+        "musevl: stopped by SIGTERM; the same command goes on where this one was\n"
+    )
+    assert run.returncode == 128 + signal.SIGTERM
+    runs = httpx.post(f"{prefect_server}/flow_runs/filter", json={}).raise_for_status().json()
+    assert "CRASHED" in {found["state_type"] for found in runs}
 
 
 MUSEVL = """
