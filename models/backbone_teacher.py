@@ -24,7 +24,6 @@ from models.teachers import (
     resized,
     standardised,
 )
-from models.torchvision_compat import make_torchvision_importable
 
 
 class AlignedHeadConfig(Config):
@@ -129,7 +128,6 @@ class BackboneTeacher(Teacher):
                 the weights are of; the message names the field.
         """
         super().__init__()
-        make_torchvision_importable()
         import timm
 
         self.config = config

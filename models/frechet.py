@@ -11,8 +11,6 @@ from importlib import metadata
 import torch
 from torch import Tensor, nn
 
-from models.torchvision_compat import make_torchvision_importable
-
 INCEPTION_FEATURES = 2048
 """Width of the features that FID compares: InceptionV3's last pooling (arXiv 1706.08500, section on FID)."""
 
@@ -61,7 +59,6 @@ class InceptionFeatures(nn.Module):
             ValueError: keys or shapes do not fit; the message names them.
         """
         super().__init__()
-        make_torchvision_importable()
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
         # torch-fidelity unpickles whatever file it is given, so it gets this copy of tensors that were read safely

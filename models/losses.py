@@ -151,9 +151,6 @@ class LpipsDistance(nn.Module):
             ValueError: the state is of another network, or the download fails.
         """
         super().__init__()
-        from models.torchvision_compat import make_torchvision_importable
-
-        make_torchvision_importable()
         import lpips
 
         try:

@@ -20,7 +20,6 @@ from torch import Tensor, nn
 
 from models.config import Config, CountsByContent
 from models.published import reading_published, refuse_missing
-from models.torchvision_compat import make_torchvision_importable
 
 
 class OpenClipTeacherConfig(Config):
@@ -219,7 +218,6 @@ class OpenClipTeacher(Teacher):
 
     def __init__(self, config: OpenClipTeacherConfig) -> None:
         super().__init__()
-        make_torchvision_importable()
         import open_clip
 
         _check_open_clip_name(config)
@@ -362,7 +360,6 @@ class TransformersTeacher(Teacher):
 
     def __init__(self, config: TransformersTeacherConfig) -> None:
         super().__init__()
-        make_torchvision_importable()
         from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 
         with reading_published("teacher.model.path", config.path):

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from models.config import Config, CountsByContent, Fraction
 from models.published import reading_published, refuse_missing, refuse_not_finite
 from models.sampling import SamplingConfig, guided, pick
-from models.torchvision_compat import make_torchvision_importable
 from models.visual_codes import VisualCodes
 from models.vocabulary import Vocabulary
 
@@ -58,7 +57,6 @@ class LlmConfig(Config):
 
 def build_small_llm(config: LlmConfig, vocabulary: Vocabulary) -> PreTrainedModel:
     """A Qwen2-architecture causal LM with random weights over the extended vocabulary."""
-    make_torchvision_importable()
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     return Qwen2ForCausalLM(
@@ -82,7 +80,6 @@ def build_small_llm(config: LlmConfig, vocabulary: Vocabulary) -> PreTrainedMode
 
 def load_base_llm(config: LlmConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
     """A published causal LM and its tokenizer, by hub id or folder, in float32."""
-    make_torchvision_importable()
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     with reading_published("pretrain.llm.base", config.base):

@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models.teachers import Teacher
-from models.torchvision_compat import make_torchvision_importable
 
 Templates = Literal["name", "openai"]
 """`name`: a class is its name; `openai`: the mean over the 80 sentences of CLIP's ImageNet evaluation."""
@@ -34,7 +33,6 @@ def class_embeddings(teacher: Teacher, names: list[str], templates: Templates) -
     parts = [names[start : start + _BATCH] for start in range(0, len(names), _BATCH)]
     if templates == "name":
         return torch.cat([teacher.embed_texts(part).float().cpu() for part in parts])
-    make_torchvision_importable()
     from open_clip import OPENAI_IMAGENET_TEMPLATES
 
     total = torch.zeros(())

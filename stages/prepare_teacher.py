@@ -257,9 +257,6 @@ def _weights_file(model: BackboneTeacherConfig) -> Path | None:
 def _backbone_state(model: BackboneTeacherConfig) -> dict[str, Tensor]:
     path = _weights_file(model)
     if path is None:
-        from models.torchvision_compat import make_torchvision_importable
-
-        make_torchvision_importable()
         import timm
 
         with reading_published(

@@ -13,7 +13,6 @@ from pydantic import NonNegativeInt, PositiveInt
 from torch import Tensor
 
 from models.ranks import is_first_rank, mean_over_ranks, mean_terms, num_ranks, own_part, rank, start_equal
-from models.torchvision_compat import make_torchvision_importable
 from models.visual_codes import VisualCodes, VisualCodesConfig
 from models.vlm import IGNORED, LossAverage, UnifiedVlm, next_token_loss
 from models.vocabulary import Vocabulary
@@ -291,7 +290,6 @@ def vlm_outcome(training: VlmTraining, files: list[FileEntry], history: History)
 
 def load_vlm(store: Store, manifest: Manifest) -> tuple[UnifiedVlm, SequenceBuilder]:
     """The model of a `vlm` artifact, in eval mode on the CPU, and what writes its sequences."""
-    make_torchvision_importable()
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     vocabulary = Vocabulary.from_json(store.read_bytes(manifest.file(VOCABULARY)).decode())

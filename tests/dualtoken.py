@@ -12,7 +12,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.torchvision_compat import make_torchvision_importable
 from tests.word_tokenizer import save_word_tokenizer
 
 HIDDEN, CODE_DIM, CODES, DEPTH, GRID, SIDE, CHANNELS, LATENT = 128, 32, 20, 3, 4, 16, 128, 64
@@ -32,7 +31,6 @@ class DualTokenReference:
     """Random weights in the released layout; SigLIP's own folder is written where the teacher is read from."""
 
     def __init__(self, folder: Path) -> None:
-        make_torchvision_importable()
         from transformers import SiglipConfig, SiglipImageProcessor, SiglipModel
 
         self.folder = folder

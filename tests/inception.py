@@ -6,12 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from models.torchvision_compat import make_torchvision_importable
-
 
 def random_inception_state() -> dict[str, Tensor]:
     """The state dict of torch-fidelity's network, made without the download that its constructor starts."""
-    make_torchvision_importable()
     from torch_fidelity import feature_extractor_inceptionv3 as library
 
     torch.manual_seed(0)

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from models.frechet import InceptionFeatures, frechet_distance
-from models.torchvision_compat import make_torchvision_importable
 from tests.inception import random_inception_state
 
 
@@ -38,7 +37,6 @@ def test_distance_equals_its_formula(count: int, other: int) -> None:
 
 
 def test_distance_equals_torch_fidelitys() -> None:
-    make_torchvision_importable()
     from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_features_to_statistics, fid_statistics_to_metric
 
     a, b = features(200, 16, 2), features(150, 16, 3)

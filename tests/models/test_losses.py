@@ -150,9 +150,6 @@ def test_the_stand_in_takes_any_backbone(architecture: str, shapes: list[tuple[i
 class TestLpips:
     @pytest.fixture
     def vgg_state(self) -> dict[str, Tensor]:
-        from models.torchvision_compat import make_torchvision_importable
-
-        make_torchvision_importable()
         import torchvision
 
         with torch.device("meta"):
@@ -197,9 +194,6 @@ class TestLpips:
             LpipsDistance(other, "evaluate.vgg")
 
     def test_without_a_network_the_field_is_named(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        from models.torchvision_compat import make_torchvision_importable
-
-        make_torchvision_importable()
         import lpips
 
         def unreachable(**_: object) -> None:

@@ -27,7 +27,6 @@ from models.teachers import (
     TransformersTeacherConfig,
     interpolation_of,
 )
-from models.torchvision_compat import make_torchvision_importable
 from tests.word_tokenizer import save_word_tokenizer
 
 Emoji = Callable[[str], Tensor]
@@ -129,7 +128,6 @@ def test_interpolations_are_known_by_word_and_by_pillows_number() -> None:
 
 
 def test_a_backbones_interpolation_is_timms(monkeypatch: pytest.MonkeyPatch) -> None:
-    make_torchvision_importable()
     import timm
 
     known = timm.data.resolve_model_data_config
@@ -145,7 +143,6 @@ INTERPOLATION = {"interpolation": "bilinear"}
 
 
 def test_open_clips_markers_in_a_caption_are_text() -> None:
-    make_torchvision_importable()
     import open_clip
 
     named: Any = SimpleNamespace(config=OpenClipTeacherConfig(name="ViT-B-32"))
@@ -194,7 +191,6 @@ class TestBackboneTeacher:
             aligned_teacher.pool(aligned_teacher.features(images, (4, 4)))
 
     def test_features_of_a_stage_are_timms(self, efficientnet_state: dict[str, Tensor], images: Tensor) -> None:
-        make_torchvision_importable()
         import timm
 
         config = BackboneTeacherConfig(input_size=64, feature_blocks=(6,), head=None)
@@ -211,7 +207,6 @@ class TestBackboneTeacher:
         torch.testing.assert_close(teacher.features(images, (2, 2)), expected, atol=1e-4, rtol=1e-3)
 
     def test_converted_weights_know_their_classes(self, efficientnet_state: dict[str, Tensor], emoji: Emoji) -> None:
-        make_torchvision_importable()
         import timm
 
         model = timm.create_model("tf_efficientnet_lite0", pretrained=False).eval()
@@ -309,7 +304,6 @@ class TestOtherBackbones:
             BackboneTeacher(BackboneTeacherConfig(**({"architecture": "resnet18", "head": None} | fields)), None, None)
 
     def test_a_backbone_that_hides_its_stages_is_refused(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        make_torchvision_importable()
         import timm
 
         monkeypatch.setattr(timm, "create_model", lambda *_, **__: torch.nn.Linear(1, 1))
@@ -348,7 +342,6 @@ def register_tiny_siglip() -> None:
 @pytest.fixture(scope="module", params=["vit", "timm", "map"])
 def open_clip_name(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> str:
     """A tiny architecture: open_clip's own ViT with a class token, or a timm trunk as its SigLIP models have it."""
-    make_torchvision_importable()
     import open_clip
 
     vision: dict[str, Any] = {"image_size": 32, "layers": 2, "width": 64, "head_width": 32, "patch_size": 8}
@@ -436,7 +429,6 @@ def transformers_folder(request: pytest.FixtureRequest, tmp_path_factory: pytest
 
     The third is a SigLIP2 of fixed resolution: the architecture of SigLIP, a tokenizer that knows no longest text.
     """
-    make_torchvision_importable()
     from transformers import (
         CLIPConfig,
         CLIPImageProcessor,

@@ -256,9 +256,7 @@ def test_area_crops_take_a_part_of_the_area_in_another_shape() -> None:
 
 @pytest.mark.parametrize(("width", "height"), [(1000, 20), (20, 1000)])
 def test_area_crops_of_very_long_images_are_torchvisions_middle(width: int, height: int) -> None:
-    from models.torchvision_compat import make_torchvision_importable
 
-    make_torchvision_importable()
     from torchvision.transforms import RandomResizedCrop
 
     box = RandomCrop(CropConfig(kind="area", smallest=0.9), 0).box(width, height, 64)

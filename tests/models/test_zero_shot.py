@@ -24,9 +24,6 @@ def test_a_rank_counts_the_classes_that_are_nearer_than_the_right_one() -> None:
 
 
 def test_a_class_is_its_name_or_the_mean_of_sentences_about_it(aligned_teacher: BackboneTeacher) -> None:
-    from models.torchvision_compat import make_torchvision_importable
-
-    make_torchvision_importable()
     from open_clip import OPENAI_IMAGENET_TEMPLATES
 
     names = ["cat", "dog"]

@@ -18,7 +18,6 @@ from torch import Tensor
 from infra.executors import LocalExecutor
 from models.backbone_teacher import BackboneTeacher, BackboneTeacherConfig
 from models.teachers import OpenClipTeacher, OpenClipTeacherConfig, Teacher, TransformersTeacher
-from models.torchvision_compat import make_torchvision_importable
 from stages import devices, prepare_teacher
 from stages.devices import with_precision
 from stages.execution import StageResult, run_stage
@@ -52,7 +51,6 @@ def prepare(store: Store, model: str) -> StageResult:
 
 def write_open_clip(folder: Path, *, hf_text: bool = False, tokenizer: bool = True) -> Path:
     """A small random model in open_clip's layout, with a tokenizer of its own."""
-    make_torchvision_importable()
     import open_clip
 
     folder.mkdir(parents=True)
@@ -160,7 +158,6 @@ def test_a_transformers_teacher_keeps_how_it_resizes(
 
 
 def write_siglip(folder: Path, resample: int) -> Path:
-    make_torchvision_importable()
     from transformers import SiglipConfig, SiglipImageProcessor, SiglipModel
 
     torch.manual_seed(0)
