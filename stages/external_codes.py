@@ -62,7 +62,7 @@ def join(context: StageContext[Any]) -> Outcome:
         )
     store, download, given = context.store, context.inputs["download"], context.inputs["train_tokenizer"]
     table = read_code_table([store.fetch(entry) for entry in given.files_under(_FOLDER)])
-    views = table.columns.get("view") or [ORIGINAL] * len(table.keys)
+    views = [view or ORIGINAL for view in table.columns.get("view") or [None] * len(table.keys)]
     rows_of: dict[str, list[int]] = {}
     for row, (key, view) in enumerate(zip(table.keys, views, strict=True)):
         rows_of.setdefault(key.removesuffix(f"_{view}"), []).append(row)

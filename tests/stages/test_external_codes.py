@@ -90,10 +90,11 @@ def test_codes_are_imported_with_nothing_but_the_download(tmp_path: Path, capsys
     store, codes = run.store(str(tmp_path / "store")), np.arange(24).reshape(4, 1, 1, 2, 3)
     info = CodeTableInfo((1, 1, 2, 3), ("theirs",), (64,), "SEED-2", {"image_size": 40, "resize": "squash"})
     (tmp_path / "theirs").mkdir()
-    write_code_shard(tmp_path / "theirs/0.parquet", info, run.keys, {}, codes)
+    write_code_shard(tmp_path / "theirs/0.parquet", info, run.keys, {"view": [None, "", "original", None]}, codes)
     import_codes(tmp_path / "theirs", str(run.recipe_path), store.uri, "local", ["teacher.steps=7"])
     made = dict(re.findall(r"^(\w+)  made  (\w+)", capsys.readouterr().out, re.MULTILINE))
     assert list(made) == ["train_tokenizer", "tokenize"]
     table = store.load(made["tokenize"])
     found = read_code_table([store.fetch(entry) for entry in table.files_under("codes")])
     assert found.keys == run.keys and np.array_equal(found.codes, codes)
+    assert set(found.columns["view"]) == {"original"}
