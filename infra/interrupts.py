@@ -8,7 +8,6 @@ which a terminal's Ctrl-C has ended too: it would repeat that call for minutes.
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import sys
 import threading
@@ -33,7 +32,7 @@ _handlers: dict[int, Callable[[int, FrameType | None], None]] = {}
 _is_command = False
 _advice = ""
 _said = False
-_folders: set[Path] = set()
+_at_end: list[Callable[[], object]] = []
 
 
 def end_on_signals(advice: str = "") -> None:
@@ -95,13 +94,17 @@ def reported_signals(*, owned: bool) -> Iterator[None]:
 
 
 @contextmanager
-def removed_at_end(folder: Path) -> Iterator[None]:
-    """Have a signal that ends this process remove a scratch folder, which then nobody unwinds to remove."""
-    _folders.add(folder)
+def done_at_end(function: Callable[[], object]) -> Iterator[None]:
+    """Have a signal in the block call a function once all processes below this one have ended: nothing is unwound.
+
+    Args:
+        function: must not raise.
+    """
+    _at_end.append(function)
     try:
         yield
     finally:
-        _folders.discard(folder)
+        _at_end.remove(function)
 
 
 def end(number: int, frame: FrameType | None = None) -> None:
@@ -111,8 +114,8 @@ def end(number: int, frame: FrameType | None = None) -> None:
             signal.signal(ignored, signal.SIG_IGN)
     _say(number)
     end_processes()
-    for folder in list(_folders):
-        shutil.rmtree(folder, ignore_errors=True)
+    for function in list(_at_end):
+        function()
     os._exit(128 + number)
 
 

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager, redirect_stderr, suppress
 from datetime import timedelta
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -156,6 +157,7 @@ def _run_here_once(function: Function, num_processes: int, num_gpus: float, scra
 @contextmanager
 def _interrupts_blocked() -> Iterator[None]:
     """Keep a terminal's Ctrl-C from processes started meanwhile, which would print a traceback of their imports."""
+    resource_tracker.ensure_running()  # by itself it would start with the first process, and unblock what it blocks
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield

@@ -8,12 +8,13 @@ import platform
 import time
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any
 
 import torch
 
 from infra.executors import Executor
-from infra.interrupts import removed_at_end
+from infra.interrupts import done_at_end
 from stages.devices import acceptable_precisions, warn_of_emulation
 from stages.errors import named_full_disk
 from stages.recipe import STAGES, Recipe
@@ -21,6 +22,7 @@ from stages.recipe_files import check_stage_name
 from stages.shared_training import SharedLoopConfig
 from stages.stage import Stage, StageContext, normalised_config
 from stages.training import LoopConfig, thread_count
+from storage.held_folders import remove_scratch
 from storage.manifest import Manifest
 from storage.store import Store
 
@@ -79,7 +81,11 @@ def run_stage(name: str, recipe: Recipe, store: Store, executor: Executor, *, ru
         key, config = next(iter(wanted.items()))
         logger.info("stage %s: making %s", name, key[:12])
         warn_of_emulation(config, stage.section)
-        with store.attempt_dir() as scratch, removed_at_end(scratch), named_full_disk(scratch, store.uri):
+        with (
+            store.attempt_dir() as scratch,
+            done_at_end(partial(remove_scratch, scratch)),
+            named_full_disk(scratch, store.uri),
+        ):
             context: StageContext[Any] = StageContext(config, recipe.seed, inputs, store, key, executor, scratch)
             with thread_count(config):
                 outcome = stage.run(context)

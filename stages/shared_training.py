@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from pydantic import PositiveInt, model_validator
 
 from infra.executors import LocalExecutor
-from infra.interrupts import removed_at_end
+from infra.interrupts import done_at_end
 from stages.stage import Outcome, RuntimeFloat, StageContext
 from stages.standalone import prepare_process
 from stages.training import LoopConfig, thread_count
+from storage.held_folders import remove_scratch
 from storage.manifest import Manifest
 from storage.store import Store
 
@@ -95,7 +97,7 @@ class _Part:
     def __call__(self) -> Outcome | None:
         prepare_process()
         config = self.config.model_copy(update={"device": self.config.shared_device})
-        with self.store.attempt_dir() as scratch, removed_at_end(scratch), thread_count(config):
+        with self.store.attempt_dir() as scratch, done_at_end(partial(remove_scratch, scratch)), thread_count(config):
             return self.function(
                 StageContext(config, self.seed, self.inputs, self.store, self.action_key, LocalExecutor(), scratch)
             )

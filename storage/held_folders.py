@@ -44,6 +44,13 @@ def scratch_folder(prefix: str) -> Iterator[Path]:
         held.remove()
 
 
+def remove_scratch(folder: Path) -> None:
+    """Remove a folder of `scratch_folder` when its process is about to end, and those of dead processes beside it."""
+    shutil.rmtree(folder, ignore_errors=True)
+    Path(f"{folder}{_LOCK}").unlink(missing_ok=True)
+    remove_dead(folder.parent, folder.name[: -len(uuid.uuid4().hex)])
+
+
 class HeldFolder:
     """A new private folder, and the lock that says that its owner lives.
 

@@ -44,7 +44,11 @@ ready()
 time.sleep(60)
 """
 SCRATCH = """
-with interrupts.removed_at_end(Path(sys.argv[1])):
+child = subprocess.Popen(["sleep", "60"])
+def remove():
+    assert child.poll() is not None
+    Path(sys.argv[1]).unlink()
+with interrupts.done_at_end(remove):
     ready()
     time.sleep(60)
 """
@@ -108,9 +112,8 @@ def test_a_library_that_took_the_signals_gives_them_back(number: signal.Signals)
     assert (code, said) == (128 + number, f"musevl: stopped by {number.name}; do it again\n")
 
 
-def test_a_signal_removes_the_scratch_folder(tmp_path: Path) -> None:
-    (tmp_path / "scratch").mkdir()
-    (tmp_path / "scratch" / "checkpoint.pt").write_bytes(b"large")
+def test_what_is_to_be_done_at_the_end_is_done_when_the_children_are_gone(tmp_path: Path) -> None:
+    (tmp_path / "scratch").write_bytes(b"large")
     interrupted(START + COMMAND + SCRATCH, signal.SIGTERM, str(tmp_path / "scratch"))
     assert list(tmp_path.iterdir()) == []
 

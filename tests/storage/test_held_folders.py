@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from storage import held_folders
-from storage.held_folders import HeldFolder, remove_dead, scratch_folder
+from storage.held_folders import HeldFolder, remove_dead, remove_scratch, scratch_folder
 
 ROOT = Path(__file__).parents[2]
 PREFIX = "musevl-attempt-"
@@ -54,6 +54,13 @@ def test_a_killed_process_leaves_a_folder_that_the_next_one_removes(scratch: Pat
     with scratch_folder(PREFIX) as own:
         assert {path for path in scratch.iterdir() if path.is_dir()} == {own}
     assert list(scratch.iterdir()) == [], "nor does a lock stay"
+
+
+def test_a_process_that_is_about_to_end_removes_its_own_and_those_of_its_dead_children(scratch: Path) -> None:
+    with scratch_folder(PREFIX) as own, scratch_folder(PREFIX) as living:
+        child = abandoned(scratch, own.name[:-32])
+        remove_scratch(own)
+        assert not own.exists() and not child.path.exists() and living.is_dir()
 
 
 def test_another_machines_folders_are_left_alone(scratch: Path, monkeypatch: pytest.MonkeyPatch) -> None:
