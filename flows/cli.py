@@ -15,7 +15,7 @@ import typer
 from flows.text import byte_bar, megabytes, one_line, text_table
 from infra.interrupts import GOES_ON, advise, end_on_signals
 from infra.malloc import reexec_with_fast_malloc
-from infra.terminal import LogFormatter, say
+from infra.terminal import LogFormatter, said_if_slow, say
 from stages.errors import EXIT_CODE, USER_ERRORS, complain, report
 from stages.recipe_files import available_recipes, check_stage_name, recipe_values
 from stages.standalone import DEFAULT_STORE, STORE_VARIABLE, prepare_process, result_line, run_one_stage
@@ -500,10 +500,10 @@ def _next_attempt(recipe: str, store: str, overrides: list[str] | None) -> list[
 
 def _assistant(recipe: str, store: str, overrides: list[str] | None) -> Assistant:
     prepare_process()
-    say(f"loading the model of recipe {recipe}", file=sys.stderr)
-    from stages.assistant import Assistant
+    with said_if_slow(f"loading the model of recipe {recipe}"):
+        from stages.assistant import Assistant
 
-    return Assistant(_load(recipe, overrides), _open(store))
+        return Assistant(_load(recipe, overrides), _open(store))
 
 
 def _read_image(path: Path, limits: Limits) -> bytes:

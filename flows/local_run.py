@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
-from infra.terminal import say
+from infra.terminal import said_if_slow
 from stages.standalone import prepare_process
 
 if TYPE_CHECKING:
@@ -23,6 +22,7 @@ _SETTINGS = {
     "PREFECT_LOGGING_EXTRA_LOGGERS": "stages,infra,storage",
     "PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW": "ignore",
 }
+_STARTING = "starting Prefect"
 
 
 def run_pipeline(recipe: str, store: str, overrides: Sequence[str], executor: ExecutorName) -> list[StageSummary]:
@@ -34,9 +34,10 @@ def run_pipeline(recipe: str, store: str, overrides: Sequence[str], executor: Ex
     """
     _check(recipe, store, overrides, executor)
     with _server() as wait:
-        from flows.pipeline import full_pipeline
+        with said_if_slow(_STARTING):
+            from flows.pipeline import full_pipeline
 
-        wait()
+            wait()
         return full_pipeline(recipe=recipe, store=store, overrides=list(overrides), executor=executor)
 
 
@@ -54,9 +55,10 @@ def run_comparison(
     for kind in kinds:
         _check(recipe, store, overrides_of(kind, seeds[0], list(overrides)), executor)
     with _server() as wait:
-        from flows.comparison import compare_tokenizers
+        with said_if_slow(_STARTING):
+            from flows.comparison import compare_tokenizers
 
-        wait()
+            wait()
         compare_tokenizers(
             kinds=kinds, seeds=seeds, recipe=recipe, store=store, overrides=list(overrides), executor=executor
         )
@@ -67,7 +69,6 @@ def run_comparison(
 
 def _server() -> AbstractContextManager[Callable[[], None]]:
     prepare_process()
-    say("starting Prefect", file=sys.stderr)
     for name, value in _SETTINGS.items():
         os.environ.setdefault(name, value)
     from flows.prefect_server import prefect_server
@@ -77,10 +78,10 @@ def _server() -> AbstractContextManager[Callable[[], None]]:
 
 def _check(recipe: str, store: str, overrides: Sequence[str], executor: ExecutorName) -> None:
     prepare_process()
-    say(f"checking recipe {recipe}: loading PyTorch", file=sys.stderr)
-    from infra.executors import build_executor
-    from stages.execution import check_ready
-    from stages.recipe import load_recipe
-    from storage.store import Store
+    with said_if_slow(f"checking recipe {recipe}: loading PyTorch"):
+        from infra.executors import build_executor
+        from stages.execution import check_ready
+        from stages.recipe import load_recipe
+        from storage.store import Store
 
-    check_ready(load_recipe(recipe, list(overrides)), Store(store), build_executor(executor))
+        check_ready(load_recipe(recipe, list(overrides)), Store(store), build_executor(executor))

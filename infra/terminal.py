@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import logging
 import sys
+import threading
 import unicodedata
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TextIO
 
 _SPELLED_OUT = {"Cc", "Cf", "Cs", "Zl", "Zp"}
@@ -44,6 +47,18 @@ def say(text: object, *, file: TextIO | None = None) -> None:
     shown = printable(str(text), lines=True)
     encoding = getattr(stream, "encoding", None) or "utf-8"
     print(shown.encode(encoding, "backslashreplace").decode(encoding), file=stream)
+
+
+@contextmanager
+def said_if_slow(text: str) -> Iterator[None]:
+    """Say on stderr what the block does, should it take longer: five seconds on a terminal, half a minute in a log."""
+    timer = threading.Timer(5.0 if sys.stderr.isatty() else 30.0, say, [text], {"file": sys.stderr})
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 class LogFormatter(logging.Formatter):

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import io
 import logging
+import sys
+from collections.abc import Callable
 
 import pytest
 
-from infra.terminal import LogFormatter, printable, say
+from infra.terminal import LogFormatter, printable, said_if_slow, say
 
 HOSTILE = {
     "\x1b[2J\x1b]0;title\x07": r"\x1b[2J\x1b]0;title\x07",  # clears the screen, names the window
@@ -61,3 +63,26 @@ def test_a_log_line_is_one_line_and_a_traceback_keeps_its_own() -> None:
     first, *others = stream.getvalue().splitlines()
     assert first == r"skipped a\nmusevl: all is well\x1b[2J"
     assert others[0] == "failed" and others[-1] == r"ValueError: bad\x1b[2J" and len(others) > 3
+
+
+def test_what_takes_long_says_what_it_is_and_what_does_not_says_nothing(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with said_if_slow("loading"):
+        pass
+    assert capsys.readouterr().err == ""
+    seconds = []
+
+    class Passed:
+        """A timer whose time is up at once."""
+
+        def __init__(self, after: float, function: Callable[..., None], args: list[str], kwargs: object) -> None:
+            seconds.append(after)
+            self.start = lambda: function(*args, file=sys.stderr)
+
+        def cancel(self) -> None:
+            pass
+
+    monkeypatch.setattr("threading.Timer", Passed)
+    with said_if_slow("loading"):
+        assert (capsys.readouterr().err, seconds) == ("loading\n", [30.0])
