@@ -408,6 +408,8 @@ def ask(
     """Answer a question about an image with the trained model."""
     _check_text(question, "the question")
     recipe_values(recipe, overrides)
+    if not image.is_file():
+        raise ValueError(f"there is no image file {image}; give the path of one")
     picture = _read_image(image, _load(recipe, overrides).download.limits)
     say(_assistant(recipe, store, overrides).ask(picture, question))
 
@@ -510,8 +512,6 @@ def _read_image(path: Path, limits: Limits) -> bytes:
     """The bytes of an image that can be decoded."""
     from models.images import IMAGE_FORMATS, UnusableImage, decode_image
 
-    if not path.is_file():
-        raise ValueError(f"there is no image file {path}; give the path of one")
     try:
         with path.open("rb") as file:
             data = file.read(-1 if limits.max_bytes is None else limits.max_bytes + 1)

@@ -158,6 +158,7 @@ REFUSED_AT_ONCE: list[tuple[str, list[str]]] = [
     ("'--temperature': Input should be less", ["generate", "bird", "--temperature", "nan"]),
     ("the prompt is not UTF-8", ["generate", "caf\udce9"]),
     ("the prompt has 40000 characters", ["generate", "a" * 40_000]),
+    ("there is no image file nosuch.png", ["ask", "nosuch.png", "what?"]),
     ("the question is not UTF-8", ["ask", "image.png", "caf\udce9"]),
     ("the question has 40000 characters", ["ask", "image.png", "a" * 40_000]),
     ("picture.doc has no known image suffix", ["generate", "bird", "--out", "picture.doc"]),
