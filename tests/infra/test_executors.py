@@ -54,6 +54,92 @@ class CannotTravel(Exception):
         super().__init__(f"{name} {number}")
 
 
+# First, before this process has a cluster: a failed start ends every process that came up meanwhile
+
+
+class _Starts:
+    """In the place of `ray.init`: fails so many times, as Ray does on a busy machine, and leaves a process behind."""
+
+    def __init__(self, failures: int) -> None:
+        self.failures, self.calls, self.left = failures, 0, list[subprocess.Popen[bytes]]()
+
+    def __call__(self, **settings: object) -> None:
+        self.calls += 1
+        if self.calls <= self.failures:
+            self.left.append(subprocess.Popen(["sleep", "60"]))
+            raise Exception("The current node timed out during startup.\nThis could happen because ...")
+
+
+@pytest.fixture
+def starts(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], _Starts]:
+    """Makes Ray's start fail so many times."""
+    import ray
+
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "shutdown", lambda: None)
+    monkeypatch.setattr(RayExecutor, "_cluster_is_ours", False)
+
+    def install(failures: int) -> _Starts:
+        monkeypatch.setattr(ray, "init", found := _Starts(failures))
+        return found
+
+    return install
+
+
+def test_a_cluster_that_does_not_start_is_tried_once_more(
+    starts: Callable[[int], _Starts], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("infra"), "propagate", True)
+    ray_init = starts(1)
+    RayExecutor()._connect()
+    assert ray_init.calls == 2
+    assert "Ray did not start (The current node timed out during startup. This could" in caplog.text
+    assert all(process.wait(1) for process in ray_init.left), "what the first try left behind has ended"
+
+
+def test_a_cluster_that_never_starts_is_one_line_that_names_the_way_out(starts: Callable[[int], _Starts]) -> None:
+    starts(STARTS)
+    with pytest.raises(ClusterNotStarted) as caught:
+        RayExecutor()._connect()
+    text = one_line(caught.value)
+    assert "Ray does not start on this machine, after 2 tries: The current node timed out" in text
+    assert "use `--executor local`" in text
+
+
+def test_a_start_may_take_two_minutes_as_long_as_its_process_lives(monkeypatch: pytest.MonkeyPatch) -> None:
+    from ray._private import services
+
+    asked: list[str] = []
+
+    def not_yet(*arguments: str) -> str:
+        asked.append("asked")
+        if len(asked) < 4:
+            raise RuntimeError("no such node")
+        return "joined"
+
+    monkeypatch.setattr(services, "get_node", not_yet)
+    monkeypatch.setattr(executors, "program_name", lambda process: "raylet")
+    monkeypatch.setattr(executors, "descendants", lambda: [1])
+    with executors._adapted_start():
+        assert services.get_node("address", "node") == "joined"
+    assert services.get_node is not_yet or services.get_node() == "joined"
+    asked.clear()
+    monkeypatch.setattr(executors, "descendants", list)
+    with executors._adapted_start(), pytest.raises(RuntimeError):
+        services.get_node("address", "node")
+    assert asked == ["asked"], "of a process that died nothing is awaited"
+
+
+def test_rays_start_leaves_sigterm_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    from ray._private import utils
+
+    before = signal.getsignal(signal.SIGTERM)
+    with executors._adapted_start():
+        utils.set_sigterm_handler(lambda *_: None)
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
 def test_every_item_gives_one_result(executor: Executor) -> None:
     def square(item: Item) -> Item:
         return {"number": item["number"], "square": item["number"] ** 2}
@@ -173,89 +259,6 @@ def test_an_unreachable_cluster_is_named() -> None:
     environment = os.environ | {"RAY_ADDRESS": "127.0.0.1:1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=120)
     assert "caught: cannot connect to the Ray cluster of RAY_ADDRESS=127.0.0.1:1: " in done.stdout, done.stderr
-
-
-class _Starts:
-    """In the place of `ray.init`: fails so many times, as Ray does on a busy machine, and leaves a process behind."""
-
-    def __init__(self, failures: int) -> None:
-        self.failures, self.calls, self.left = failures, 0, list[subprocess.Popen[bytes]]()
-
-    def __call__(self, **settings: object) -> None:
-        self.calls += 1
-        if self.calls <= self.failures:
-            self.left.append(subprocess.Popen(["sleep", "60"]))
-            raise Exception("The current node timed out during startup.\nThis could happen because ...")
-
-
-@pytest.fixture
-def starts(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], _Starts]:
-    """Makes Ray's start fail so many times."""
-    import ray
-
-    monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    monkeypatch.setattr(ray, "is_initialized", lambda: False)
-    monkeypatch.setattr(ray, "shutdown", lambda: None)
-    monkeypatch.setattr(RayExecutor, "_cluster_is_ours", False)
-
-    def install(failures: int) -> _Starts:
-        monkeypatch.setattr(ray, "init", found := _Starts(failures))
-        return found
-
-    return install
-
-
-def test_a_cluster_that_does_not_start_is_tried_once_more(
-    starts: Callable[[int], _Starts], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(logging.getLogger("infra"), "propagate", True)
-    ray_init = starts(1)
-    RayExecutor()._connect()
-    assert ray_init.calls == 2
-    assert "Ray did not start (The current node timed out during startup. This could" in caplog.text
-    assert all(process.wait(1) for process in ray_init.left), "what the first try left behind has ended"
-
-
-def test_a_cluster_that_never_starts_is_one_line_that_names_the_way_out(starts: Callable[[int], _Starts]) -> None:
-    starts(STARTS)
-    with pytest.raises(ClusterNotStarted) as caught:
-        RayExecutor()._connect()
-    text = one_line(caught.value)
-    assert "Ray does not start on this machine, after 2 tries: The current node timed out" in text
-    assert "use `--executor local`" in text
-
-
-def test_a_start_may_take_two_minutes_as_long_as_its_process_lives(monkeypatch: pytest.MonkeyPatch) -> None:
-    from ray._private import services
-
-    asked: list[str] = []
-
-    def not_yet(*arguments: str) -> str:
-        asked.append("asked")
-        if len(asked) < 4:
-            raise RuntimeError("no such node")
-        return "joined"
-
-    monkeypatch.setattr(services, "get_node", not_yet)
-    monkeypatch.setattr(executors, "program_name", lambda process: "raylet")
-    monkeypatch.setattr(executors, "descendants", lambda: [1])
-    with executors._adapted_start():
-        assert services.get_node("address", "node") == "joined"
-    assert services.get_node is not_yet or services.get_node() == "joined"
-    asked.clear()
-    monkeypatch.setattr(executors, "descendants", list)
-    with executors._adapted_start(), pytest.raises(RuntimeError):
-        services.get_node("address", "node")
-    assert asked == ["asked"], "of a process that died nothing is awaited"
-
-
-def test_rays_start_leaves_sigterm_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    from ray._private import utils
-
-    before = signal.getsignal(signal.SIGTERM)
-    with executors._adapted_start():
-        utils.set_sigterm_handler(lambda *_: None)
-    assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_a_local_cluster_is_silent_and_leaves_the_home_folder_alone(tmp_path: Path) -> None:
