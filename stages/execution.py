@@ -197,7 +197,8 @@ def _look_up(wanted: dict[str, Any], store: Store) -> tuple[str, Manifest] | Non
 
 
 def _stage(name: str) -> Stage[Any]:
-    check_stage_name(name)
+    if name not in STAGES:
+        check_stage_name(name)
     return STAGES[name]
 
 

@@ -13,7 +13,8 @@ from infra.executors import LocalExecutor
 from stages import devices, prepare_teacher
 from stages.devices import acceptable_precisions, autocast, native_precision, with_precision
 from stages.execution import find_artifacts, run_stage
-from stages.recipe import STAGES, available_recipes, load_recipe
+from stages.recipe import STAGES, load_recipe
+from stages.recipe_files import available_recipes
 from storage.manifest import Manifest
 from tests.tiny import TinyRun
 

@@ -64,7 +64,11 @@ def test_a_batch_in_parts_takes_the_steps_of_a_whole_one(
     assert whole.action_key != parted.action_key, "the last bits differ"
     expected, found = points(store, whole), points(store, parted)
     assert set(found) == set(expected)
-    assert found == {name: pytest.approx(value, rel=2e-3, abs=1e-4) for name, value in expected.items()}
+    # a held-out image whose vector lies between two codes takes the other one after any rounding, on some processors
+    loose = {name for name in expected if name[1].startswith("held_out_codebook")}
+    assert found == {
+        name: pytest.approx(value, rel=2e-2 if name in loose else 2e-3, abs=1e-4) for name, value in expected.items()
+    }
 
 
 def test_activations_that_are_computed_again_give_the_same_result(tiny_run: TinyRun, tmp_path: Path) -> None:
