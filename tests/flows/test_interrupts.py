@@ -92,7 +92,7 @@ import flows.cli
 def app(*arguments, **options):
     flows.cli.advise(flows.cli.GOES_ON if sys.argv[1] == "run" else "")
     ready()
-    time.sleep(60)
+    wait()
 flows.cli.app = app
 flows.cli.main()
 """
@@ -100,7 +100,7 @@ STAGE = """
 import stages.standalone
 def run(*arguments):
     ready()
-    time.sleep(60)
+    wait()
 stages.standalone.run_one_stage = run
 stages.standalone.run_standalone(sys.argv.pop())
 """
