@@ -16,14 +16,15 @@ from flows.text import byte_bar, megabytes, one_line, text_table
 from infra.interrupts import GOES_ON, advise, end_on_signals
 from infra.malloc import reexec_with_fast_malloc
 from infra.terminal import LogFormatter, said_if_slow, say
-from stages.errors import EXIT_CODE, USER_ERRORS, complain, report
-from stages.recipe_files import available_recipes, check_stage_name, recipe_values
-from stages.standalone import DEFAULT_STORE, STORE_VARIABLE, prepare_process, result_line, run_one_stage
+from stages.pipeline.command import DEFAULT_STORE, STORE_VARIABLE, result_line, run_one_stage
+from stages.pipeline.errors import EXIT_CODE, USER_ERRORS, complain, report
+from stages.pipeline.recipe_files import available_recipes, check_stage_name, recipe_values
+from stages.runtime.process import prepare_process
 
 if TYPE_CHECKING:
     from models.images import Limits
-    from stages.assistant import Assistant
-    from stages.recipe import Recipe
+    from stages.pipeline.assistant import Assistant
+    from stages.pipeline.recipe import Recipe
     from storage.store import Access, Store
 
 
@@ -104,7 +105,7 @@ def run(
     say(text_table(["stage", "result", "artifact", "seconds"], rows))
     loaded, opened = _load(recipe, overrides), _open(store)
     say("\n" + _metrics_text(_read_metrics(opened, summaries[-1].digest)))
-    from flows.report import write_report
+    from flows.report.report import write_report
 
     say(f"\nreport: {write_report(loaded, opened, Path('.musevl/report') / loaded.name)}")
 
@@ -151,7 +152,7 @@ def compare_tokenizers(
 
     comparison = run_comparison(recipe, store, overrides or [], executor, listed, numbers)
     say(comparison.text())
-    from flows.report import write_comparison
+    from flows.report.report import write_comparison
 
     folder = Path(".musevl/report") / f"{comparison.recipe}-tokenizers"
     say(f"\npage: {write_comparison(comparison, _open(store), folder)}\nrows: {folder / 'comparison.parquet'}")
@@ -175,7 +176,7 @@ def import_tokenizer(
     recipe_values(recipe, overrides)
     if not checkpoint.is_file():
         raise ValueError(f"there is no checkpoint file {checkpoint}; give the path of one")
-    from stages.import_tokenizer import import_weights
+    from stages.pipeline.import_tokenizer import import_weights
 
     prepare_process()
     if taken := import_weights(checkpoint, _load(recipe, overrides), out, which):
@@ -485,14 +486,14 @@ def _open(uri: str, access: Access = "read") -> Store:
 
 
 def _load(recipe: str, overrides: list[str] | None) -> Recipe:
-    from stages.recipe import load_recipe
+    from stages.pipeline.recipe import load_recipe
 
     return load_recipe(recipe, overrides)
 
 
 def _next_attempt(recipe: str, store: str, overrides: list[str] | None) -> list[str]:
     """The overrides with the attempt that fetches again what failed."""
-    from stages.download import next_attempt
+    from stages.download.stage import next_attempt
 
     loaded = _load(recipe, overrides)
     setting = f"download.attempt={next_attempt(loaded.download, loaded.seed, _open(store, 'create'))}"
@@ -503,7 +504,7 @@ def _next_attempt(recipe: str, store: str, overrides: list[str] | None) -> list[
 def _assistant(recipe: str, store: str, overrides: list[str] | None) -> Assistant:
     prepare_process()
     with said_if_slow(f"loading the model of recipe {recipe}"):
-        from stages.assistant import Assistant
+        from stages.pipeline.assistant import Assistant
 
         return Assistant(_load(recipe, overrides), _open(store))
 

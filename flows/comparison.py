@@ -6,8 +6,8 @@ from typing import Literal
 
 from prefect import flow
 
-from flows.comparison_data import overrides_of
 from flows.pipeline import full_pipeline
+from flows.report.comparison import overrides_of
 
 
 @flow(name="compare-tokenizers", flow_run_name="{recipe}", persist_result=False)

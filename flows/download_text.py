@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 from flows.text import megabytes, text_table
 from infra.terminal import printable
-from stages.held_out_rows import unused_splits
-from stages.shard_counts import host_of, reason_of
-from stages.sources.source import FILTERED, NUM_EXAMPLES, OK, STATUSES
+from stages.artifacts.rows import FILTERED, OK
+from stages.download.counts import host_of, reason_of
+from stages.download.sources.source import NUM_EXAMPLES, STATUSES
+from stages.download.splits import unused_splits
 from storage.tables import read_table
 
 if TYPE_CHECKING:

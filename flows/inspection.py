@@ -15,11 +15,11 @@ import pyarrow as pa
 import torch
 from PIL import Image
 
-from flows.code_pictures import code_strips
+from flows.report.code_pictures import code_strips
 from flows.text import one_line, text_table
 from models.transforms import to_pil, to_pixels
-from stages import external_codes
-from stages.loading import load_tokenizer
+from stages.artifacts import external_codes
+from stages.artifacts.models import load_tokenizer
 from storage.code_table import CodeTable, CodeTableInfo, check_tokenizer, read_code_table
 from storage.tables import read_table
 

@@ -8,10 +8,10 @@ from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
 from infra.terminal import said_if_slow
-from stages.standalone import prepare_process
+from stages.runtime.process import prepare_process
 
 if TYPE_CHECKING:
-    from flows.comparison_data import Comparison
+    from flows.report.comparison import Comparison
     from flows.stage_task import StageSummary
     from infra.executors import ExecutorName
 
@@ -50,7 +50,7 @@ def run_comparison(
         ValueError, OSError, StoreError: a kind, the recipe or the store cannot be used; before the flow starts.
         ConnectionError: the server of the run did not start.
     """
-    from flows.comparison_data import collect_comparison, overrides_of
+    from flows.report.comparison import collect_comparison, overrides_of
 
     for kind in kinds:
         _check(recipe, store, overrides_of(kind, seeds[0], list(overrides)), executor)
@@ -80,8 +80,8 @@ def _check(recipe: str, store: str, overrides: Sequence[str], executor: Executor
     prepare_process()
     with said_if_slow(f"checking recipe {recipe}: loading PyTorch"):
         from infra.executors import build_executor
-        from stages.execution import check_ready
-        from stages.recipe import load_recipe
+        from stages.pipeline.execution import check_ready
+        from stages.pipeline.recipe import load_recipe
         from storage.store import Store
 
         check_ready(load_recipe(recipe, list(overrides)), Store(store), build_executor(executor))

@@ -20,16 +20,16 @@ from infra import interrupts
 from infra.executors import ClusterNotStarted, ExecutorName, build_executor
 from infra.malloc import give_back_freed_memory
 from infra.worker_errors import WorkerDied, WorkerFailed
-from stages.execution import check_ready, run_stage
-from stages.recipe import STAGES, load_recipe
-from stages.standalone import default_store
+from stages.pipeline.command import default_store
+from stages.pipeline.execution import check_ready, run_stage
+from stages.pipeline.recipe import STAGES, load_recipe
 from storage.store import Store
 
 if TYPE_CHECKING:
     from prefect.client.schemas.objects import State, TaskRun
     from prefect.tasks import Task
 
-    from stages.execution import StageResult
+    from stages.pipeline.execution import StageResult
 
 RETRY_DELAYS_SECONDS = [5.0, 30.0]
 """Waits before a stage is tried again after an infrastructure error."""

@@ -1,5 +1,9 @@
-"""The pipeline's stages: one module a stage, and the few modules that stages share.
+"""The pipeline's stages: a package each, and the packages that they share.
 
-A stage module holds its config class, its `run` and its `STAGE`; it never imports another stage module: stages meet
-only through artifacts in the store.
+A stage's package holds `stage.py` (its config class, its `run` and its `STAGE`), what only this stage needs beside it,
+and `__main__.py`, so that `python -m stages.NAME` runs it. No stage imports another: they meet only through artifacts
+in the store. From the bottom up, the others are: `protocol` (what a stage is), `runtime` (devices, child processes),
+`artifacts` (images, models and rows of earlier stages), `metrics`, `training` (the training loop), `language`
+(sequences and the training of language models), and above the stages `pipeline` (the recipe over all of them, and what
+runs them).
 """

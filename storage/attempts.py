@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from storage.digests import canonical_json
-from storage.objects import ObjectStore
+from storage.objects.object_store import ObjectStore
 
 FOLDER = "attempts"
 

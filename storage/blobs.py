@@ -10,7 +10,7 @@ from storage.digests import CHUNK_BYTES, is_sha256, sha256_bytes, sha256_file
 from storage.errors import DamagedObject, ObjectMissing
 from storage.files import atomic_path, copy_and_hash
 from storage.manifest import FileEntry
-from storage.objects import ObjectStore
+from storage.objects.object_store import ObjectStore
 
 logger = logging.getLogger(__name__)
 

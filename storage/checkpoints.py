@@ -16,7 +16,7 @@ from storage.digests import sha256_file
 from storage.errors import DamagedObject, ObjectMissing
 from storage.files import atomic_path
 from storage.manifest import FileEntry, check_relative_path
-from storage.objects import ObjectStore
+from storage.objects.object_store import ObjectStore
 from storage.records import read_record, record_bytes
 
 logger = logging.getLogger(__name__)

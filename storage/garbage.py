@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 
 from storage.errors import DamagedObject, ObjectMissing
 from storage.manifest import Manifest
-from storage.object_info import ObjectInfo
-from storage.objects import ObjectStore
+from storage.objects.info import ObjectInfo
+from storage.objects.object_store import ObjectStore
 from storage.records import plan_files, read_record, receipt_files
 
 WORK_FOLDERS = ("plans", "receipts", "checkpoints", "attempts")

@@ -11,7 +11,7 @@ from typing import Any
 from storage.digests import canonical_json, is_sha256, sha256_bytes
 from storage.errors import DamagedObject, ObjectMissing
 from storage.manifest import FileEntry
-from storage.objects import ObjectStore
+from storage.objects.object_store import ObjectStore
 
 logger = logging.getLogger(__name__)
 

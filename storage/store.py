@@ -24,7 +24,7 @@ from storage.files import refuse_links
 from storage.garbage import Collection, find_garbage, remove
 from storage.held_folders import scratch_folder
 from storage.manifest import FileEntry, Manifest
-from storage.objects import ObjectStore
+from storage.objects.object_store import ObjectStore
 from storage.records import (
     action_digest,
     parse_record,

@@ -11,7 +11,7 @@ from storage.blobs import Blobs, blob_key
 from storage.digests import is_sha256
 from storage.errors import DamagedObject, ObjectMissing, StoreError
 from storage.manifest import FileEntry, Manifest
-from storage.objects import ObjectStore
+from storage.objects.object_store import ObjectStore
 from storage.records import check_run, has_checksum, parse_record, pinned_digest, plan_files, receipt_files
 
 logger = logging.getLogger(__name__)

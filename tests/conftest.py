@@ -4,9 +4,9 @@ import os
 
 import pytest
 
-from tests.fault_proxy import impatient, proxy, short_waits
-from tests.s3 import s3_endpoint, s3_uri, store_uri
-from tests.tiny import tiny_run
+from tests.helpers.fault_proxy import impatient, proxy, short_waits
+from tests.helpers.s3 import s3_endpoint, s3_uri, store_uri
+from tests.helpers.tiny import tiny_run
 
 __all__ = ["impatient", "proxy", "s3_endpoint", "s3_uri", "short_waits", "store_uri", "tiny_run"]
 

@@ -10,8 +10,8 @@ import pytest
 from pydantic import ValidationError
 
 from models.config import Config
-from stages.recipe import Recipe, load_recipe
-from stages.recipe_files import available_recipes
+from stages.pipeline.recipe import Recipe, load_recipe
+from stages.pipeline.recipe_files import available_recipes
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("flows", "stages", "models", "storage", "infra")

@@ -12,7 +12,7 @@ import pytest
 import typer
 
 from flows.cli import app
-from stages.recipe import load_recipe
+from stages.pipeline.recipe import load_recipe
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "infra").rglob("*.md"))]

@@ -14,12 +14,13 @@ import torch
 from PIL import Image
 
 from models.transforms import normalise, to_pixels
-from stages.assistant import Assistant
-from stages.devices import autocast
-from stages.image_data import ImageSource
-from stages.loading import load_tokenizer
-from stages.vlm_training import load_rows, load_vlm
-from tests.tiny import TinyRun
+from stages.artifacts.codes import load_rows
+from stages.artifacts.images import ImageSource
+from stages.artifacts.models import load_tokenizer
+from stages.language.training import load_vlm
+from stages.pipeline.assistant import Assistant
+from stages.runtime.devices import autocast
+from tests.helpers.tiny import TinyRun
 
 
 def test_one_image_from_url_to_drawing(tiny_run: TinyRun) -> None:

@@ -11,13 +11,13 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from models.image_tokenizer import TokenizerConfig
-from models.tokenizers import build_tokenizer
-from models.vlm import build_small_llm
-from models.vocabulary import extend_tokenizer, train_bpe
-from stages.devices import Precision, autocast, native_precision
-from stages.loading import subset
-from stages.recipe import Recipe, load_recipe
+from models.language.vlm import build_small_llm
+from models.language.vocabulary import extend_tokenizer, train_bpe
+from models.tokenizers.image_tokenizer import TokenizerConfig
+from models.tokenizers.kinds import build_tokenizer
+from stages.artifacts.models import subset
+from stages.pipeline.recipe import Recipe, load_recipe
+from stages.runtime.devices import Precision, autocast, native_precision
 from tests.benchmarks.measuring import measure, report
 
 CPU = torch.device("cpu")

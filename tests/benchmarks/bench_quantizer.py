@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from vector_quantize_pytorch import ResidualVQ, VectorQuantize
 
-from models.quantizers import QuantizerConfig, ResidualQuantizer, ResidualQuantizerConfig, VectorQuantizer
+from models.tokenizers.quantizers import QuantizerConfig, ResidualQuantizer, ResidualQuantizerConfig, VectorQuantizer
 from tests.benchmarks.measuring import measure, report
 
 NUM_VECTORS = 32 * 27 * 27

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from infra.executors import LocalExecutor
-from stages.stage import StageContext
-from stages.tokenize import STAGE, TokenizeConfig
+from stages.protocol import StageContext
+from stages.tokenize.stage import STAGE, TokenizeConfig
 from storage.manifest import FileEntry, Manifest
 from storage.store import Store
 from tests.benchmarks.measuring import report

@@ -6,7 +6,7 @@ The encoder of LlamaGen's VQ-16 at a quarter of its width, untrained (what is me
 float32, PNGs of 128 px. All sides use as many threads as the machine has cores: one worker with all of them, or two
 with half each.
 
-- ours: `stages.tokenize.run` on Ray with a local store: read, check, decode, encode, write Parquet, receipts. Steady
+- ours: `stages.tokenize` on Ray with a local store: read, check, decode, encode, write Parquet, receipts. Steady
   state is from the moment when every worker has delivered a shard; what comes before is a line of its own.
 - bare loop: the tokenizer alone, as many images at a time as the stage gives it, all decoded before the clock starts;
   PyTorch's threads share each convolution.
@@ -33,15 +33,15 @@ import torch
 from infra.executors import Executor, Item, RayExecutor, WorkerFactory
 from infra.process_groups import Function
 from models.transforms import load_image, normalise
-from stages.encoding import CPU_CHUNK, Batch, Encoder
-from stages.execution import find_artifacts
-from stages.image_data import ORIGINAL
-from stages.stage import StageContext
-from stages.tokenize import STAGE
-from stages.tokenize import WorkerFactory as TokenizeFactory
+from stages.artifacts.rows import ORIGINAL
+from stages.pipeline.execution import find_artifacts
+from stages.protocol import StageContext
+from stages.tokenize.encoding import CPU_CHUNK, Batch, Encoder
+from stages.tokenize.stage import STAGE
+from stages.tokenize.stage import WorkerFactory as TokenizeFactory
 from storage.store import Store
 from tests.benchmarks.measuring import report
-from tests.light import LightRun, light_run
+from tests.helpers.light import LightRun, light_run
 
 TOKENIZER: dict[str, Any] = {
     "transform": {"image_size": 128},

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 
 from infra.executors import LocalExecutor
-from stages.recipe import load_recipe
+from stages.pipeline.recipe import load_recipe
 from tests.benchmarks import bench_code_table, bench_precision, bench_scaling, bench_tokenize
 
 

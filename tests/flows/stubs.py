@@ -11,11 +11,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-import flows.report
-import stages.execution
-import stages.recipe
+import flows.report.report
+import stages.pipeline.execution
+import stages.pipeline.recipe
 from flows import cli
-from stages.stage import Outcome, Stage, StageContext
+from stages.protocol import Outcome, Stage, StageContext
 from storage.tables import metrics_table, write_table
 
 
@@ -57,8 +57,8 @@ def fail_as_asked(context: StageContext[Any]) -> None:
 
 def install() -> None:
     """Put the stand-ins in the place of all stages, in this process."""
-    for name, stage in stages.recipe.STAGES.items():
-        stages.recipe.STAGES[name] = stubbed(stage)
+    for name, stage in stages.pipeline.recipe.STAGES.items():
+        stages.pipeline.recipe.STAGES[name] = stubbed(stage)
 
 
 def stubbed(stage: Stage[Any]) -> Stage[Any]:
@@ -73,5 +73,5 @@ def _write_report(recipe: Any, store: Any, folder: Any) -> Any:
 
 if __name__ == "__main__":
     install()
-    flows.report.write_report = _write_report
+    flows.report.report.write_report = _write_report
     cli.main()

@@ -15,8 +15,8 @@ from storage.manifest import FileEntry, Manifest
 from storage.store import Store
 from tests.flows.conftest import Answer, Command
 from tests.flows.test_cli import metrics_artifact
-from tests.read_only import readable_only
-from tests.tiny import TinyRun
+from tests.helpers.read_only import readable_only
+from tests.helpers.tiny import TinyRun
 
 
 def test_lineage_names_everything_once_in_full(tiny_run: TinyRun) -> None:

@@ -11,12 +11,12 @@ import pytest
 from PIL import Image
 
 from flows import cli
-from stages.standalone import DEFAULT_STORE
+from stages.pipeline.command import DEFAULT_STORE
 from storage.manifest import Manifest
 from storage.store import Store
 from storage.tables import metrics_table, write_table
 from tests.flows.conftest import ROOT, Command
-from tests.misbehaving_server import bomb_png, png
+from tests.helpers.misbehaving_server import bomb_png, png
 
 UNKNOWN_DIGEST = "0123456789ab"
 

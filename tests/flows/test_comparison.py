@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 
-from flows.comparison_data import COLUMNS, Comparison, Run, spread
+from flows.report.comparison import COLUMNS, Comparison, Run, spread
 from storage.code_table import read_code_table
 from storage.manifest import Manifest
 from storage.store import Store
 from storage.tables import read_table
-from tests.external import write_codes
 from tests.flows.conftest import Command
-from tests.tiny import TinyRun
+from tests.helpers.external import write_codes
+from tests.helpers.tiny import TinyRun
 
 
 def run_of(kind: str, seed: int, accuracy: float) -> Run:

@@ -9,7 +9,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from stages.recipe import STAGES
+from stages.pipeline.recipe import STAGES
 from storage.store import Store
 from tests.flows.conftest import ROOT, kill_group, start_prefect
 

@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 
 from flows.download_text import inspect_download
-from stages.shard_counts import Totals, receipt_of
+from stages.download.counts import Totals, receipt_of
 from storage.manifest import Manifest
 from storage.store import Store
 from storage.tables import image_metadata_table, write_table
 from tests.flows.conftest import Command
-from tests.misbehaving_server import misbehaving_server
-from tests.tiny import CAPTIONS_ONLY
+from tests.helpers.misbehaving_server import misbehaving_server
+from tests.helpers.tiny import CAPTIONS_ONLY
 
 ROWS = [
     ("http://good.example/1", "ok", None),

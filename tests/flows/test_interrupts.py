@@ -97,12 +97,12 @@ flows.cli.app = app
 flows.cli.main()
 """
 STAGE = """
-import stages.standalone
+import stages.pipeline.command
 def run(*arguments):
     ready()
     wait()
-stages.standalone.run_one_stage = run
-stages.standalone.run_standalone(sys.argv.pop())
+stages.pipeline.command.run_one_stage = run
+stages.pipeline.command.run_standalone(sys.argv.pop())
 """
 
 

@@ -9,9 +9,9 @@ import pytest
 from flows.stage_task import artifact_key, is_infrastructure_error, summary_markdown
 from infra.executors import ClusterNotStarted, ClusterUnreachable
 from infra.worker_errors import WorkerDied
-from stages.execution import StageResult
-from stages.recipe import STAGES
-from stages.recipe_files import RecipeError
+from stages.pipeline.execution import StageResult
+from stages.pipeline.recipe import STAGES
+from stages.pipeline.recipe_files import RecipeError
 from storage.errors import StoreError
 from storage.manifest import FileEntry, Manifest
 from storage.store import Store

@@ -17,7 +17,7 @@ import httpx
 import pytest
 
 from tests.flows.conftest import ROOT
-from tests.tiny import TinyRun
+from tests.helpers.tiny import TinyRun
 
 RAY = str(Path(sys.executable).parent / "ray")
 

@@ -12,11 +12,11 @@ import pytest
 
 from flows.artifacts import diff_text, garbage_text, lineage_text
 from flows.inspection import _cell, _facts, _first_rows, _Found, _histogram, _usage
-from flows.report_page import _render
+from flows.report.page import _render
 from flows.stage_task import summary_markdown
 from flows.text import text_table
-from stages.errors import report
-from stages.execution import StageResult
+from stages.pipeline.errors import report
+from stages.pipeline.execution import StageResult
 from storage.code_table import CodeTable, CodeTableInfo
 from storage.garbage import Collection
 from storage.manifest import Manifest
@@ -104,7 +104,7 @@ def test_an_error_about_somebodys_text_is_one_plain_line(capsys: pytest.CaptureF
 def test_a_page_escapes_markup_and_spells_out_control_characters(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("flows.report_page._TEMPLATES", tmp_path)
+    monkeypatch.setattr("flows.report.page._TEMPLATES", tmp_path)
     (tmp_path / "page.j2").write_text('<p title="{{ caption }}">{{ caption }}</p>{{ svg }}')
     from markupsafe import Markup
 

@@ -25,7 +25,7 @@ from infra.executors import (
     cpus_together,
 )
 from infra.worker_errors import WorkerDied, WorkerFailed
-from stages.errors import one_line
+from stages.pipeline.errors import one_line
 
 ROOT = Path(__file__).parents[2]
 ITEMS: list[Item] = [{"number": number, "name": f"item {number}"} for number in range(5)]

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from infra import process_groups
 from infra.executors import Executor, LocalExecutor, RayExecutor
 from infra.worker_errors import WorkerDied
-from models.losses import contrastive_loss
 from models.ranks import average_gradients, gather_objects, mean_terms, own_part
+from models.tokenizers.losses import contrastive_loss
 
 
 @pytest.fixture(params=["local", pytest.param("ray", marks=pytest.mark.slow)])

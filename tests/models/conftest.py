@@ -10,13 +10,13 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from models.backbone_teacher import (
+from models.teachers.backbone import (
     AlignedHeadConfig,
     BackboneTeacher,
     BackboneTeacherConfig,
     convert_efficientnet_lite0,
 )
-from models.teachers import Teacher
+from models.teachers.teacher import Teacher
 from models.transforms import TransformConfig, load_image, normalise, to_tensor
 
 ROOT = Path(__file__).parents[2]

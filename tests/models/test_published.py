@@ -12,11 +12,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from models.language.vlm import LlmConfig, build_small_llm, load_base_llm
+from models.language.vocabulary import extend_tokenizer, train_bpe
 from models.published import reading_published
-from models.teachers import OpenClipTeacher, OpenClipTeacherConfig, TransformersTeacher, TransformersTeacherConfig
-from models.vlm import LlmConfig, build_small_llm, load_base_llm
-from models.vocabulary import extend_tokenizer, train_bpe
-from tests.word_tokenizer import save_word_tokenizer
+from models.teachers.teacher import (
+    OpenClipTeacher,
+    OpenClipTeacherConfig,
+    TransformersTeacher,
+    TransformersTeacherConfig,
+)
+from tests.helpers.word_tokenizer import save_word_tokenizer
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
 WEIGHTS = "model.safetensors"

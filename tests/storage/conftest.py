@@ -1,4 +1,4 @@
-"""A local store and the same store on a real S3 server (`tests/s3.py`), and child processes."""
+"""A local store and the same store on a real S3 server (`tests/helpers/s3.py`), and child processes."""
 
 import os
 import subprocess

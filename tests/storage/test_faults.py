@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import s3fs
 
-from storage import s3_retries
 from storage.errors import StoreError
 from storage.manifest import FileEntry, Manifest
-from storage.objects import ObjectStore
+from storage.objects import s3_retries
+from storage.objects.object_store import ObjectStore
 from storage.store import Commit, Store
-from tests.fault_proxy import FAULTS, Fault, FaultProxy
+from tests.helpers.fault_proxy import FAULTS, Fault, FaultProxy
 
 MakeManifest = Callable[..., Manifest]
 

@@ -14,8 +14,8 @@ import pytest
 from storage.blobs import blob_key
 from storage.errors import StoreError, UnknownArtifact
 from storage.manifest import Manifest
-from storage.object_info import ObjectInfo
-from storage.objects import ObjectStore
+from storage.objects.info import ObjectInfo
+from storage.objects.object_store import ObjectStore
 from storage.store import Store
 
 NOW, WEEK = timedelta(0), timedelta(days=7)

@@ -11,7 +11,7 @@ import fsspec
 import pytest
 
 from storage.input_files import InputFiles, decompressed, is_clutter, read_input
-from tests.given_files import zstandard
+from tests.helpers.given_files import zstandard
 
 CONTENTS = {"a-0.tar": b"first", "a-1.tar": b"second", "deep/b.txt": b"third"}
 

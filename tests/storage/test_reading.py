@@ -16,8 +16,8 @@ from storage.blobs import blob_key
 from storage.errors import StoreError
 from storage.manifest import Manifest
 from storage.store import Access, Store
-from tests.fault_proxy import WRITES, FaultProxy
-from tests.read_only import mount_read_only, readable_only
+from tests.helpers.fault_proxy import WRITES, FaultProxy
+from tests.helpers.read_only import mount_read_only, readable_only
 
 SKIPPED = 77
 

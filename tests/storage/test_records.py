@@ -12,7 +12,7 @@ import pytest
 
 from storage.digests import canonical_json
 from storage.manifest import Manifest
-from storage.objects import ObjectStore
+from storage.objects.object_store import ObjectStore
 from storage.records import parse_record, record_bytes
 from storage.store import Store
 

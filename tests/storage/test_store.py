@@ -12,7 +12,7 @@ from storage.blobs import blob_key
 from storage.digests import sha256_bytes
 from storage.errors import AmbiguousDigest, DamagedObject, ObjectMissing, StoreError, UnknownArtifact
 from storage.manifest import FileEntry, Manifest
-from storage.objects import ObjectStore
+from storage.objects.object_store import ObjectStore
 from storage.store import Commit, Store
 
 MakeManifest = Callable[..., Manifest]

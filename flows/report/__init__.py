@@ -1,0 +1,1 @@
+"""HTML pages about a recipe's run and about a comparison of tokenizers."""

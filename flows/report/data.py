@@ -1,0 +1,491 @@
+"""What the report shows, read from artifacts and run records into plain values."""
+
+from __future__ import annotations
+
+import base64
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+
+from flows.report.code_pictures import CodeStrip, code_strips
+from models.images import decode_image
+from storage.manifest import Manifest
+from storage.store import Store
+from storage.tables import read_table
+
+MAX_SHOWN = 24
+"""Most reconstructions, prompts and questions on the page; evenly spaced ones where there are more."""
+
+TRAINED_STAGES = ("prepare_teacher", "train_tokenizer", "pretrain", "sft")
+SHORT_DIGEST = 12
+CHANCE = "chance"
+"""The setting of a metric row that says what guessing would score; shown as a baseline."""
+
+_BASELINE = re.compile(
+    r"baseline|chance|random|majority|most.frequent|constant|untrained|shuffled|blind|text.only|original|ceiling|"
+    r"oracle|teacher|held.out|real.images|mean.image",
+    re.IGNORECASE,
+)
+_PERCENT = re.compile(r"accuracy|(?<!learning_)rate|recall|precision|recognition|usage|fraction|share", re.IGNORECASE)
+_LOWER_IS_BETTER = re.compile(
+    r"loss|fid|kid|frechet|lpips|perceptual|mse|mae|^l1|^l2|error|distance|divergence|bits|^perplexity", re.IGNORECASE
+)
+_HIGHER_IS_BETTER = re.compile(r"psnr|ssim|score|cosine|similarity|codebook_perplexity", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Picture:
+    """An image as the page holds it."""
+
+    uri: str
+    """A `data:` URI."""
+    width: int
+    """Pixels."""
+    height: int
+    """Pixels."""
+
+    @property
+    def small(self) -> bool:
+        """Whether it is shown larger than it is, so that its pixels should stay sharp."""
+        return max(self.width, self.height) < 128
+
+
+@dataclass(frozen=True)
+class Value:
+    """One measured number."""
+
+    model: str
+    text: str
+    """The number as shown."""
+    interval: str
+    """Its confidence interval as shown, or ''."""
+    position: float
+    """Where it lies on the row's scale, percent; so do `low` and `high`, the interval's ends."""
+    low: float | None
+    high: float | None
+
+
+@dataclass(frozen=True)
+class MetricLine:
+    """One metric of one benchmark: our value with the baselines beside it."""
+
+    metric: str
+    split: str
+    direction: str
+    """'up' or 'down' for better, or ''."""
+    value: Value
+    baselines: list[Value]
+    num_samples: int
+    settings: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """The metrics of one benchmark."""
+
+    name: str
+    lines: list[MetricLine]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One possible answer."""
+
+    text: str
+    picked: bool
+    right: bool
+    share: float | None
+    """Its softmax over the log-likelihoods, percent."""
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Some rows of a table with pictures."""
+
+    rows: list[dict[str, Any]]
+    total: int
+    num_right: int | None = None
+    """Of all `total` rows, not only of those shown."""
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One logged value over the steps of a training."""
+
+    name: str
+    steps: list[int]
+    values: list[float]
+
+
+@dataclass(frozen=True)
+class StageLine:
+    """One stage: its artifact and how that came about."""
+
+    name: str
+    digest: str
+    """Empty when there is no artifact."""
+    kind: str
+    size: int
+    """Bytes."""
+    num_files: int
+    inputs: dict[str, str]
+    made: dict[str, Any] | None
+    """The run record of the call that made the artifact, where the store has it."""
+    num_hits: int
+    """How often a run found it ready."""
+    numbers: dict[str, str]
+    """The artifact's own metrics, flattened."""
+
+    @property
+    def short(self) -> str:
+        """The first digits of the digest."""
+        return self.digest[:SHORT_DIGEST]
+
+    @property
+    def how(self) -> str:
+        """How it came about, in a few words."""
+        if not self.digest:
+            return ""
+        if self.made is None:
+            return "found in the store"
+        again = f", found {self.num_hits}×" if self.num_hits else ""
+        return f"made in {duration(float(self.made.get('seconds', 0)))}{again}"
+
+    @property
+    def long_texts(self) -> str:
+        """What became of texts that a language model could not read whole; empty where it could read all of them."""
+        counts = {"cut": self.numbers.get("num_cut", "0"), "left out": self.numbers.get("num_left_out", "0")}
+        return ", ".join(f"{count} rows with too long text {how}" for how, count in counts.items() if count != "0")
+
+    @property
+    def machine(self) -> str:
+        """Where it was made."""
+        machine = (self.made or {}).get("machine", {})
+        parts = [f"{machine['cores']} cores"] if machine.get("cores") else []
+        parts += [str(machine[key]) for key in ("accelerator", "system") if machine.get(key)]
+        parts += [f"Python {machine['python']}"] if machine.get("python") else []
+        return ", ".join(parts)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportData:
+    """Everything on the page."""
+
+    recipe: str
+    description: str
+    seed: int
+    written: str
+    stages: list[StageLine]
+    benchmarks: list[Benchmark] | None
+    """None, here and below: the artifact that would hold it is missing."""
+    reconstructions: Samples | None
+    drawings: Samples | None
+    answers: Samples | None
+    codes: list[tuple[CodeStrip, Picture]] | None
+    """Some codes and the patches that carry them."""
+    curves: dict[str, list[Curve] | None]
+    """By stage; none where nothing was trained, as with a teacher that is used as it comes."""
+    download: dict[str, Any] | None
+    """Metrics of the download artifact."""
+    uses_sample_data: bool
+    """Whether the images are the sample data, whose authors the page then names."""
+
+    @property
+    def made_seconds(self) -> float:
+        """Time that making the artifacts took, as far as it is on record."""
+        return sum(float(stage.made.get("seconds", 0)) for stage in self.stages if stage.made)
+
+
+def collect(
+    *,
+    recipe: str,
+    description: str,
+    seed: int,
+    written: str,
+    artifacts: Mapping[str, Manifest | None],
+    inputs: Mapping[str, Sequence[str]],
+    store: Store,
+) -> ReportData:
+    """Read everything that the page shows.
+
+    Args:
+        recipe: name of the recipe.
+        description: of the recipe, one line.
+        seed: of the recipe.
+        written: when the page is written, as shown.
+        artifacts: of every stage in pipeline order; None where there is none.
+        inputs: names of the stages that feed each stage.
+        store: that holds the artifacts.
+
+    Raises:
+        StoreError: a file of an artifact is missing or damaged.
+    """
+    runs = store.runs()
+    evaluation = artifacts.get("evaluate")
+    download, table = artifacts.get("download"), artifacts.get("tokenize")
+    return ReportData(
+        recipe=recipe,
+        description=description,
+        seed=seed,
+        written=written,
+        stages=[_stage_line(name, artifact, inputs.get(name, ()), runs) for name, artifact in artifacts.items()],
+        benchmarks=None if evaluation is None else benchmarks_of(_rows(store, evaluation, "metrics.parquet")),
+        reconstructions=None if evaluation is None else _reconstructions(store, evaluation),
+        drawings=None if evaluation is None else _drawings(store, evaluation),
+        answers=None if evaluation is None else _answers(store, evaluation),
+        codes=None if table is None or download is None else strips_of(store, table, download),
+        curves={
+            name: None if artifact is None else _curves(store, artifact)
+            for name in TRAINED_STAGES
+            if name in artifacts
+            for artifact in [artifacts[name]]
+        },
+        download=None if download is None else download.metrics,
+        uses_sample_data=download is not None and _uses_sample_data(store, download),
+    )
+
+
+def benchmarks_of(rows: Sequence[dict[str, Any]]) -> list[Benchmark]:
+    """Group the rows of a metrics table, in its order, with baselines beside the value that they explain.
+
+    A row is a baseline when its model's name says so ("chance", "majority", "teacher" ...) or when another model comes
+    first for the same metric; several settings of one model stay lines of their own. What guessing would score
+    (`chance` in the settings) is a baseline too.
+    """
+    by_benchmark: dict[str, dict[tuple[str, str], list[dict[str, Any]]]] = {}
+    for row in rows:
+        groups = by_benchmark.setdefault(row["benchmark"], {})
+        groups.setdefault((row["metric"], row["split"]), []).append(row)
+    return [
+        Benchmark(name, [line for group in groups.values() for line in _metric_lines(group)])
+        for name, groups in by_benchmark.items()
+    ]
+
+
+def _metric_lines(group: list[dict[str, Any]]) -> list[MetricLine]:
+    ours = next((row["model"] for row in group if not _BASELINE.search(row["model"])), group[0]["model"])
+    metric = group[0]["metric"]
+    low, high = _scale(metric, group)
+
+    def percent(value: float | None) -> float | None:
+        if value is None or not math.isfinite(value):
+            return None
+        return round(100 * min(1.0, max(0.0, (value - low) / (high - low))), 2)
+
+    def shown(row: dict[str, Any]) -> Value:
+        ends = [row["ci_low"], row["ci_high"]]
+        has_interval = all(end is not None for end in ends)
+        interval = " – ".join(format_value(metric, end) for end in ends) if has_interval else ""
+        text = format_value(metric, row["value"])
+        return Value(row["model"], text, interval, percent(row["value"]) or 0.0, percent(ends[0]), percent(ends[1]))
+
+    baselines = [shown(row) for row in group if row["model"] != ours]
+    lines = []
+    for row in group:
+        if row["model"] != ours:
+            continue
+        settings = json.loads(row["settings"])
+        chance = settings.get(CHANCE)
+        beside = baselines
+        if isinstance(chance, (int, float)) and all(value.model != CHANCE for value in baselines):
+            beside = [shown(row | {"model": CHANCE, "value": chance, "ci_low": None, "ci_high": None}), *baselines]
+        lines.append(
+            MetricLine(metric, row["split"], direction(metric), shown(row), beside, row["num_samples"], settings)
+        )
+    return lines
+
+
+def _scale(metric: str, group: list[dict[str, Any]]) -> tuple[float, float]:
+    numbers = [row[key] for row in group for key in ("value", "ci_low", "ci_high") if row[key] is not None]
+    numbers = [number for number in numbers if math.isfinite(number)] or [0.0]
+    if _PERCENT.search(metric) and min(numbers) >= 0 and max(numbers) <= 1:
+        return 0.0, 1.0
+    low, high = min(0.0, *numbers), max(0.0, *numbers)
+    return low, low + ((high - low) * 1.1 or 1.0)
+
+
+def format_value(metric: str, value: float) -> str:
+    """A number as the page shows it: percent for shares, dB for PSNR, four digits otherwise."""
+    if not math.isfinite(value):
+        return str(value)
+    if _PERCENT.search(metric) and -1 <= value <= 1:
+        return f"{100 * value:.1f}\u00a0%"
+    if "psnr" in metric.lower():
+        return f"{value:.2f}\u00a0dB"
+    if value and (abs(value) >= 1e5 or abs(value) < 1e-3):
+        return f"{value:.2e}"
+    digits = max(0, 3 - math.floor(math.log10(abs(value)))) if value else 0
+    return f"{value:,.{min(digits, 4)}f}"
+
+
+def direction(metric: str) -> str:
+    """Which way is better: 'up', 'down', or '' where the name does not say."""
+    if _LOWER_IS_BETTER.search(metric):
+        return "down"
+    return "up" if _HIGHER_IS_BETTER.search(metric) or _PERCENT.search(metric) else ""
+
+
+def duration(seconds: float) -> str:
+    """Seconds as a person would say them."""
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    if seconds < 90 * 60:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h"
+
+
+def picture(data: bytes) -> Picture:
+    """Embed an encoded image."""
+    image = decode_image(data)
+    kind = {"jpg": "jpeg"}.get(image.extension, image.extension)
+    return Picture(f"data:image/{kind};base64,{base64.b64encode(data).decode()}", image.width, image.height)
+
+
+def strips_of(store: Store, table: Manifest, download: Manifest) -> list[tuple[CodeStrip, Picture]]:
+    """Some codes of a table and the patches that carry them."""
+    return [(strip, picture(strip.png)) for strip in code_strips(store, table, download)]
+
+
+def _rows(store: Store, manifest: Manifest, path: str) -> list[dict[str, Any]]:
+    return read_table(store.fetch(manifest.file(path))).to_pylist()
+
+
+def _table(store: Store, manifest: Manifest, path: str) -> pa.Table | None:
+    """A table of the evaluation; None when its part was not evaluated."""
+    entry = next((entry for entry in manifest.files if entry.path == path), None)
+    return None if entry is None else read_table(store.fetch(entry))
+
+
+def _uses_sample_data(store: Store, download: Manifest) -> bool:
+    for entry in download.files_under("metadata")[:1]:
+        urls = read_table(store.fetch(entry), ["url"])["url"]
+        return any(url.startswith("sample://") for url in urls.to_pylist())
+    return False
+
+
+def _spaced(count: int) -> list[int]:
+    shown = min(count, MAX_SHOWN)
+    return [index * count // shown for index in range(shown)]
+
+
+def _reconstructions(store: Store, evaluation: Manifest) -> Samples | None:
+    table = _table(store, evaluation, "reconstructions.parquet")
+    if table is None:
+        return None
+    rows = [
+        row | {"original": picture(row["original"]), "reconstruction": picture(row["reconstruction"])}
+        for row in table.take(_spaced(len(table))).to_pylist()
+    ]
+    return Samples(rows, len(table))
+
+
+def _drawings(store: Store, evaluation: Manifest) -> Samples | None:
+    """One entry a prompt, with its held-out image and all of its drawings."""
+    table = _table(store, evaluation, "drawings.parquet")
+    if table is None:
+        return None
+    indices: dict[str, list[int]] = {}
+    for index, prompt in enumerate(table["prompt"].to_pylist()):
+        indices.setdefault(prompt, []).append(index)
+    prompts = list(indices)
+    entries = []
+    for prompt in [prompts[position] for position in _spaced(len(prompts))]:
+        rows = table.take(indices[prompt]).to_pylist()
+        reference = rows[0]["reference"]
+        drawn = [
+            {
+                "image": picture(row["image"]),
+                "correct": row["correct"],
+                "recognised": row["choices"][row["picked"]],
+            }
+            for row in rows
+        ]
+        entries.append(
+            {
+                "prompt": prompt,
+                "concept": rows[0]["concept"],
+                "reference": picture(reference) if reference else None,
+                "num_choices": len(rows[0]["choices"]),
+                "drawings": drawn,
+            }
+        )
+    return Samples(entries, len(table), _num_right(table))
+
+
+def _answers(store: Store, evaluation: Manifest) -> Samples | None:
+    table = _table(store, evaluation, "answers.parquet")
+    if table is None:
+        return None
+    rows = [
+        row | {"image": picture(row["image"]), "choices": _choices(row)}
+        for row in table.take(_spaced(len(table))).to_pylist()
+    ]
+    return Samples(rows, len(table), _num_right(table))
+
+
+def _choices(row: dict[str, Any]) -> list[Choice]:
+    scores = row["log_likelihoods"] or []
+    shares: list[float | None] = [None] * len(row["choices"])
+    if len(scores) == len(shares) and all(math.isfinite(score) for score in scores):
+        weights = [math.exp(score - max(scores)) for score in scores]
+        shares = [100 * weight / sum(weights) for weight in weights]
+    return [
+        Choice(text, index == row["picked"], index == row["answer"], share)
+        for index, (text, share) in enumerate(zip(row["choices"], shares, strict=True))
+    ]
+
+
+def _num_right(table: pa.Table) -> int:
+    return sum(bool(correct) for correct in table["correct"].to_pylist())
+
+
+def _curves(store: Store, artifact: Manifest) -> list[Curve]:
+    table = _table(store, artifact, "history.parquet")
+    if table is None:
+        return []
+    curves: dict[str, Curve] = {}
+    for row in table.sort_by("step").to_pylist():
+        curve = curves.setdefault(row["name"], Curve(row["name"], [], []))
+        curve.steps.append(row["step"])
+        curve.values.append(row["value"])
+    return [
+        curves[name] for name in sorted(curves, key=lambda name: (name != "loss", name.startswith("held_out"), name))
+    ]
+
+
+def _stage_line(name: str, artifact: Manifest | None, inputs: Sequence[str], runs: list[dict[str, Any]]) -> StageLine:
+    if artifact is None:
+        return StageLine(name, "", "", 0, 0, dict.fromkeys(inputs, ""), None, 0, {})
+    digest = artifact.digest
+    records = [run for run in runs if run.get("stage") == name and run.get("artifact") == digest]
+    made = next((run for run in records if run.get("hit") is False), None)
+    return StageLine(
+        name,
+        digest,
+        artifact.kind,
+        artifact.size,
+        len(artifact.files),
+        dict(artifact.inputs),
+        made,
+        sum(run.get("hit") is True for run in records),
+        dict(_flat(artifact.metrics)),
+    )
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    flat: list[tuple[str, str]] = []
+    for name, value in values.items():
+        if isinstance(value, dict):
+            flat += _flat(value, f"{prefix}{name}.")
+        elif isinstance(value, float):
+            flat.append((prefix + name, format_value(name, value)))
+        elif isinstance(value, (int, str)):
+            flat.append((prefix + name, str(value)))
+    return flat

@@ -1,0 +1,1 @@
+"""The unified language model: vocabulary, heads, sampling and decoding."""

@@ -1,0 +1,282 @@
+"""The unified vision-language model: a causal language model that reads and writes visual codes.
+
+Shape legend: B batch, T tokens, H channels, V visual positions, N books, D depth, K codebook size.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from pydantic import PositiveInt
+from torch import Tensor, nn
+
+from models.config import Config, CountsByContent, Fraction
+from models.language.sampling import SamplingConfig, guided, pick
+from models.language.visual_codes import VisualCodes
+from models.language.vocabulary import Vocabulary
+from models.published import reading_published, refuse_missing, refuse_not_finite
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+IGNORED = -100
+"""Label of a position that has no loss."""
+LossAverage = Literal["token", "sequence"]
+
+
+class LlmConfig(Config):
+    """The base language model: any causal LM of transformers, or a small Qwen2 with random weights."""
+
+    base: Annotated[str, CountsByContent()] = "small"
+    """`small`, or the hub id or folder of a causal LM (Qwen/Qwen2.5-7B, 01-ai/Yi-1.5-9B, ...); only `small` reads the
+    fields below."""
+    hidden_size: PositiveInt = 256
+    """Channels."""
+    num_layers: PositiveInt = 4
+    """Decoder layers."""
+    num_heads: PositiveInt = 4
+    """Attention heads."""
+    intermediate_size: PositiveInt = 768
+    """Channels of the gated MLP."""
+    dropout: Fraction = 0.0
+    """Dropout of attention weights."""
+    bpe_vocab_size: PositiveInt = 2048
+    """Most tokens of the BPE that is trained on the texts of the code table."""
+    max_positions: PositiveInt = 1024
+    """Longest sequence, tokens."""
+    visual_init: Literal["codebook", "random"] = "codebook"
+    """Where the rows of visual codes start: `codebook` maps each code's vector through one random matrix, so that
+    codes that look alike begin alike; `random` starts each row on its own, as do codes of another project, whose
+    vectors are not known. Rows that `base` has learned already, as a model of this project has, stay as they are. It
+    changes a beginning, not the model."""
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    """Attention implementation of transformers."""
+
+
+def build_small_llm(config: LlmConfig, vocabulary: Vocabulary) -> PreTrainedModel:
+    """A Qwen2-architecture causal LM with random weights over the extended vocabulary."""
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    return Qwen2ForCausalLM(
+        Qwen2Config(
+            vocab_size=vocabulary.size,
+            hidden_size=config.hidden_size,
+            intermediate_size=config.intermediate_size,
+            num_hidden_layers=config.num_layers,
+            num_attention_heads=config.num_heads,
+            num_key_value_heads=config.num_heads,
+            max_position_embeddings=config.max_positions,
+            attention_dropout=config.dropout,
+            tie_word_embeddings=False,
+            pad_token_id=vocabulary.pad,
+            bos_token_id=None,
+            eos_token_id=vocabulary.eos,
+            attn_implementation=config.attention,
+        )
+    )
+
+
+def load_base_llm(config: LlmConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
+    """A published causal LM and its tokenizer, by hub id or folder, in float32."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    with reading_published("pretrain.llm.base", config.base):
+        model, info = AutoModelForCausalLM.from_pretrained(
+            config.base, dtype=torch.float32, attn_implementation=config.attention, output_loading_info=True
+        )
+        refuse_missing(info)
+        refuse_not_finite(model.state_dict())
+        return model, AutoTokenizer.from_pretrained(config.base)
+
+
+def extend_llm(model: PreTrainedModel, vocabulary: Vocabulary) -> None:
+    """Grow embedding and head of a published LM to the extended vocabulary; new rows start at the mean of the old.
+
+    Those of markers stay there; `start_visual_rows` is for those of codes.
+    """
+    if model.get_input_embeddings().weight.shape[0] < vocabulary.size:
+        model.resize_token_embeddings(vocabulary.size, mean_resizing=True)
+
+
+@torch.no_grad()
+def start_visual_rows(
+    model: PreTrainedModel, vocabulary: Vocabulary, codebook: Tensor | None, known_codes: int = 0
+) -> None:
+    """Set the visual rows of embedding and head to a random linear image of the codebook, or each row on its own.
+
+    They get the spread of the rows of text, so the rest of the model sees what it would see otherwise.
+
+    Args:
+        model: over the extended vocabulary, changed in place.
+        vocabulary: ids.
+        codebook: `[K, C]` vectors of the codes; None starts each row at random.
+        known_codes: the first codes whose rows the model has learned already; they stay as they are.
+    """
+    for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
+        if layer is model.get_output_embeddings() and layer.weight is model.get_input_embeddings().weight:
+            continue  # tied: one table
+        rows = layer.weight[vocabulary.first_code : vocabulary.first_code + vocabulary.num_code_tokens]
+        if codebook is None:
+            start = torch.randn(rows.shape)
+        else:
+            directions = codebook / codebook.norm(dim=1).mean()
+            start = directions @ torch.randn(codebook.shape[1], rows.shape[1])
+        text = layer.weight[: vocabulary.first_code]
+        rows[known_codes:] = text.std() * start[known_codes:]
+
+
+class ImageCodes(NamedTuple):
+    """Codes of the visual positions of a batch, in the order in which its rows hold them."""
+
+    shown: Tensor
+    """`[V, N, D]` int64: what the model reads."""
+    wanted: Tensor
+    """`[V, N, D]` int64: what a loss at these positions asks for."""
+
+
+class UnifiedVlm(nn.Module):
+    """A causal language model that reads and writes text and images.
+
+    With one code a position it is the language model itself, unchanged but for its longer vocabulary. With several, the
+    visual positions have their own input and output (`VisualCodes`).
+    """
+
+    def __init__(self, llm: PreTrainedModel, vocabulary: Vocabulary, visual: VisualCodes | None = None) -> None:
+        """
+        Args:
+            llm: any causal LM of transformers over the vocabulary.
+            vocabulary: ids.
+            visual: needed where the vocabulary has several codes a position.
+
+        Raises:
+            ValueError: `visual` is missing, or given where each code has its own token.
+        """
+        super().__init__()
+        if vocabulary.one_code != (visual is None):
+            raise ValueError(
+                f"codes of shape {vocabulary.code_shape} with visual={visual is not None}: `visual` is needed exactly "
+                f"where a position has several codes"
+            )
+        self.llm, self.vocabulary, self.visual = llm, vocabulary, visual
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.parameters()).device
+
+    def embed(self, token_ids: Tensor, codes: Tensor | None = None) -> Tensor:
+        """Token ids `[B, T]`, and `[V, N, D]` codes of their visual positions, to inputs `[B, T, H]`.
+
+        Codes are needed where a position has several of them, and ignored otherwise.
+        """
+        inputs: Tensor = self.llm.get_input_embeddings()(token_ids)
+        if self.visual is None or codes is None:
+            return inputs
+        # autocast ends in half precision, which the sum over all layers that begins here must not be
+        visual = self.visual.embed(codes).to(inputs.dtype)
+        return inputs.masked_scatter(self._is_visual(token_ids)[..., None], visual)
+
+    def embed_codes(self, codes: Tensor) -> Tensor:
+        """Codes `[V, N, D]` to inputs `[V, H]`."""
+        if self.visual is not None:
+            return self.visual.embed(codes).to(self.llm.get_input_embeddings().weight.dtype)
+        inputs: Tensor = self.llm.get_input_embeddings()(self.vocabulary.code_ids(codes[:, 0, 0]))
+        return inputs
+
+    def draw(self, hidden: Tensor, config: SamplingConfig, generator: torch.Generator) -> Tensor:
+        """Draw the codes of the next visual position.
+
+        Args:
+            hidden: `[B, H]`; with guidance `[2B, H]`, the unconditional states after the conditional ones.
+            config: sampling settings.
+            generator: source of randomness, on the CPU.
+
+        Returns:
+            `[B, N, D]` int64.
+        """
+        if self.visual is not None:
+            return self.visual.draw(hidden, config, generator)
+        first, count = self.vocabulary.first_code, self.vocabulary.num_code_tokens
+        head = self.llm.get_output_embeddings().weight[first : first + count]
+        logits = (hidden.to(head.dtype) @ head.T).float()  # [B or 2B, K]
+        return pick(guided(logits, config), config, generator)[:, None, None]
+
+    def losses(
+        self, token_ids: Tensor, labels: Tensor, attention_mask: Tensor, codes: ImageCodes | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Cross-entropy of each labelled position, `[L]` nats, and the sequence that each belongs to, `[L]`.
+
+        Only those positions meet a head: the vocabulary is long, and most of an understanding sequence has no loss. A
+        visual position with several codes counts as one, with the sum of their losses.
+
+        Args:
+            token_ids: `[B, T]` int64.
+            labels: `[B, T]`, `IGNORED` where there is no loss; not shifted.
+            attention_mask: `[B, T]`, 0 at padding.
+            codes: of the visual positions, where they have several codes.
+        """
+        inputs = self.embed(token_ids, codes.shown if codes is not None else None)
+        hidden = self.llm.base_model(
+            inputs_embeds=inputs, attention_mask=attention_mask, use_cache=False
+        ).last_hidden_state
+        before, targets = hidden[:, :-1], labels[:, 1:]
+        chosen = targets != IGNORED
+        text = chosen if self.visual is None else chosen & ~self._is_visual(targets)
+        logits = self.llm.get_output_embeddings()(before[text])
+        losses = F.cross_entropy(logits.float(), targets[text], reduction="none")
+        rows = text.nonzero()[:, 0]
+        if self.visual is None or codes is None:
+            return losses, rows
+        visual = chosen & self._is_visual(targets)
+        wanted = codes.wanted[visual[self._is_visual(token_ids)[:, 1:]]]  # an image is never the first token
+        drawn = self.visual.losses(before[visual], wanted)
+        return torch.cat([losses, drawn]), torch.cat([rows, visual.nonzero()[:, 0]])
+
+    def _is_visual(self, token_ids: Tensor) -> Tensor:
+        return token_ids == self.vocabulary.first_code
+
+
+def next_token_loss(
+    vlm: UnifiedVlm,
+    token_ids: Tensor,
+    labels: Tensor,
+    attention_mask: Tensor,
+    codes: ImageCodes | None = None,
+    *,
+    average: LossAverage = "token",
+) -> Tensor:
+    """Mean cross-entropy of the next token over the positions that have a label.
+
+    Args:
+        vlm: the model.
+        token_ids: `[B, T]` int64.
+        labels: `[B, T]`, `IGNORED` where there is no loss; not shifted. Each row has a label.
+        attention_mask: `[B, T]`, 0 at padding.
+        codes: of the visual positions, where they have several codes.
+        average: over the `token`s of the batch, or over its sequences, each the mean over its own tokens.
+
+    Returns:
+        Scalar, nats.
+    """
+    losses, rows = vlm.losses(token_ids, labels, attention_mask, codes)
+    return losses.mean() if average == "token" else _row_means(losses, rows, len(token_ids)).mean()
+
+
+@torch.no_grad()
+def mean_log_likelihood(
+    vlm: UnifiedVlm, token_ids: Tensor, labels: Tensor, attention_mask: Tensor, codes: ImageCodes | None = None
+) -> Tensor:
+    """Mean log-likelihood, in nats a token, of the labelled part of each sequence; arguments as `next_token_loss`.
+
+    Returns:
+        `[B]` float32.
+    """
+    losses, rows = vlm.losses(token_ids, labels, attention_mask, codes)
+    return -_row_means(losses, rows, len(token_ids))
+
+
+def _row_means(values: Tensor, rows: Tensor, count: int) -> Tensor:
+    sums = torch.zeros(count, device=values.device).index_add_(0, rows, values)
+    return sums / torch.bincount(rows, minlength=count)

@@ -1,0 +1,1 @@
+"""Image tokenizers: encoders, quantizers, decoders and their training losses."""

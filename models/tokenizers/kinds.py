@@ -1,0 +1,203 @@
+"""The kinds of image tokenizers with one code a position, and the table of all kinds.
+
+Shape legend: B batch, H W pixels, h w code grid, C channels, K codebook size.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from models.teachers.teacher import Teacher
+from models.tokenizers.convolutional import ConvDecoder, ConvEncoder
+from models.tokenizers.image_tokenizer import Codes, ImageEncoder, ImageTokenizer, TokenizerConfig
+from models.tokenizers.quantizers import VectorQuantizer
+from models.tokenizers.residual import DualTokenTokenizer, VilaUTokenizer
+from models.tokenizers.transformer import SemanticDecoder
+
+
+class OneCodeTokenizer(ImageTokenizer):
+    """One codebook and one code a position: a language model can hold the codes in its vocabulary."""
+
+    quantizer: VectorQuantizer
+    post_quant: nn.Linear
+    semantic_decoder: SemanticDecoder
+
+    def _before_quantization(self, images: Tensor, target: Tensor | None) -> Tensor:
+        """Images `[B, 3, H, W]` and the teacher's features `[B, h, w, C_teacher]` -> `[B, h, w, C]`."""
+        raise NotImplementedError
+
+    def _pixel_part(self, vectors: Tensor) -> Tensor:
+        """What the image decoder reads of `[B, h, w, C]` codes."""
+        return vectors
+
+    def _semantic_part(self, vectors: Tensor) -> Tensor:
+        """What the semantic decoder reads of `[B, h, w, C]` codes."""
+        return vectors
+
+    @property
+    def code_shape(self) -> tuple[int, int, int, int]:
+        return (1, 1, *self.grid)
+
+    @property
+    def codebook_sizes(self) -> tuple[int, ...]:
+        return (self.config.quantizer.codebook_size,)
+
+    @property
+    def codebooks(self) -> list[Tensor]:
+        every = torch.arange(self.config.quantizer.codebook_size, device=self.quantizer.codebook.device)
+        return [self.quantizer.lookup(every).detach()[None]]
+
+    def code_embeddings(self, codes: Tensor) -> Tensor:
+        return self.quantizer.lookup(codes[:, 0, 0])
+
+    def _quantize(self, images: Tensor, target: Tensor | None) -> Codes:
+        quantized = self.quantizer(self._before_quantization(images, target))
+        return Codes(quantized.vectors, quantized.codes[:, None, None], quantized.loss)
+
+    def _to_latents(self, vectors: Tensor) -> Tensor:
+        return self.post_quant(self._pixel_part(vectors))
+
+    def _predict(self, vectors: Tensor) -> Tensor:
+        if self.teacher is None:
+            return super()._predict(vectors)
+        return self.semantic_decoder(self._semantic_part(vectors))
+
+
+class VqganTokenizer(OneCodeTokenizer):
+    """The image branch alone: LlamaGen's VQ-16 (arXiv 2406.06525, section 2.1)."""
+
+    book_names = ("pixel",)
+    needs_teacher = False
+
+    def _build(self) -> None:
+        code_dim, latent = self.config.quantizer.code_dim, self.config.conv.latent_channels
+        self.encoder = ConvEncoder(self.config.conv)
+        self.decoder = ConvDecoder(self.config.conv)
+        self.quantizer = VectorQuantizer(self.config.quantizer)
+        self.post_quant = nn.Linear(code_dim, latent)
+        self.pre_quant = nn.Linear(latent, code_dim)
+
+    def _before_quantization(self, images: Tensor, target: Tensor | None) -> Tensor:
+        return self.pre_quant(self.encoder(images).permute(0, 2, 3, 1))
+
+
+class SdeTokenizer(OneCodeTokenizer):
+    """MUSE-VL's Semantic Discrete Encoding (section 3.1).
+
+    `z = Enc(x)`, `z_q = Quant(T + z)` with `T` from a frozen teacher on the same grid; one decoder draws the image from
+    `z_q`, another predicts `T` from it. `z` and `T` are both normalised before the sum: without that the larger one
+    decides the codes alone. Without `semantic_branch` it quantizes `z` and has no semantic decoder.
+    """
+
+    book_names = ("semantic_discrete",)
+
+    def _build(self) -> None:
+        assert self.teacher is not None
+        code_dim, dim = self.config.quantizer.code_dim, self.teacher.feature_dim
+        latent = self.config.conv.latent_channels
+        self.encoder = ImageEncoder(self.config, self.teacher)
+        self.decoder = ConvDecoder(self.config.conv)
+        self.quantizer = VectorQuantizer(self.config.quantizer)
+        self.post_quant = nn.Linear(code_dim, latent)
+        self.to_teacher_dim = nn.Linear(self.encoder.width, dim)
+        self.image_norm = nn.LayerNorm(dim, elementwise_affine=False)
+        self.pre_quant = nn.Linear(dim, code_dim)
+        if self.config.semantic_branch:
+            self.semantic_decoder = SemanticDecoder(self.config.semantic_decoder, code_dim, dim, self.grid)
+
+    @property
+    def has_semantic_branch(self) -> bool:
+        return self.config.semantic_branch
+
+    def _before_quantization(self, images: Tensor, target: Tensor | None) -> Tensor:
+        image_features = self.image_norm(self.to_teacher_dim(self.encoder(images)))
+        if not self.config.semantic_branch:
+            return self.pre_quant(image_features)
+        assert target is not None
+        return self.pre_quant(target + self.config.image_weight * image_features)
+
+    def _predict(self, vectors: Tensor) -> Tensor:
+        if not self.config.semantic_branch:
+            raise ValueError("tokenizer.semantic_branch=false has no semantic branch")
+        return super()._predict(vectors)
+
+
+class SemanticTokenizer(OneCodeTokenizer):
+    """The semantic branch alone, MUSE-VL's ablation: `z_q = Quant(T)`.
+
+    The codes learn nothing from pixels. The image decoder is trained on detached codes, so that what they hold can be
+    looked at and measured; it changes nothing about them.
+    """
+
+    book_names = ("semantic",)
+
+    def _build(self) -> None:
+        assert self.teacher is not None
+        code_dim, dim = self.config.quantizer.code_dim, self.teacher.feature_dim
+        self.decoder = ConvDecoder(self.config.conv)
+        self.quantizer = VectorQuantizer(self.config.quantizer)
+        self.post_quant = nn.Linear(code_dim, self.config.conv.latent_channels)
+        self.pre_quant = nn.Linear(dim, code_dim)
+        self.semantic_decoder = SemanticDecoder(self.config.semantic_decoder, code_dim, dim, self.grid)
+
+    def _before_quantization(self, images: Tensor, target: Tensor | None) -> Tensor:
+        assert target is not None
+        return self.pre_quant(target)
+
+    def _pixel_part(self, vectors: Tensor) -> Tensor:
+        return vectors.detach()
+
+
+class TokenFlowTokenizer(OneCodeTokenizer):
+    """TokenFlow (arXiv 2412.03069): a semantic and a pixel table with one index, the one whose distances add up least.
+
+    With both tables normalised, the sum of the two squared distances is the squared distance of the concatenations, so
+    one codebook whose two parts are normalised apart does it. The semantic encoder is the frozen teacher here.
+    """
+
+    book_names = ("semantic_and_pixel",)
+
+    def _build(self) -> None:
+        assert self.teacher is not None
+        if not self.config.quantizer.l2_normalised:
+            raise ValueError("tokenizer.kind=tokenflow compares directions; set tokenizer.quantizer.l2_normalised=true")
+        pixel, latent = self.config.quantizer.code_dim, self.config.conv.latent_channels
+        semantic, dim = self.config.semantic_code_dim, self.teacher.feature_dim
+        self.encoder = ImageEncoder(self.config, self.teacher)
+        self.decoder = ConvDecoder(self.config.conv)
+        both = self.config.quantizer.model_copy(update={"code_dim": semantic + pixel})
+        self.quantizer = VectorQuantizer(both, parts=(semantic, pixel))
+        self.post_quant = nn.Linear(pixel, latent)
+        self.pre_quant_semantic = nn.Linear(dim, semantic)
+        self.pre_quant_pixel = nn.Linear(self.encoder.width, pixel)
+        self.semantic_decoder = SemanticDecoder(self.config.semantic_decoder, semantic, dim, self.grid)
+
+    def _before_quantization(self, images: Tensor, target: Tensor | None) -> Tensor:
+        assert target is not None
+        pixel = self.pre_quant_pixel(self.encoder(images))
+        return torch.cat([self.pre_quant_semantic(target), pixel], dim=-1)
+
+    def _semantic_part(self, vectors: Tensor) -> Tensor:
+        return vectors[..., : self.config.semantic_code_dim]
+
+    def _pixel_part(self, vectors: Tensor) -> Tensor:
+        return vectors[..., self.config.semantic_code_dim :]
+
+
+KINDS: dict[str, type[ImageTokenizer]] = {
+    "sde": SdeTokenizer,
+    "vqgan": VqganTokenizer,
+    "semantic": SemanticTokenizer,
+    "tokenflow": TokenFlowTokenizer,
+    "dualtoken": DualTokenTokenizer,
+    "vila_u": VilaUTokenizer,
+}
+"""The class of each `TokenizerConfig.kind` but `external`."""
+
+
+def build_tokenizer(config: TokenizerConfig, teacher: Teacher | None = None) -> ImageTokenizer:
+    """The tokenizer of a config; arguments and errors as `ImageTokenizer`, and ValueError for `external`."""
+    if config.kind not in KINDS:
+        raise ValueError("tokenizer.kind=external has codes but no tokenizer; it can neither encode nor decode images")
+    return KINDS[config.kind](config, teacher)

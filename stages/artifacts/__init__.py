@@ -1,0 +1,1 @@
+"""What stages read of the artifacts of earlier ones: images, models, rows of a code table."""

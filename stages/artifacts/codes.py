@@ -1,0 +1,71 @@
+"""Rows of a `tokenize` artifact in memory."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from stages.artifacts.rows import ORIGINAL, SPLIT, TRAIN, image_key, split_of
+from stages.runtime.progress import tracked
+from storage.code_table import CodeTableInfo, read_code_table
+from storage.manifest import Manifest
+from storage.store import Store
+
+
+@dataclass(frozen=True)
+class CodedRows:
+    """Rows of a code table in memory."""
+
+    info: CodeTableInfo
+    keys: list[str]
+    columns: dict[str, list[str]]
+    """`text` is the caption; others as in the URL list."""
+    codes: Tensor
+    """`[R, N, D, h, w]` int32."""
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    @functools.cached_property
+    def originals(self) -> list[int]:
+        """For each row, the row of the image that it is a view of; its own for an image itself."""
+        place = {key: index for index, key in enumerate(self.keys)}
+        views = self.columns["view"]
+        return [place[image_key(key, view)] for key, view in zip(self.keys, views, strict=True)]
+
+    def row(self, index: int) -> dict[str, str]:
+        """The text fields of one row."""
+        return {name: values[index] for name, values in self.columns.items()}
+
+
+def load_rows(store: Store, table: Manifest, *, split: str, views: bool) -> CodedRows:
+    """Rows of one split.
+
+    Args:
+        store: holds the table.
+        table: manifest of kind `code_table`.
+        split: value of the `split` column; a table without that column is all train.
+        views: also the rows of augmented views.
+
+    Raises:
+        ValueError: no row is left.
+    """
+    entries = table.files_under("codes")
+    loaded = read_code_table(
+        [store.fetch(entry) for entry in tracked(iter(entries), len(entries), "reading the code table", delay=5)]
+    )
+    splits = loaded.columns.get(SPLIT) or [TRAIN] * len(loaded.keys)
+    shown = loaded.columns["view"]
+    kept = [
+        index
+        for index in range(len(loaded.keys))
+        if split_of(splits[index]) == split and (views or shown[index] == ORIGINAL)
+    ]
+    if not kept:
+        raise ValueError(f"code table {table.digest[:12]} has no row in split {split!r}; see its `split` column")
+    columns = {name: [values[index] or "" for index in kept] for name, values in loaded.columns.items()}
+    codes = torch.from_numpy(loaded.codes[kept].astype("int32"))
+    return CodedRows(loaded.info, [loaded.keys[index] for index in kept], columns, codes)

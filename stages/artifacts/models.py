@@ -1,0 +1,210 @@
+"""Models to files of an artifact and back: safetensors for weights, JSON for the rest."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from models.imports.weights import Weights, weights_of
+from models.published import LFS_POINTER, LFS_REMEDY
+from models.teachers.backbone import BackboneTeacher, BackboneTeacherConfig
+from models.teachers.open_clip_folder import read_open_clip_folder
+from models.teachers.teacher import (
+    OpenClipTeacher,
+    OpenClipTeacherConfig,
+    PixelNormalisation,
+    Teacher,
+    TransformersTeacher,
+    TransformersTeacherConfig,
+)
+from models.tokenizers.image_tokenizer import ImageTokenizer, TokenizerConfig
+from models.tokenizers.kinds import KINDS, build_tokenizer
+from stages.protocol import StageContext
+from storage.digests import canonical_json
+from storage.manifest import FileEntry, Manifest
+from storage.store import Store
+
+logger = logging.getLogger(__name__)
+
+WEIGHTS = "weights.safetensors"
+TEACHER_STAGE = "prepare_teacher"
+_HEAD_BYTES = 512
+"""What is read of a weights file to tell what it is."""
+
+
+def put_weights(context: StageContext[Any], module: nn.Module, path: str = WEIGHTS) -> FileEntry:
+    """Save a module's parameters and buffers as safetensors into the store."""
+    tensors = {name: value.detach().cpu().contiguous().clone() for name, value in module.state_dict().items()}
+    local = context.scratch / path.replace("/", "_")
+    save_file(tensors, local)
+    return context.store.put_file(local, path)
+
+
+def put_json(store: Store, value: Any, path: str) -> FileEntry:
+    """Save a value as canonical JSON into the store."""
+    return store.put_bytes(canonical_json(value), path)
+
+
+def read_json(store: Store, manifest: Manifest, path: str) -> Any:
+    """Read a JSON file of an artifact."""
+    return json.loads(store.read_bytes(manifest.file(path)))
+
+
+def read_weights(store: Store, manifest: Manifest, path: str = WEIGHTS) -> dict[str, Tensor]:
+    """Read a safetensors file of an artifact."""
+    return load_file(store.fetch(manifest.file(path)))
+
+
+def read_state(path: str | Path, field: str = "weights file") -> dict[str, Tensor]:
+    """The weights of a local file; arguments and errors as `read_checkpoint`."""
+    found = read_checkpoint(path, field)
+    if found.taken:
+        logger.info("%s=%s: %s", field, path, described(found))
+    return found.tensors
+
+
+def described(found: Weights) -> str:
+    """Which of a checkpoint's weights were taken."""
+    others = ", ".join(repr(key) for key in found.others)
+    return f"took the weights under {found.taken!r}" + (f"; the file also has {others}" if others else "")
+
+
+def read_checkpoint(path: str | Path, field: str, which: str | None = None) -> Weights:
+    """The weights of a local file: safetensors, or what `torch.load(weights_only=True)` reads.
+
+    Args:
+        path: of the file; its content says what it is.
+        field: how messages name it, a field of the recipe for example.
+        which: as in `models.imports.weights.weights_of`.
+
+    Raises:
+        ValueError: there is no such file, it is damaged or no weights, it holds objects whose loading can run code, or
+            values that are no finite numbers; the message says which.
+    """
+    label = f"{field}={str(path)!r}"
+    if Path(path).is_dir():
+        raise ValueError(f"{label} is a folder; give the path of the .safetensors or .pth file in it")
+    if not Path(path).is_file():
+        raise ValueError(f"{label} does not exist; give the path of a .safetensors or .pth file")
+    with open(path, "rb") as file:
+        head = file.read(_HEAD_BYTES)
+    if head.startswith(LFS_POINTER):
+        raise ValueError(f"{label} {LFS_REMEDY}")
+    if head.lstrip().startswith(b"<"):
+        raise ValueError(f"{label} is a web page, no weights; fetch the file by the link that downloads it")
+    try:
+        checkpoint = load_file(path) if head[8:9] == b"{" else _load_tensors(path)
+    except MemoryError:
+        raise
+    except Exception as error:  # damaged bytes make an unpickler raise KeyError, EOFError, RuntimeError, ...
+        raise ValueError(f"{label} {_why_unreadable(error)}") from error
+    try:
+        return weights_of(checkpoint, which)
+    except ValueError as error:
+        raise ValueError(f"{label} {error}") from error
+
+
+def _load_tensors(path: str | Path) -> Any:
+    # LlamaGen and many others save their arguments beside the weights: a Namespace is nothing but named values
+    with torch.serialization.safe_globals([Namespace]), open(path, "rb") as file:  # a name's suffix would decide
+        return torch.load(file, weights_only=True, map_location="cpu")
+
+
+def _why_unreadable(error: Exception) -> str:
+    """What is wrong with a file that did not load, without torch's advice to load it unsafely."""
+    text = str(error)
+    if refused := re.search(r"GLOBAL ([\w.]+)", text):
+        return (
+            f"holds more than tensors ({refused[1]}), and to load such a thing can run code that is in the file; take "
+            f"a .safetensors file of the same weights, or have whoever made it save the state dict alone: "
+            f"torch.save(model.state_dict(), FILE)"
+        )
+    if "TorchScript" in text:
+        return "is a TorchScript program, no weights; give the state dict of the model that it was made from"
+    reason = " ".join(text.split("\n\nCheck the documentation")[0].split("\n\n")[-1].split())
+    reason = reason.split(". ")[0][:200]
+    if not reason or "weights_only" in reason or reason.startswith("Unsupported operand"):
+        reason = f"its bytes are none that PyTorch or safetensors wrote ({type(error).__name__})"
+    return f"is damaged, or no weights: {reason}; fetch the file again"
+
+
+def load_teacher(store: Store, manifest: Manifest) -> Teacher:
+    """The frozen teacher of a `teacher` artifact; nothing is downloaded.
+
+    Raises:
+        ValueError: the artifact's description names an unknown kind.
+    """
+    description = read_json(store, manifest, "teacher.json")
+    config = description["config"]
+    if config["kind"] == "transformers":
+        with store.attempt_dir() as folder:
+            store.materialise(manifest, folder, "model")
+            published = TransformersTeacher(TransformersTeacherConfig(path=str(folder / "model")))
+        published.normalisation = _as_prepared(published.normalisation, description)
+        return published.freeze()
+    teacher: Teacher
+    if config["kind"] == "open_clip":
+        teacher = _open_clip_teacher(store, manifest, config)
+    elif config["kind"] == "backbone":
+        teacher = BackboneTeacher(BackboneTeacherConfig(**config), None, description["words"])
+        teacher.normalisation = _as_prepared(teacher.normalisation, description)
+    else:
+        raise ValueError(
+            f"teacher artifact {manifest.digest[:12]} has unknown kind {config['kind']!r}; it needs a newer musevl"
+        )
+    teacher.load_state_dict(read_weights(store, manifest))
+    return teacher.freeze()
+
+
+def _open_clip_teacher(store: Store, manifest: Manifest, config: dict[str, Any]) -> OpenClipTeacher:
+    """With random weights. Artifacts of before the folder was kept name a model that open_clip has to find again."""
+    if "name" in config:
+        return OpenClipTeacher(OpenClipTeacherConfig(**config, pretrained=None))
+    with store.attempt_dir() as folder:
+        store.materialise(manifest, folder, "model")
+        return read_open_clip_folder(folder / "model")
+
+
+def _as_prepared(normalisation: PixelNormalisation, description: dict[str, Any]) -> PixelNormalisation:
+    """With the interpolation that the artifact's tokenizers were trained with, whatever its model's config says.
+
+    Where none is written it is bicubic: the most frequent one, and what everything was resized with at first.
+    """
+    return normalisation._replace(interpolation=description.get("interpolation", "bicubic"))
+
+
+def load_tokenizer(store: Store, digest: str) -> ImageTokenizer:
+    """The tokenizer of a `tokenizer` artifact with its teacher, in eval mode on the CPU.
+
+    Args:
+        store: holds both artifacts.
+        digest: of the tokenizer artifact.
+
+    Raises:
+        ValueError: the artifact is of another kind.
+    """
+    manifest = store.load(digest)
+    if manifest.kind != "tokenizer":
+        raise ValueError(
+            f"artifact {digest[:12]} is of kind {manifest.kind!r}, not a tokenizer; codes of another project "
+            f"(tokenizer.kind=external) can be read, but neither encoded nor drawn"
+        )
+    config = TokenizerConfig(**read_json(store, manifest, "tokenizer.json"))
+    has_teacher = KINDS[config.kind].needs_teacher
+    teacher = load_teacher(store, store.load(manifest.inputs[TEACHER_STAGE])) if has_teacher else None
+    tokenizer = build_tokenizer(config, teacher)
+    tokenizer.load_state_dict(read_weights(store, manifest))
+    return tokenizer.eval().requires_grad_(False)
+
+
+def subset(config: Any, config_class: type[Any]) -> Any:
+    """The part of a stage config that a model config declares (stage configs inherit from model configs)."""
+    return config_class(**{name: getattr(config, name) for name in config_class.model_fields})

@@ -1,0 +1,1 @@
+"""From image-text pairs, wherever they lie, to image shards."""

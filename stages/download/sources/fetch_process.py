@@ -1,0 +1,80 @@
+"""The process that fetches the URLs of one shard: img2dataset's downloader over our guarded HTTP.
+
+``python -m stages.download.sources.fetch_process JOB.json``; the job is what `stages.download.sources.url_list`
+writes. In a process of its own, what untrusted servers send takes no memory of the stage, and a crash none of its work.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import threading
+import time
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+from stages.download.sources.guarded_http import Guard, GuardedOpener
+
+COLUMNS = ["url", "row"]
+"""Of the list that img2dataset reads; `row` comes back with the answer, which arrives in any order."""
+SHARD = "0"
+"""Images are at SHARD/KEY.jpg, whatever their format, and what was said of each row is in SHARD.parquet."""
+
+
+_LOOK_EVERY_S = 1.0
+
+
+def end_with(parent: int) -> None:
+    """End this process soon after the one that started it: a stage that was killed cannot do so itself."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(_LOOK_EVERY_S)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def run(job: dict[str, Any]) -> bool:
+    """Fetch all URLs of a job; say whether the list was worked through."""
+    guard = {name: tuple(value) if isinstance(value, list) else value for name, value in job["guard"].items()}
+    urllib.request.install_opener(GuardedOpener(Guard(**guard)))  # type: ignore[arg-type]  # `open` is all that is used
+    from img2dataset.downloader import Downloader
+    from img2dataset.resizer import Resizer
+    from img2dataset.writer import FilesSampleWriter
+
+    download = Downloader(
+        sample_writer_class=FilesSampleWriter,
+        resizer=Resizer(image_size=1, resize_mode="no", resize_only_if_bigger=False, disable_all_reencoding=True),
+        thread_count=job["threads"],
+        save_caption=False,
+        extract_exif=False,
+        output_folder=job["output_folder"],
+        column_list=COLUMNS,
+        timeout=guard["timeout_s"],
+        number_sample_per_shard=job["num_urls"],
+        oom_shard_count=1,
+        compute_hash=None,
+        verify_hash_type=None,
+        encode_format="jpg",
+        retries=0,  # the opener knows which failures are worth another attempt
+        user_agent_token=job["user_agent_token"] or None,
+        disallowed_header_directives=job["opt_out_directives"] or None,
+    )
+    complete, _ = download((0, job["list"]))
+    return bool(complete)
+
+
+def main() -> int:
+    """Read the job, work through it, return the exit code."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all; the stage says so, and ends this one
+    job = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
+    end_with(job["parent"])
+    return 0 if run(job) else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,423 @@
+"""Image-text pairs to image shards: WebDataset tars and one metadata row per input, failures included.
+
+The rows are fixed first (filtered, in order, cut into shards of a fixed number of rows). Then shard after shard is
+fetched: URLs by img2dataset, files from where they lie. What arrived is checked by decoding, sorted back into the
+list's order and stored. Duplicates are looked for at the end, when it is known who came first.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from contextlib import closing
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+import pyarrow as pa
+import pyarrow.compute as pc
+from pydantic import Field, NonNegativeInt, PositiveInt, field_validator, model_validator
+
+from models.config import Config, Fraction
+from models.images import MOST_PIXELS, Limits
+from stages.artifacts.rows import CODE_TABLE_COLUMNS, OK, SPLIT, TRAIN
+from stages.download.counts import Totals
+from stages.download.duplicates import LeaveOut, ShardFiles, find_duplicates
+from stages.download.filters import PERCEPTUAL_HASH, FilterConfig
+from stages.download.shard import DownloadShard
+from stages.download.sources.conversations import ConversationFiles, Conversations
+from stages.download.sources.folder import FolderFiles, ImageFolder
+from stages.download.sources.guarded_http import Guard
+from stages.download.sources.parquet_images import ParquetFiles, ParquetImages
+from stages.download.sources.source import PLACE, URL, Source
+from stages.download.sources.url_list import SAMPLE, HttpConfig, UrlList
+from stages.download.sources.web_dataset import WebDataset, WebDatasetFiles
+from stages.download.splits import hold_out, split_counts, split_problem
+from stages.protocol import DoesNotAffectResult, Outcome, RuntimeInt, RuntimeStr, Stage, StageContext
+from stages.runtime.progress import tracked
+from storage.digests import sha256_file
+from storage.manifest import FileEntry
+from storage.store import Store
+from storage.tables import IMAGE_METADATA_SCHEMA, write_table
+
+logger = logging.getLogger(__name__)
+
+FilesConfig = Annotated[WebDatasetFiles | ParquetFiles | FolderFiles | ConversationFiles, Field(discriminator="kind")]
+
+
+class DownloadConfig(Config):
+    """Which images, from where, and how hard to try."""
+
+    url_list: RuntimeStr = SAMPLE
+    """`sample` for the embedded emoji, or a list in CSV, TSV, JSON, JSONL or Parquet: a file, a folder of its parts or
+    a pattern such as `parts/*.parquet`, compressed or not, local or `s3://`; its content counts, not its path."""
+    url_column: str = "url"
+    """Column with the image's URL."""
+    tsv_quotes: bool = False
+    """In lists whose values tabs separate, double quotes enclose values, as pandas writes them; else they are text."""
+    files: FilesConfig | None = None
+    """Images that are there already, in place of `url_list`: `{kind: webdataset | parquet | folder | conversations,
+    path: ...}`."""
+    caption_column: str = "caption"
+    """Column with its text."""
+    extra_columns: tuple[str, ...] = ()
+    """Further columns to keep, as strings. `split` (values `train`, `test`) decides what is held out."""
+    held_out_fraction: Fraction = 0.0
+    """Part of the rows that is held out where no column `split` says which; an image's address decides."""
+    keep: dict[str, tuple[str, ...]] = {}
+    """Only rows whose column has one of these values, for example `{category: [food & drink]}`."""
+    max_rows: PositiveInt | None = None
+    """Only the first rows of the (filtered) list."""
+    filters: FilterConfig = FilterConfig()
+    """Which of them are wanted, by caption and image."""
+    rows_per_shard: PositiveInt = 1000
+    """Rows of a shard: what is downloaded, and lost by a crash, together."""
+    max_bytes: PositiveInt = 32_000_000
+    """Largest image file; more is not read."""
+    max_pixels: Annotated[int, Field(gt=0, le=MOST_PIXELS)] = 64_000_000
+    """Largest image, width times height; a small file can stand for an image that fills the memory."""
+    timeout_s: RuntimeInt = 10
+    """Seconds before an attempt at one URL is given up, however much has arrived."""
+    retries: Annotated[NonNegativeInt, DoesNotAffectResult] = 2
+    """Further attempts at a URL that failed in a way that may pass: timeouts, broken connections, 429 and 5xx."""
+    http: HttpConfig = HttpConfig()
+    """Manners and safety towards the hosts of a URL list."""
+    max_failed_fraction: Annotated[Fraction, DoesNotAffectResult] = 0.2
+    """The stage stops as soon as it is certain that a larger part of the rows fails."""
+    attempt: NonNegativeInt = 0
+    """Part of the identity of the result. 1 and more fetch again what failed in the attempt before, and keep what
+    arrived; `--retry-failed` adds one."""
+    num_workers: RuntimeInt = 1
+    """Shards downloaded at a time."""
+    threads_per_worker: RuntimeInt = 32
+    """Connections at a time in each worker."""
+
+    @field_validator("extra_columns")
+    @classmethod
+    def _not_ours(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        own = {*IMAGE_METADATA_SCHEMA.names, PERCEPTUAL_HASH, PLACE, *CODE_TABLE_COLUMNS}
+        if taken := sorted(own & set(value)):
+            raise ValueError(
+                f"columns {', '.join(taken)} are of our own tables, where they mean something else; rename them in "
+                "the data"
+            )
+        if twice := sorted({name for name in value if value.count(name) > 1}):
+            raise ValueError(f"columns {', '.join(twice)} are named twice; name each once")
+        return value
+
+    @model_validator(mode="after")
+    def _one_split(self) -> DownloadConfig:
+        if self.held_out_fraction and SPLIT in self.extra_columns:
+            raise ValueError(
+                "held_out_fraction and a column `split` in extra_columns both say what is held out; keep one"
+            )
+        return self
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """What is kept of a row beside its image and caption."""
+        return (*self.extra_columns, SPLIT) if self.held_out_fraction else self.extra_columns
+
+    @property
+    def limits(self) -> Limits:
+        """What an image may cost."""
+        return Limits(self.max_bytes, self.max_pixels)
+
+
+@dataclass
+class _Done:
+    """The shards that are done: what the outcome needs of their receipts."""
+
+    files: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    """Entries by shard."""
+    totals: Totals = field(default_factory=Totals)
+
+    def add(self, shard: str, receipt: dict[str, Any]) -> None:
+        self.files[shard] = receipt["files"]
+        self.totals.add(receipt)
+
+
+def run(context: StageContext[DownloadConfig]) -> Outcome:
+    """Make the `image_shards` artifact: `images/NNNNN.tar` and `metadata/NNNNN.parquet`.
+
+    Raises:
+        ValueError: the source cannot be read, lacks a column or is empty; or too many rows failed.
+    """
+    config, store, key = context.config, context.store, context.action_key
+    plan = store.read_plan(key) or _make_plan(context)
+    shards = [item["shard"] for item in plan["shards"]]
+    done = _Done()
+    for shard, receipt in store.receipts_of(key, shards):
+        done.add(shard, receipt)
+    _download(context, plan, done)
+    missing = [shard for shard in shards if shard not in done.files]
+    assert not missing, f"every shard was mapped, yet {missing} have no receipt"
+    _check_images(context)
+    if not done.totals["status"][OK]:
+        reasons = done.totals.reasons("errors", "filters")
+        raise ValueError(
+            f"none of {done.totals.num_rows} rows gave an image ({reasons}); mend the list or loosen download.filters"
+        )
+    done.files = {shard: done.files[shard] for shard in shards}  # in the list's order
+    if config.filters.exact_duplicates or config.filters.near_duplicate_bits is not None:
+        _leave_out_duplicates(context, done)
+    files = [FileEntry.from_json(entry) for entries in done.files.values() for entry in entries]
+    metadata = {"splits": dict(done.totals["splits"])}
+    return Outcome("image_shards", files, metrics=done.totals.metrics(), metadata=metadata)
+
+
+def open_source(config: DownloadConfig) -> Source:
+    """Where the images come from."""
+    files = config.files
+    if files is None:
+        http = config.http
+        guard = Guard(
+            timeout_s=config.timeout_s,
+            retries=config.retries,
+            max_bytes=config.max_bytes,
+            max_redirects=http.max_redirects,
+            max_retry_after_s=http.max_retry_after_s,
+            connections_per_host=http.connections_per_host,
+            allow_private_addresses=http.allow_private_addresses,
+            private_hosts=http.private_hosts,
+        )
+        return UrlList(config.url_list, config.url_column, http, guard, config.threads_per_worker, config.tsv_quotes)
+    if isinstance(files, ParquetFiles):
+        return ParquetImages(files)
+    if isinstance(files, WebDatasetFiles):
+        return WebDataset(files, config.caption_column, config.max_bytes)
+    if isinstance(files, FolderFiles):
+        return ImageFolder(files, config.caption_column, config.max_bytes, tsv_quotes=config.tsv_quotes)
+    return Conversations(files, config.caption_column, config.max_bytes)
+
+
+def read_rows(config: DownloadConfig) -> pa.Table:
+    """The rows to fetch: url, caption and extra columns as strings, filtered, in the list's order.
+
+    Raises:
+        ValueError: naming the source and what was expected of it.
+    """
+    source = open_source(config)
+    table = source.rows(list(dict.fromkeys([config.caption_column, *config.extra_columns, *config.keep])))
+    for name, values in config.keep.items():
+        table = table.filter(pc.is_in(pc.cast(table[name], pa.string()), pa.array(values, pa.string())))
+    table = table.slice(0, config.max_rows)
+    if table.num_rows == 0:
+        reason = f" after download.keep={config.keep}" if config.keep else ""
+        raise ValueError(f"{source.what} has no rows{reason}; give at least one image")
+    wanted = {URL: URL, "caption": config.caption_column, PLACE: PLACE} | {name: name for name in config.extra_columns}
+    rows = pa.table({name: pc.fill_null(pc.cast(table[column], pa.string()), "") for name, column in wanted.items()})
+    return hold_out(rows, config.held_out_fraction) if config.held_out_fraction else rows
+
+
+def next_attempt(config: DownloadConfig, seed: int, store: Store) -> int:
+    """The attempt that fetches again what failed so far; the last one that is complete where nothing failed.
+
+    An attempt that was begun and not finished comes before a further one.
+    """
+    attempt = config.attempt
+    while True:
+        key = _attempt_key(config, attempt, seed)
+        artifact, plan = store.lookup(key), store.read_plan(key)
+        if artifact is not None:
+            failed = bool(artifact.metrics["num_failed"])
+        elif plan is not None:
+            shards = [item["shard"] for item in plan["shards"]]
+            totals = Totals(receipt for _, receipt in store.receipts_of(key, shards))
+            num_rows = _num_rows(plan)
+            if totals.num_rows < num_rows and not _too_many(config, totals.num_failed, num_rows):
+                return attempt
+            failed = bool(totals.num_failed)
+        else:
+            return attempt
+        if not failed:
+            return attempt
+        attempt += 1
+
+
+def _make_plan(context: StageContext[DownloadConfig]) -> dict[str, Any]:
+    config, store = context.config, context.store
+    path, num_rows, splits = _write_rows(context)
+    if problem := split_problem(splits):
+        logger.warning("%s: %s", open_source(config).what, problem)
+    if _attempt_key(config, config.attempt, context.seed) != context.action_key:
+        raise ValueError(f"{open_source(config).what} changed while it was read; run the stage again")
+    entry = store.put_file(path, "rows.parquet")
+    shards = _cut(num_rows, config.rows_per_shard)
+    return store.create_plan(context.action_key, {"rows": entry.to_json(), "shards": shards})
+
+
+class _Written(NamedTuple):
+    """A local file with the rows to fetch."""
+
+    path: Path
+    num_rows: int
+    splits: Counter[str]
+
+
+def _write_rows(context: StageContext[DownloadConfig]) -> _Written:
+    rows, path = read_rows(context.config), context.scratch / "rows.parquet"
+    write_table(rows, path)
+    splits = rows[SPLIT].to_pylist() if SPLIT in rows.column_names else [TRAIN] * rows.num_rows
+    return _Written(path, rows.num_rows, split_counts(splits))
+
+
+def _restore_rows(context: StageContext[DownloadConfig], entry: FileEntry) -> None:
+    """Write the plan's rows again where the store has lost them: no shard could be made without.
+
+    Raises:
+        ValueError: the source gives other rows now.
+    """
+    store, key = context.store, context.action_key
+    if store.holds(entry):
+        return
+    path = _write_rows(context).path
+    found = sha256_file(path)
+    if found != entry.sha256:
+        raise ValueError(
+            f"the store {store.uri} has lost the rows of this download's plan, and {open_source(context.config).what} "
+            f"gives others now (sha256 {found[:12]}, not {entry.sha256[:12]}): it changed, or another version of "
+            f"musevl made the plan; put it back, or remove plans/{key}.json and receipts/{key}/ from the store to "
+            "begin anew"
+        )
+    store.put_file(path, entry.path)
+
+
+def _cut(num_rows: int, rows_per_shard: int) -> list[dict[str, Any]]:
+    return [
+        {"shard": f"{index:05d}", "start": start, "count": min(rows_per_shard, num_rows - start)}
+        for index, start in enumerate(range(0, num_rows, rows_per_shard))
+    ]
+
+
+def _download(context: StageContext[DownloadConfig], plan: dict[str, Any], done: _Done) -> None:
+    """Make the shards that are not done.
+
+    Raises:
+        ValueError: too many rows failed, in these shards or before.
+    """
+    config, store, num_rows = context.config, context.store, _num_rows(plan)
+    _check_failures(context, done.totals, num_rows)
+    left = [item for item in plan["shards"] if item["shard"] not in done.files]
+    if not left:
+        return
+    _restore_rows(context, FileEntry.from_json(plan["rows"]))
+    earlier = _earlier_shards(context, [item["shard"] for item in left]) if config.attempt else {}
+    items = [item | {"rows": plan["rows"], "earlier": earlier.get(item["shard"])} for item in left]
+    worker = _worker(store, context.action_key, config)
+    map_items = partial(context.executor.map, num_workers=config.num_workers)
+    # closed where the check raises, or workers would go on as long as somebody keeps the exception
+    with closing(tracked(map_items(lambda: worker, items), len(items), "download shards")) as results:
+        for result in results:
+            done.add(result["shard"], result["receipt"])
+            _check_failures(context, done.totals, num_rows)
+
+
+def _worker(store: Store, action_key: str, config: DownloadConfig) -> DownloadShard:
+    hashed = (PERCEPTUAL_HASH,) if config.filters.near_duplicate_bits is not None else ()
+    return DownloadShard(
+        store=store,
+        action_key=action_key,
+        source=partial(open_source, config),
+        filters=config.filters,
+        limits=config.limits,
+        extra_columns=config.columns,
+        metadata_columns=(*config.columns, *hashed),
+    )
+
+
+def _earlier_shards(context: StageContext[DownloadConfig], shards: list[str]) -> dict[str, list[dict[str, Any]]]:
+    """Files of the shards of earlier attempts, each of the latest one that has it."""
+    store, found = context.store, dict[str, list[dict[str, Any]]]()
+    for attempt in range(context.config.attempt):
+        key = _attempt_key(context.config, attempt, context.seed)
+        if (artifact := store.lookup(key)) is not None:
+            for entry in artifact.files_under("images"):
+                shard = entry.path.removeprefix("images/").removesuffix(".tar")
+                found[shard] = [entry.to_json(), artifact.file(f"metadata/{shard}.parquet").to_json()]
+        for shard, receipt in store.receipts_of(key, shards):
+            found[shard] = receipt["files"]
+    return found
+
+
+def _attempt_key(config: DownloadConfig, attempt: int, seed: int) -> str:
+    return STAGE.action_key(config.model_copy(update={"attempt": attempt}), seed, {})
+
+
+def _check_failures(context: StageContext[DownloadConfig], totals: Totals, num_rows: int) -> None:
+    """Raise ValueError once it is certain that too many rows will have failed, however many are still to come."""
+    config, failed, to_come = context.config, totals.num_failed, num_rows - totals.num_rows
+    if _too_many(config, failed, num_rows):
+        _check_images(context)  # they may have failed because somebody moved them
+        raise ValueError(
+            f"{failed} of {num_rows} images failed{f' with {to_come} still to come' if to_come else ''}, more than "
+            f"download.max_failed_fraction={config.max_failed_fraction} ({totals.reasons('errors')}); mend the list, "
+            f"raise the limit, or fetch the failed ones again with `--retry-failed` or "
+            f"`--set download.attempt={config.attempt + 1}`; what arrived is kept"
+        )
+
+
+def _too_many(config: DownloadConfig, num_failed: int, num_rows: int) -> bool:
+    return num_failed > config.max_failed_fraction * num_rows
+
+
+def _num_rows(plan: dict[str, Any]) -> int:
+    return sum(item["count"] for item in plan["shards"])
+
+
+def _check_images(context: StageContext[DownloadConfig]) -> None:
+    """Raise ValueError where files are no longer those that the action key stands for.
+
+    Not for URLs, whose images enter no key: a list may change once its rows are in the plan.
+    """
+    config, store, key = context.config, context.store, context.action_key
+    if config.files is None or _attempt_key(config, config.attempt, context.seed) == key:
+        return
+    # Else a later run with the files as they were would find them done, with other images in them
+    store.drop_receipts(key)
+    raise ValueError(
+        f"{open_source(config).what} changed while its images were read, so the shards that were made of it are thrown "
+        "away; run the stage again, and change nothing there meanwhile"
+    )
+
+
+def _leave_out_duplicates(context: StageContext[DownloadConfig], done: _Done) -> None:
+    """Make the shards again that hold an image which came before."""
+    config, names = context.config, list(done.files)
+    files = {name: _shard_files(done.files[name]) for name in names}
+    found = find_duplicates(context.store, list(files.values()), config.filters)
+    items = [
+        {
+            "shard": names[index],
+            "images": files[names[index]].images.to_json(),
+            "metadata": files[names[index]].metadata.to_json(),
+            "rows": {str(row): reason for row, reason in rows.items()},
+        }
+        for index, rows in found.items()
+    ]
+    worker = LeaveOut(context.store)
+    results = context.executor.map(lambda: worker, items, num_workers=config.num_workers)
+    for result in tracked(results, len(items), "leave out duplicates"):
+        done.totals.take_back(result["before"])
+        done.add(result["shard"], result["after"])
+
+
+def _shard_files(entries: list[dict[str, Any]]) -> ShardFiles:
+    return ShardFiles(*(FileEntry.from_json(entry) for entry in entries))
+
+
+def _external_inputs(config: DownloadConfig) -> dict[str, str]:
+    """A list and files count by their content, not by their path."""
+    return open_source(config).content()
+
+
+STAGE = Stage(
+    name="download",
+    section="download",
+    config_class=DownloadConfig,
+    inputs=(),
+    run=run,
+    version=6,  # images as a browser shows them; none without a caption is `ok`; lists and files as people have them
+    external_inputs=_external_inputs,
+)

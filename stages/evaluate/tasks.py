@@ -1,0 +1,442 @@
+"""The three measurements on held-out pairs: reconstruction, understanding, generation; each one maps over rows.
+
+Shape legend: B batch, N books, D depth, h w code grid.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from collections.abc import Sequence as Listing
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from models.language.decoding import draw_codes
+from models.language.sampling import SamplingConfig
+from models.language.vlm import UnifiedVlm, mean_log_likelihood
+from models.metrics.measures import SSIM_LLAMAGEN, psnr, ssim
+from models.teachers.backbone import BackboneTeacher
+from models.teachers.teacher import Teacher
+from models.teachers.zero_shot import Templates
+from models.tokenizers.image_tokenizer import ImageTokenizer
+from models.tokenizers.losses import BackbonePerceptualDistance
+from models.transforms import TransformConfig, normalise, to_pil, to_pixels
+from stages.artifacts.codes import CodedRows, load_rows
+from stages.artifacts.images import ImageSource
+from stages.artifacts.models import load_teacher, load_tokenizer
+from stages.artifacts.rows import TEST, TRAIN
+from stages.artifacts.templates import fill, fill_row
+from stages.evaluate.results import DRAWN_FEATURES, ORIGINAL_FEATURES, RANK, TEACHER_RANK, TEXT_CUT, store_rows
+from stages.language.sequences import SequenceBuilder
+from stages.language.training import load_vlm
+from stages.metrics.measuring import FeatureSpace, Perceptual, ZeroShot, feature_space, lpips_distance, perceptual_of
+from stages.runtime.devices import autocast, resolve_device
+from stages.runtime.progress import in_batches
+from stages.runtime.seeds import mix_seed
+from storage.manifest import Manifest
+from storage.store import Store
+
+_BATCH = 32
+RANDOM, SAME_CATEGORY = "random", "same_category"
+
+
+class TaskConfig(Protocol):
+    """What the tasks read of the stage's config."""
+
+    question: str
+    answer: str
+    concept: str
+    category_column: str
+    num_choices: int
+    prompt: str
+    recognition_choices: int
+    sampling: SamplingConfig
+    images_per_prompt: int
+    precision: str
+    device: str
+    threads_per_worker: int
+    inception_weights: str
+    lpips_vgg_weights: str
+    class_templates: Templates
+
+
+@dataclass(frozen=True)
+class Concepts:
+    """The concept and category of each held-out row, and how distractors are drawn from them."""
+
+    names: list[str]
+    categories: list[str]
+    seed: int
+
+    def choices(self, row: int, count: int, distractors: str) -> tuple[list[str], int]:
+        """`count` different concepts, the row's own among them, in random order, and its position.
+
+        Fixed by (seed, row, kind of distractors) alone, so every model answers the same questions.
+
+        Raises:
+            ValueError: there are not enough other concepts.
+        """
+        own, category = self.names[row], self.categories[row]
+        others = {
+            name
+            for name, other in zip(self.names, self.categories, strict=True)
+            if name != own and (distractors == RANDOM or other == category)
+        }
+        if len(others) < count - 1:
+            raise ValueError(
+                f"concept {own!r} has {len(others)} {distractors} distractors, {count - 1} are needed; lower "
+                f"evaluate.num_choices or evaluate.recognition_choices, or hold out more concepts"
+            )
+        generator = torch.Generator().manual_seed(mix_seed(self.seed, "choices", row, distractors, count))
+        ordered = sorted(others)
+        picked = [ordered[index] for index in torch.randperm(len(ordered), generator=generator)[: count - 1]]
+        position = int(torch.randint(count, (), generator=generator))
+        return [*picked[:position], own, *picked[position:]], position
+
+
+@dataclass(frozen=True)
+class TaskFactory:
+    """What travels to a worker; calling it there opens the store and loads what the first item needs."""
+
+    store: Store
+    action_key: str
+    config: Any
+    seed: int
+    inputs: dict[str, Manifest]
+
+    def __call__(self) -> EvaluationWorker:
+        return EvaluationWorker(self)
+
+
+class EvaluationWorker:
+    """Holds the models; each call measures a range of held-out rows and returns what it found through a receipt."""
+
+    def __init__(self, job: TaskFactory) -> None:
+        self.job = job
+        self.config: TaskConfig = job.config
+        self.device = resolve_device(self.config.device)
+        torch.set_num_threads(self.config.threads_per_worker)
+
+    def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
+        rows = list(range(item["start"], item["start"] + item["count"]))
+        found = {
+            "reconstruction": self.reconstruct,
+            "understanding": self.understand,
+            "generation": self.generate,
+        }[item["task"]](rows)
+        store_rows(self.job.store, self.job.action_key, item["shard"], item["task"], found)
+        return {"shard": item["shard"]}
+
+    @cached_property
+    def teacher(self) -> Teacher:
+        """The frozen teacher, also of a tokenizer without a semantic branch."""
+        return load_teacher(self.job.store, self.job.inputs["prepare_teacher"]).to(self.device)
+
+    @cached_property
+    def tokenizer(self) -> ImageTokenizer:
+        """The trained tokenizer."""
+        tokenizer = load_tokenizer(self.job.store, self.job.inputs["train_tokenizer"].digest).to(self.device)
+        if tokenizer.teacher is not None:
+            tokenizer.teacher.to(self.device)
+        return tokenizer
+
+    @cached_property
+    def vlm(self) -> tuple[UnifiedVlm, SequenceBuilder]:
+        """The fine-tuned model and what writes its sequences."""
+        vlm, builder = load_vlm(self.job.store, self.job.inputs["sft"])
+        return vlm.to(self.device), builder
+
+    @cached_property
+    def rows(self) -> CodedRows:
+        """The held-out rows of the code table, in its order."""
+        return load_rows(self.job.store, self.job.inputs["tokenize"], split=TEST, views=False)
+
+    @cached_property
+    def transform(self) -> TransformConfig:
+        """How the images of the code table were shaped."""
+        return TransformConfig(**self.rows.info.transform)
+
+    @cached_property
+    def images(self) -> ImageSource:
+        """The held-out images; row for row those of `rows`."""
+        source = ImageSource(self.job.store, self.job.inputs["download"], self.transform, split=TEST)
+        positions = {key: position for position, key in enumerate(source.keys)}
+        if missing := [key for key in self.rows.keys if key not in positions]:
+            raise ValueError(
+                f"the download lacks {len(missing)} held-out images of the code table, first key {missing[0]!r}; they "
+                "are of different runs: tokenize this download again"
+            )
+        return source.only([positions[key] for key in self.rows.keys])  # some could not be encoded
+
+    @cached_property
+    def concepts(self) -> Concepts:
+        """Names and categories of the held-out rows."""
+        names = [fill_row(self.config.concept, self.rows.row(index)) for index in range(len(self.rows))]
+        categories = self.rows.columns.get(self.config.category_column) or [""] * len(names)
+        return Concepts(names, [category or "" for category in categories], self.job.seed)
+
+    @cached_property
+    def space(self) -> FeatureSpace:
+        """Where reconstructions are compared with originals as sets."""
+        return feature_space("evaluate", self.config.inception_weights, self.teacher, self.device)
+
+    @cached_property
+    def perceptual(self) -> Perceptual | None:
+        """LPIPS where its weights are given, else the distance of a backbone teacher's features."""
+        if self.config.lpips_vgg_weights:
+            return perceptual_of(lpips_distance("evaluate.lpips_vgg_weights", self.config.lpips_vgg_weights))
+        return perceptual_of(
+            BackbonePerceptualDistance(self.teacher) if isinstance(self.teacher, BackboneTeacher) else None
+        )
+
+    @cached_property
+    def zero_shot(self) -> ZeroShot | None:
+        """Classification among all concepts of the held-out rows; None without a text tower."""
+        return ZeroShot.of(self.teacher, self.concepts.names, self.config.class_templates)
+
+    @cached_property
+    def training_images(self) -> ImageSource:
+        """The training images, from which prototypes are made."""
+        return ImageSource(self.job.store, self.job.inputs["download"], self.transform, split=TRAIN)
+
+    @cached_property
+    def pixel_prototypes(self) -> dict[str, Tensor]:
+        """Mean training image of each concept as small pixels, `[P]`."""
+        return self._prototypes(_small)
+
+    @cached_property
+    def embedding_prototypes(self) -> dict[str, Tensor]:
+        """Mean teacher embedding of the training images of each concept, a unit vector `[E]`."""
+        return {name: F.normalize(mean, dim=0) for name, mean in self._prototypes(self._embed).items()}
+
+    def _prototypes(self, describe: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+        """Mean of `describe` (`[B, 3, H, W]` in [-1, 1] to `[B, F]`) over the training images of each concept."""
+        source = self.training_images
+        names = [fill_row(self.config.concept, source.row(row)) for row in range(len(source))]
+        batches = in_batches(len(source), _BATCH, "prototypes of the training images")
+        described = torch.cat([describe(normalise(source.pixels(batch))).cpu() for batch in batches])
+        members: dict[str, list[int]] = {}
+        for row, name in enumerate(names):
+            members.setdefault(name, []).append(row)
+        return {name: described[positions].mean(0) for name, positions in members.items()}
+
+    @torch.no_grad()
+    def reconstruct(self, rows: list[int]) -> list[dict[str, Any]]:
+        """Decode each held-out image's codes: distances to the image, features of both, ranks of its concept."""
+        found = []
+        for batch in _batches(rows):
+            pixels = self.images.pixels(batch)
+            codes = self.rows.codes[batch].long().to(self.device)
+            with autocast(self.device, self.config.precision):
+                drawn = to_pixels(self.tokenizer.decode(codes)).cpu()
+                cosines = self._semantic_cosines(pixels, codes)
+            ranks = self._class_ranks(batch, pixels, codes)
+            measured: dict[str, Tensor | None] = {
+                "psnr": psnr(drawn, pixels),
+                "ssim": ssim(drawn, pixels),
+                "ssim_llamagen": ssim(drawn, pixels, SSIM_LLAMAGEN),
+                "semantic_cosine": cosines,
+            }
+            if self.perceptual is not None:
+                measured[self.perceptual.metric] = self.perceptual.measure(drawn, pixels, self.device)
+            features = {ORIGINAL_FEATURES: self.space.describe(pixels), DRAWN_FEATURES: self.space.describe(drawn)}
+            originals, reconstructions = to_pil(pixels), to_pil(drawn)
+            for position, row in enumerate(batch):
+                values: dict[str, Any] = {
+                    name: float(value[position]) for name, value in measured.items() if value is not None
+                }
+                values |= {name: int(value[position]) for name, value in ranks.items()}
+                values |= {name: value[position].numpy() for name, value in features.items()}
+                found.append(
+                    {
+                        "key": self.rows.keys[row],
+                        "caption": self.rows.columns["text"][row],
+                        "original": encode_png(originals[position]),
+                        "reconstruction": encode_png(reconstructions[position]),
+                        **values,
+                    }
+                )
+        return found
+
+    @torch.no_grad()
+    def understand(self, rows: list[int]) -> list[dict[str, Any]]:
+        """Four-way questions: the answer with the highest mean log-likelihood a token is the model's pick.
+
+        Rows without a category have none with distractors of the same one.
+        """
+        found = []
+        with_category = [row for row in rows if self.concepts.categories[row]]
+        for distractors, some in {RANDOM: rows, SAME_CATEGORY: with_category}.items():
+            for batch in _batches(some, max(1, _BATCH // self.config.num_choices)):
+                asked = [self.concepts.choices(row, self.config.num_choices, distractors) for row in batch]
+                choices = [names for names, _ in asked]
+                originals = self.images.pixels(batch)
+                scores = self._answer_scores(batch, choices)
+                recognised = self.recognise(normalise(originals), choices)
+                nearest = self._nearest_pixels(originals, choices)
+                pictures = to_pil(originals)
+                for position, (row, (names, answer)) in enumerate(zip(batch, asked, strict=True)):
+                    picked, pixels_say = int(scores[position].argmax()), nearest[position]
+                    found.append(
+                        {
+                            "key": self.rows.keys[row],
+                            "image": encode_png(pictures[position]),
+                            "question": fill_row(self.config.question, self.rows.row(row)),
+                            "choices": names,
+                            "answer": answer,
+                            "picked": picked,
+                            "correct": picked == answer,
+                            "distractors": distractors,
+                            "log_likelihoods": scores[position].tolist(),
+                            "pixel_baseline_correct": None if pixels_say is None else pixels_say == answer,
+                            "teacher_correct": recognised[position] == answer,
+                            TEXT_CUT: self._is_cut(row, names),
+                        }
+                    )
+        return found
+
+    @torch.no_grad()
+    def generate(self, rows: list[int]) -> list[dict[str, Any]]:
+        """Draw an image for each held-out prompt and ask the frozen teacher which of some concepts it shows."""
+        vlm, builder = self.vlm
+        prompts = [
+            fill_row(self.config.prompt, self.rows.row(row))
+            for row in rows
+            for _ in range(self.config.images_per_prompt)
+        ]
+        generator = torch.Generator().manual_seed(mix_seed(self.job.seed, "drawing", rows[0]))
+        with autocast(self.device, self.config.precision):
+            codes = draw_codes(
+                vlm,
+                [builder.drawing_prompt(prompt) for prompt in prompts],
+                builder.drawing_prompt(""),
+                self.config.sampling,
+                generator,
+            )
+            drawn = torch.cat([to_pixels(self.tokenizer.decode(part)).cpu() for part in codes.split(_BATCH)])
+        found = []
+        owners = [row for row in rows for _ in range(self.config.images_per_prompt)]
+        asked = [self.concepts.choices(row, self.config.recognition_choices, RANDOM) for row in owners]
+        choices = [names for names, _ in asked]
+        references = self.images.pixels(owners)
+        picked = self.recognise(normalise(drawn), choices)
+        picked_real = self.recognise(normalise(references), choices)
+        pictures, originals = to_pil(drawn), to_pil(references)
+        for position, (names, answer) in enumerate(asked):
+            found.append(
+                {
+                    "key": self.rows.keys[owners[position]],
+                    "prompt": prompts[position],
+                    "concept": names[answer],
+                    "image": encode_png(pictures[position]),
+                    "reference": encode_png(originals[position]),
+                    "choices": names,
+                    "picked": picked[position],
+                    "correct": picked[position] == answer,
+                    "real_correct": picked_real[position] == answer,
+                    TEXT_CUT: not builder.fits(prompts[position]),
+                }
+            )
+        return found
+
+    def recognise(self, images: Tensor, choices: Listing[Listing[str]]) -> list[int]:
+        """Position of the concept that the teacher sees in each image.
+
+        By image-text similarity; a teacher without a text tower compares with mean training images instead.
+
+        Args:
+            images: `[B, 3, H, W]` in [-1, 1].
+            choices: concepts to choose from, B lists.
+        """
+        seen = self._embed(images)  # [B, E]
+        picks = []
+        for vector, names in zip(seen, choices, strict=True):
+            if self.teacher.has_text:
+                known = self.teacher.embed_texts(list(names)).float()
+            else:
+                if unknown := [name for name in names if name not in self.embedding_prototypes]:
+                    raise ValueError(
+                        f"no training image shows {unknown[0]!r}, so a teacher without text cannot recognise it; "
+                        "choose a teacher with a text tower, or an evaluate.concept that training images share"
+                    )
+                known = torch.stack([self.embedding_prototypes[name] for name in names]).to(seen.device)
+            picks.append(int((known @ vector).argmax()))
+        return picks
+
+    def _embed(self, images: Tensor) -> Tensor:
+        with torch.no_grad():
+            return self.teacher.embed_images(images.to(self.device)).float()
+
+    def _nearest_pixels(self, pixels: Tensor, choices: Listing[Listing[str]]) -> list[int | None]:
+        """Position of the concept whose mean training image is nearest to each image of `[B, 3, H, W]` uint8.
+
+        None where one of the concepts has no training image, as where captions stand for concepts.
+        """
+        nearest: list[int | None] = []
+        for image, names in zip(_small(normalise(pixels)), choices, strict=True):
+            if any(name not in self.pixel_prototypes for name in names):
+                nearest.append(None)
+                continue
+            known = torch.stack([self.pixel_prototypes[name] for name in names])
+            nearest.append(int((known - image).square().sum(1).argmin()))
+        return nearest
+
+    def _answer_scores(self, rows: list[int], choices: list[list[str]]) -> Tensor:
+        """Mean log-likelihood of each answer, `[len(rows), choices]`."""
+        vlm, builder = self.vlm
+        sequences = [
+            builder.understanding(self.rows.codes[row], question, answer)
+            for row, names in zip(rows, choices, strict=True)
+            for question, answer in self._answers(row, names)
+        ]
+        batch = builder.batch(sequences).to(self.device)
+        with autocast(self.device, self.config.precision):
+            scores = mean_log_likelihood(vlm, *batch)
+        return scores.cpu().view(len(rows), -1)
+
+    def _answers(self, row: int, choices: list[str]) -> list[tuple[str, str]]:
+        """The question of a row with each of its choices written as an answer."""
+        question = fill_row(self.config.question, self.rows.row(row))
+        return [(question, fill(self.config.answer, {"choice": choice})) for choice in choices]
+
+    def _is_cut(self, row: int, choices: list[str]) -> bool:
+        """Whether the question or an answer is too long for the model, which then reads its beginning."""
+        return not all(self.vlm[1].fits(*texts) for texts in self._answers(row, choices))
+
+    def _semantic_cosines(self, pixels: Tensor, codes: Tensor) -> Tensor | None:
+        target = self.tokenizer.target_features(normalise(pixels).to(self.device))
+        if target is None:
+            return None
+        predicted = self.tokenizer.semantic_features(codes)
+        return F.cosine_similarity(predicted.float(), target.float(), dim=-1).mean((1, 2))
+
+    def _class_ranks(self, rows: list[int], pixels: Tensor, codes: Tensor) -> dict[str, Tensor]:
+        """Rank of each row's concept by its codes and by the teacher's own embedding, where there are such; `[B]`."""
+        if self.zero_shot is None:
+            return {}
+        images = normalise(pixels).to(self.device)
+        by_codes = self.zero_shot.code_ranks(rows, self.tokenizer, codes)
+        found = {} if by_codes is None else {RANK: by_codes}
+        return found | {TEACHER_RANK: self.zero_shot.teacher_ranks(rows, images)}
+
+
+def encode_png(image: Image.Image) -> bytes:
+    """An image as PNG bytes."""
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def _small(images: Tensor) -> Tensor:
+    """`[B, 3, H, W]` -> `[B, 3 * 16 * 16]`: pixels for the raw-pixel baseline."""
+    return F.adaptive_avg_pool2d(images, 16).flatten(1)
+
+
+def _batches(rows: list[int], size: int = _BATCH) -> list[list[int]]:
+    return [rows[start : start + size] for start in range(0, len(rows), size)]

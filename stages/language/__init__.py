@@ -1,0 +1,1 @@
+"""Token sequences of text and visual codes, and what pretraining and fine-tuning share."""

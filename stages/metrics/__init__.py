@@ -1,0 +1,1 @@
+"""What training and evaluation measure."""

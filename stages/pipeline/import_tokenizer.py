@@ -1,0 +1,58 @@
+"""Published tokenizer checkpoints as weights that the `train_tokenizer` stage starts from."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from models.imports.dualtoken import convert_dualtoken
+from models.imports.llamagen import convert_llamagen
+from models.teachers.teacher import TransformersTeacher, TransformersTeacherConfig
+from models.tokenizers.image_tokenizer import TokenizerConfig
+from stages.artifacts.models import described, read_checkpoint, subset
+from stages.pipeline.recipe import Recipe
+
+
+def import_weights(checkpoint: Path, recipe: Recipe, out: Path, which: str | None = None) -> str:
+    """Write a published checkpoint as safetensors under our names.
+
+    Args:
+        checkpoint: with the layout of LlamaGen (`tokenizer.kind=vqgan`) or DualToken (`dualtoken`); read with
+            `weights_only`.
+        recipe: whose tokenizer it is for.
+        out: the file to write; its folder is made.
+        which: the key of the weights in a checkpoint that has several (`ema`, `model`); None prefers averaged ones.
+
+    Returns:
+        Which of the checkpoint's weights were taken; empty where it has no others.
+
+    Raises:
+        ValueError: the file is missing, damaged, holds more than tensors, or is of another network; the message says
+            which, and names the keys that do not fit.
+    """
+    config = subset(recipe.tokenizer, TokenizerConfig)
+    if config.kind not in ("vqgan", "dualtoken"):
+        raise ValueError(
+            f"no published checkpoint of tokenizer.kind={config.kind} is known here; vqgan takes LlamaGen's, dualtoken "
+            f"DualToken's"
+        )
+    found = read_checkpoint(checkpoint, "checkpoint", which)
+    convert = convert_llamagen if config.kind == "vqgan" else partial(_dualtoken, recipe=recipe)
+    converted = convert(found.tensors, config)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    save_file(converted, out)
+    return described(found) if found.taken else ""
+
+
+def _dualtoken(state: dict[str, Tensor], config: TokenizerConfig, recipe: Recipe) -> dict[str, Tensor]:
+    model = recipe.teacher.model
+    if not isinstance(model, TransformersTeacherConfig):
+        raise ValueError(
+            f"teacher.model.kind={model.kind}: DualToken's checkpoints name the tower as transformers does; add "
+            f"--set 'teacher.model={{kind: transformers, path: FOLDER}}' with the folder of the SigLIP that it was "
+            f"trained from"
+        )
+    return convert_dualtoken(state, config, TransformersTeacher(model).freeze())

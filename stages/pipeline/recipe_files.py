@@ -1,0 +1,169 @@
+"""Recipe files: found, read and overridden, as plain values.
+
+Light to import: what each field may hold, `stages.pipeline.recipe` knows.
+"""
+
+from __future__ import annotations
+
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+STAGE_NAMES = ("download", "prepare_teacher", "train_tokenizer", "tokenize", "pretrain", "sft", "evaluate")
+"""Every stage, each after those that feed it."""
+
+RECIPE_FOLDER = Path(__file__).parents[1] / "recipes"
+_DEEPEST = 16
+"""Levels of lists and mappings in each other; a recipe has five."""
+_TOO_DEEP = f"lists and mappings stand more than {_DEEPEST} deep in each other"
+_MOST_VALUES = 100_000
+_MOST_BRACKETS = 200
+"""Open at once, some perhaps within a caption; the parser's time grows with their square."""
+
+
+class RecipeError(ValueError):
+    """A recipe that cannot be read, or an override that does not fit; one line that says what and what to do."""
+
+
+def check_stage_name(name: str) -> None:
+    """
+    Raises:
+        ValueError: there is no such stage.
+    """
+    if name not in STAGE_NAMES:
+        raise ValueError(f"unknown stage {name!r}; the stages are {', '.join(STAGE_NAMES)}")
+
+
+def available_recipes() -> list[str]:
+    """Names of the recipes that ship with the project."""
+    return sorted(path.stem for path in RECIPE_FOLDER.glob("*.yaml"))
+
+
+def recipe_values(name_or_path: str, overrides: list[str] | None = None) -> dict[str, Any]:
+    """Read a recipe's file, and those that it extends, and apply overrides; nothing is said of what the fields take.
+
+    Args:
+        name_or_path: as in `stages.pipeline.recipe.load_recipe`.
+        overrides: likewise.
+
+    Raises:
+        RecipeError: unknown recipe, unreadable YAML, or an override that is no `section.field=value`.
+    """
+    path = recipe_path(name_or_path)
+    values = _read(path, ())
+    values.setdefault("name", path.stem)
+    for override in overrides or []:
+        _apply(values, override)
+    return values
+
+
+def recipe_path(name_or_path: str) -> Path:
+    """The file of a recipe.
+
+    Raises:
+        RecipeError: there is no recipe of that name.
+    """
+    path = Path(name_or_path)
+    if path.suffix in (".yaml", ".yml"):
+        return path
+    if name_or_path not in available_recipes():
+        raise RecipeError(
+            f"unknown recipe {name_or_path!r}; the recipes are {', '.join(available_recipes())}; "
+            f"or give the path of a YAML file"
+        )
+    return RECIPE_FOLDER / f"{name_or_path}.yaml"
+
+
+def _read(path: Path, readers: tuple[Path, ...]) -> dict[str, Any]:
+    """The values of a recipe file over those of the recipe that it extends."""
+    if path in readers:
+        raise RecipeError(f"recipe {path} extends itself; give `extends` the name of another recipe")
+    try:
+        values = _parsed(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RecipeError(
+            f"cannot read recipe {path}: {' '.join(str(error).split())}; give a readable YAML file"
+        ) from error
+    if not isinstance(values, dict):
+        raise RecipeError(f"recipe {path} is not a mapping of sections; see stages/recipes/mini.yaml")
+    base = values.pop("extends", None)
+    if base is None:
+        return values
+    if not isinstance(base, str):
+        raise RecipeError(f"recipe {path}: `extends` is {base!r}; give the name of one recipe, or a path")
+    inherited = _read(recipe_path(base), (*readers, path))
+    inherited.pop("name", None)
+    return _merged(inherited, values)
+
+
+def _merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """`changes` over `base`, section by section; lists and other values are replaced whole, `{}` empties a mapping."""
+    merged = dict(base)
+    for name, value in changes.items():
+        nested = isinstance(value, dict) and value and isinstance(merged.get(name), dict)
+        merged[name] = _merged(merged[name], value) if nested else value
+    return merged
+
+
+def _apply(values: dict[str, Any], override: str) -> None:
+    target, separator, text = override.partition("=")
+    if not separator or not target:
+        raise RecipeError(
+            f"override {_short(override)} is not of the form section.field=value, for example sft.steps=200"
+        )
+    *parents, leaf = target.split(".")
+    node = values
+    for parent in parents:
+        child = node.get(parent)
+        if child is None:
+            child = node[parent] = {}
+        if not isinstance(child, dict):
+            raise RecipeError(f"override {_short(override)}: {parent!r} is a value and has no fields")
+        node = child
+    try:
+        node[leaf] = _parsed(text)
+    except ValueError as error:
+        raise RecipeError(f"override {_short(override)}: {_short(text)} is not a YAML value: {error}") from error
+
+
+def _parsed(text: str) -> Any:
+    """The value of a YAML text.
+
+    Raises:
+        ValueError: it is none, or lists and mappings are nested deeper than any recipe needs.
+    """
+    depth = accumulate((character in "[{") - (character in "]}") for character in text)
+    if max(depth, default=0) > _MOST_BRACKETS:
+        raise ValueError(_TOO_DEEP)
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(" ".join(str(error).split())) from error
+    except RecursionError:
+        raise ValueError(_TOO_DEEP) from None
+    _count(value, 0)
+    return value
+
+
+def _count(value: Any, depth: int) -> int:
+    """How many values stand in a value, itself included; what is named by several aliases counts as often.
+
+    Raises:
+        ValueError: they are too many, or too deep in each other.
+    """
+    if not isinstance(value, (list, dict)):
+        return 1
+    if depth == _DEEPEST:
+        raise ValueError(_TOO_DEEP)
+    found = 1
+    for part in value.values() if isinstance(value, dict) else value:
+        found += _count(part, depth + 1)
+        if found > _MOST_VALUES:
+            raise ValueError(f"it holds more than {_MOST_VALUES} values")
+    return found
+
+
+def _short(text: str) -> str:
+    return repr(text if len(text) <= 100 else text[:100] + "...")

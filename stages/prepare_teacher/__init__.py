@@ -1,0 +1,1 @@
+"""The frozen encoder that gives semantic features."""

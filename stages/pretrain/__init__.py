@@ -1,0 +1,1 @@
+"""Pretraining of the unified language model on image-text pairs."""

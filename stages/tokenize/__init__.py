@@ -1,0 +1,1 @@
+"""From image shards to a table of visual codes."""

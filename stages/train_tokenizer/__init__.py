@@ -1,0 +1,1 @@
+"""Training of an image tokenizer on image shards."""

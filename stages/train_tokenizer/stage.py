@@ -1,0 +1,422 @@
+"""Trains an image tokenizer: the generator and its discriminator, with losses as the papers give them."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from pydantic import NonNegativeInt
+from torch import Tensor, nn
+
+from models.config import Fraction
+from models.ranks import is_first_rank, mean_terms, num_ranks, own_part, start_equal
+from models.teachers.backbone import BackboneTeacher
+from models.teachers.teacher import Teacher
+from models.teachers.zero_shot import Templates
+from models.tokenizers.convolutional import DISCRIMINATORS
+from models.tokenizers.image_tokenizer import ImageTokenizer, TokenizerConfig, TokenizerOutput
+from models.tokenizers.kinds import KINDS, build_tokenizer
+from models.tokenizers.losses import (
+    BackbonePerceptualDistance,
+    LossConfig,
+    adaptive_weight,
+    contrastive_loss,
+    generator_loss,
+    hinge_discriminator_loss,
+    semantic_loss,
+)
+from models.transforms import CropConfig, RandomCrop, normalise, to_pixels
+from stages.artifacts import external_codes
+from stages.artifacts.images import BatchReader, ImageSource
+from stages.artifacts.models import load_teacher, put_json, put_weights, read_state, subset
+from stages.artifacts.rows import TEST, TRAIN
+from stages.artifacts.templates import Template, fill_row
+from stages.metrics.measuring import ZeroShot, feature_space, lpips_distance, perceptual_of, weights_inputs
+from stages.protocol import Outcome, RuntimeInt, RuntimeStr, Stage, StageContext
+from stages.runtime.devices import autocast, resolve_device
+from stages.runtime.progress import in_batches
+from stages.runtime.seeds import mix_seed
+from stages.train_tokenizer.held_out import HeldOut
+from stages.training.loop import EpochSampler, OptimiserConfig, build_optimiser, optimise, train
+from stages.training.shared import SharedLoopConfig, run_shared
+from storage.digests import sha256_file
+from storage.manifest import Manifest
+
+logger = logging.getLogger(__name__)
+
+_EVALUATION_BATCH = 32
+_PICTURES = 8
+_FEATURE_CACHE_BYTES = 2 << 30
+"""Teacher features of the training images are computed once while they fit into this, else at every step."""
+
+
+class TrainTokenizerConfig(SharedLoopConfig, TokenizerConfig):
+    """The tokenizer (fields of `TokenizerConfig`), its loss and its training."""
+
+    loss: LossConfig = LossConfig()
+    """Terms and weights."""
+    discriminator_optimiser: OptimiserConfig = OptimiserConfig(weight_decay=0.0)
+    """Optimiser of the discriminator."""
+    tower_learning_rate_fraction: Fraction = 1.0
+    """Part of the learning rate that the trained copy of the teacher's tower has: its weights are good already, and a
+    rate that suits the new parts can destroy them."""
+    decode_threads: RuntimeInt = 2
+    """Threads that read and decode the images of the next step."""
+    horizontal_flip: bool = True
+    """Mirror half of the training images."""
+    random_crop: CropConfig = CropConfig()
+    """Crops of the training images, new ones at every use."""
+    codes: RuntimeStr = ""
+    """Folder of the codes of `kind: external`; its content counts, not its path."""
+    weights: RuntimeStr = ""
+    """Start from these weights, a `.safetensors` file that `musevl import-tokenizer` wrote; its content counts, not its
+    path. With `steps: 0` they are taken as they are."""
+    inception_weights: RuntimeStr = ""
+    """Path of torch-fidelity's `weights-inception-2015-12-05-6726825d.pth`, for rFID on the held-out images; its
+    content counts, not its path. Empty: a Fréchet distance in the teacher's space, named so, takes its place."""
+    measure_every: NonNegativeInt = 0
+    """Steps between measurements on the held-out images while training goes on; the curves show them at their next
+    point (`log_every`). 0: only at the end."""
+    class_name: Template = "{caption}"
+    """The class of a held-out image in zero-shot classification, a template over the metadata's columns."""
+    class_templates: Templates = "name"
+    """`name`: a class is its name; `openai`: the mean over the 80 sentences of CLIP's ImageNet evaluation."""
+    steps: NonNegativeInt = 1000
+    """Optimiser steps."""
+    ema_decay: Fraction = 0.0
+    """Decay of the averaged weights that the artifact holds in place of the last ones; 0 keeps the last ones."""
+
+    def needs_fp32(self, inputs: Mapping[str, Manifest]) -> bool:
+        """Weights that are taken as they are (`steps: 0`) are measured in the fp32 that they are encoded in."""
+        return not self.steps or super().needs_fp32(inputs)
+
+
+def run(context: StageContext[TrainTokenizerConfig]) -> Outcome:
+    """Make the `tokenizer` artifact: `tokenizer.json`, weights and loss curves; measured on the held-out split."""
+    config = context.config
+    if config.kind == "external":
+        return external_codes.keep(context)
+    return run_shared(context, _train)
+
+
+def _train(context: StageContext[TrainTokenizerConfig]) -> Outcome | None:
+    config = context.config
+    source = ImageSource(context.store, context.inputs["download"], config.transform, split=TRAIN)
+    prepared = context.inputs.get("prepare_teacher")
+    teacher = load_teacher(context.store, prepared) if prepared is not None else None
+    torch.manual_seed(mix_seed(context.seed, "tokenizer"))
+    training = TokenizerTraining(config, context.seed, source, teacher)
+    training.held_out = _held_out(context, training)
+    with training.reader:
+        history = train(context, training, config)
+    tokenizer = training.final_tokenizer()
+    found = training.held_out.measure(tokenizer)
+    if not is_first_rank():
+        return None
+    for name, value in found.metrics.items():
+        history.add(config.steps, f"held_out_{name}", value)
+    files = [
+        put_json(context.store, subset(config, TokenizerConfig).model_dump(mode="json"), "tokenizer.json"),
+        put_weights(context, tokenizer),
+        history.save(context),
+    ]
+    weights = "ema" if config.ema_decay else "last"
+    metadata = {"weights": weights, "code_shape": list(tokenizer.code_shape), "measured": found.settings}
+    return Outcome("tokenizer", files, metrics=found.metrics, metadata=metadata)
+
+
+class TokenizerTraining:
+    """One optimiser step of the generator, one of the discriminator once it has started."""
+
+    def __init__(self, config: TrainTokenizerConfig, seed: int, source: ImageSource, teacher: Teacher | None) -> None:
+        self.config, self.source = config, source
+        self.device = resolve_device(config.device)
+        self.teacher = teacher.to(self.device) if teacher is not None else None
+        self.tokenizer = build_tokenizer(subset(config, TokenizerConfig), self.teacher).to(self.device)
+        if config.weights:
+            _load_weights(self.tokenizer, config.weights)
+        loss = config.loss
+        if loss.pooled_weight and not (self.tokenizer.has_semantic_branch and self.tokenizer.embeds_codes):
+            raise ValueError(
+                f"tokenizer.loss.pooled_weight={loss.pooled_weight} needs a kind that predicts the teacher's features "
+                f"and a teacher that can pool them: SigLIP, or a backbone whose head has keep_backbone (which pools "
+                f"its final features alone, tokenizer.semantic_layer=null); set it to 0"
+            )
+        discriminator = DISCRIMINATORS[loss.discriminator]
+        self.discriminator = discriminator(loss.discriminator_channels, loss.discriminator_layers).to(self.device)
+        start_equal(self.tokenizer, self.discriminator)
+        self.optimiser = build_optimiser(
+            self.tokenizer, config.optimiser, {"tower": config.tower_learning_rate_fraction}
+        )
+        self.discriminator_optimiser = build_optimiser(self.discriminator, config.discriminator_optimiser)
+        self.perceptual = _perceptual_distance(loss, self.teacher)
+        self.average = (
+            build_tokenizer(self.tokenizer.config, self.teacher).to(self.device) if config.ema_decay else None
+        )
+        if self.average is not None:
+            self.average.load_state_dict(self.tokenizer.state_dict())
+        self.sampler = EpochSampler(len(source), config.batch_size, seed)
+        self.seed = seed
+        crops_of = self._own_crops if config.random_crop.kind != "none" else None
+        self.reader = BatchReader(source, self._own_rows, config.steps, config.decode_threads, crops_of)
+        self.held_out: HeldOut | None = None
+
+    def step(self, step: int) -> dict[str, Tensor]:
+        rows = self._own_rows(step)
+        images = normalise(self.reader.pixels(step).to(self.device))
+        mirrored = torch.rand(self.config.batch_size) < (0.5 if self.config.horizontal_flip else 0.0)
+        mirrored = mirrored[own_part(self.config.batch_size)]
+        images = torch.where(mirrored.to(self.device)[:, None, None, None], images.flip(3), images)
+        target = None
+        if self.teacher_features is not None:
+            target = self.teacher_features[mirrored.long(), torch.tensor(rows)].to(self.device).float()
+        self.tokenizer.train()
+        with autocast(self.device, self.config.precision):
+            output = self.tokenizer(images, target)
+            loss, terms = self._generator_loss(output, images, rows, step)
+        terms["loss"] = loss
+        terms["gradient_norm"] = optimise(
+            [loss], self.tokenizer, self.optimiser, self.config.optimiser, step, self.config.steps
+        )
+        if self._adversarial(step):
+            terms["discriminator"] = self._train_discriminator(output.reconstruction.detach(), images, step)
+        terms = mean_terms(terms)
+        self._average_weights()
+        every = self.config.measure_every
+        if self.held_out is not None and every and (step + 1) % every == 0 and step + 1 < self.config.steps:
+            measured = self.held_out.measure(self.final_tokenizer()).metrics
+            # images that are drawn exactly have an infinite PSNR, which is no reason to stop as an infinite loss is
+            finite = {name: value for name, value in measured.items() if math.isfinite(value)}
+            terms |= {f"held_out_{name}": torch.tensor(value) for name, value in finite.items()}
+        return terms
+
+    def _own_rows(self, step: int) -> list[int]:
+        """Positions of the images that this process takes of a step."""
+        return self.sampler.batch(step)[own_part(self.config.batch_size)]
+
+    def _own_crops(self, step: int) -> list[RandomCrop]:
+        """Their crops; those of a step do not depend on how many processes share it."""
+        places = range(self.config.batch_size)[own_part(self.config.batch_size)]
+        return [RandomCrop(self.config.random_crop, mix_seed(self.seed, "crop", step, place)) for place in places]
+
+    @cached_property
+    @torch.no_grad()
+    def teacher_features(self) -> Tensor | None:
+        """Features of all training images and their mirror images, `[2, N, h, w, C]`; None where they are too many.
+
+        The teacher is frozen, so where flipping is the only augmentation small data need not meet it more than twice.
+        """
+        if self.teacher is None or not self.tokenizer.has_semantic_branch or self.config.random_crop.kind != "none":
+            return None
+        rows, columns = self.tokenizer.grid
+        if 2 * len(self.source) * rows * columns * self.teacher.feature_dim * 4 > _FEATURE_CACHE_BYTES // num_ranks():
+            return None
+        views: list[list[Tensor]] = [[], []]
+        for rows_of_batch in in_batches(len(self.source), _EVALUATION_BATCH, "teacher's features of training images"):
+            images = normalise(self.source.pixels(rows_of_batch).to(self.device))
+            for view, shown in zip(views, (images, images.flip(3)), strict=True):
+                with autocast(self.device, self.config.precision):
+                    target = self.tokenizer.target_features(shown)
+                assert target is not None, "a semantic branch has a target"
+                view.append(target.cpu())
+        return torch.stack([torch.cat(view) for view in views])
+
+    def _adversarial(self, step: int) -> bool:
+        return self.config.loss.adversarial_weight > 0 and step >= self.config.loss.adversarial_start
+
+    def _generator_loss(
+        self, output: TokenizerOutput, images: Tensor, rows: list[int], step: int
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        weights = self.config.loss
+        drawn = output.reconstruction.float()
+        terms = {"l2": F.mse_loss(drawn, images), "quantizer": output.quantizer_loss}
+        reconstruction = weights.l2_weight * terms["l2"]
+        if weights.l1_weight:
+            terms["l1"] = F.l1_loss(drawn, images)
+            reconstruction = reconstruction + weights.l1_weight * terms["l1"]
+        if self.perceptual is not None:
+            looked_at = max(1, round(weights.perceptual_fraction * len(images)))
+            terms["perceptual"] = self.perceptual(drawn[:looked_at], images[:looked_at]).mean()
+            reconstruction = reconstruction + weights.perceptual_weight * terms["perceptual"]
+        loss = reconstruction + output.quantizer_loss
+        if output.semantic_prediction is not None and output.semantic_target is not None:
+            terms["semantic"] = semantic_loss(output.semantic_prediction, output.semantic_target)
+            semantic = terms["semantic"]
+            if weights.semantic_mse_weight:
+                terms["semantic_mse"] = F.mse_loss(output.semantic_prediction.float(), output.semantic_target.float())
+                semantic = semantic + weights.semantic_mse_weight * terms["semantic_mse"]
+            loss = loss + weights.semantic_weight * semantic
+            if weights.pooled_weight:
+                loss = loss + weights.pooled_weight * self._pooled_loss(output, terms)
+        if output.image_embedding is not None:
+            assert self.teacher is not None, "the kind was built with it"
+            texts = self.teacher.embed_texts([self.source.captions[row] for row in rows])
+            terms["contrastive"] = contrastive_loss(output.image_embedding, texts, self.tokenizer.logit_scale)
+            loss = loss + weights.contrastive_weight * terms["contrastive"]
+        if self._adversarial(step):
+            terms["adversarial"] = generator_loss(self.discriminator(drawn))
+            scale: Tensor | float = weights.adversarial_weight
+            if weights.adversarial_adaptive:
+                compared, last_layer = reconstruction, self.tokenizer.decoder.last_layer
+                if weights.adversarial_l2_weight is not None:
+                    compared = compared + (weights.adversarial_l2_weight - weights.l2_weight) * terms["l2"]
+                scale = scale * adaptive_weight(compared, terms["adversarial"], last_layer, weights.adversarial_clamp)
+            loss = loss + scale * terms["adversarial"]
+        return loss, terms
+
+    def _pooled_loss(self, output: TokenizerOutput, terms: dict[str, Tensor]) -> Tensor:
+        """DualToken's second semantic loss, on the pooled vectors (released code, stage 1); its terms go to `terms`."""
+        assert output.semantic_prediction is not None and output.semantic_target is not None
+        predicted = self.tokenizer.pooled_prediction(output.semantic_prediction).float()
+        with torch.no_grad():
+            target = self.tokenizer.pooled_target(output.semantic_target).float()
+        terms["pooled"] = semantic_loss(predicted, target)
+        if not self.config.loss.semantic_mse_weight:
+            return terms["pooled"]
+        terms["pooled_mse"] = F.mse_loss(predicted, target)
+        return terms["pooled"] + self.config.loss.semantic_mse_weight * terms["pooled_mse"]
+
+    def _train_discriminator(self, drawn: Tensor, images: Tensor, step: int) -> Tensor:
+        weights = self.config.loss
+        begun = weights.adversarial_start if weights.discriminator_schedule == "own" else 0
+        with autocast(self.device, self.config.precision):
+            real, fake = self.discriminator(images), self.discriminator(drawn)
+            loss = hinge_discriminator_loss(real, fake, weights.hinge_slope)
+        optimise(
+            [loss],
+            self.discriminator,
+            self.discriminator_optimiser,
+            self.config.discriminator_optimiser,
+            step - begun,
+            self.config.steps - begun,
+        )
+        return loss
+
+    @torch.no_grad()
+    def _average_weights(self) -> None:
+        if self.average is None:
+            return
+        for mean, current in zip(self.average.parameters(), self.tokenizer.parameters(), strict=True):
+            mean.lerp_(current, 1 - self.config.ema_decay)
+        # a codebook that is a buffer is a moving average already
+        for buffer, current_buffer in zip(self.average.buffers(), self.tokenizer.buffers(), strict=True):
+            buffer.copy_(current_buffer)
+
+    def final_tokenizer(self) -> ImageTokenizer:
+        """The tokenizer whose weights the artifact holds."""
+        return (self.average if self.average is not None else self.tokenizer).eval()
+
+    def batch_keys(self, step: int) -> list[str]:
+        return [self.source.keys[index] for index in self.sampler.batch(step)]
+
+    @torch.no_grad()
+    def pictures(self) -> dict[str, Tensor]:
+        """The first training images above what the tokenizer's codes draw of them."""
+        shown = list(range(min(_PICTURES, len(self.source))))
+        images = normalise(self.source.pixels(shown).to(self.device))
+        tokenizer = self.final_tokenizer()
+        with autocast(self.device, self.config.precision):
+            drawn = to_pixels(tokenizer(images).reconstruction).cpu()
+        rows = [torch.cat(list(row), dim=2) for row in (self.source.pixels(shown), drawn)]
+        return {"originals and reconstructions": torch.cat(rows, dim=1)}
+
+    def _parts(self) -> dict[str, Any]:
+        parts: dict[str, Any] = {
+            "tokenizer": self.tokenizer,
+            "discriminator": self.discriminator,
+            "optimiser": self.optimiser,
+            "discriminator_optimiser": self.discriminator_optimiser,
+        }
+        return parts | ({"average": self.average} if self.average is not None else {})
+
+    def state_dict(self) -> dict[str, Any]:
+        return {name: part.state_dict() for name, part in self._parts().items()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for name, part in self._parts().items():
+            part.load_state_dict(state[name])
+
+
+def _load_weights(tokenizer: ImageTokenizer, path: str) -> None:
+    state = read_state(path, "tokenizer.weights")
+    try:
+        tokenizer.load_state_dict(state)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(
+            f"tokenizer.weights={path!r} are not those of this recipe's tokenizer: {reason}; `musevl import-tokenizer` "
+            f"with the same recipe writes them"
+        ) from error
+
+
+def _perceptual_distance(loss: LossConfig, teacher: Teacher | None) -> nn.Module | None:
+    if loss.perceptual == "none" or loss.perceptual_weight == 0:
+        return None
+    if loss.perceptual == "lpips":
+        return lpips_distance("tokenizer.loss.lpips_vgg_weights", loss.lpips_vgg_weights)
+    if not isinstance(teacher, BackboneTeacher):
+        raise ValueError(
+            "tokenizer.loss.perceptual=backbone needs teacher.model.kind=backbone; use lpips (with "
+            "tokenizer.loss.lpips_vgg_weights where no hub is reachable) or none"
+        )
+    return BackbonePerceptualDistance(teacher)
+
+
+def _held_out(context: StageContext[TrainTokenizerConfig], training: TokenizerTraining) -> HeldOut:
+    """The test split, or the training split where nothing is held out, and what is measured on it."""
+    config, teacher, device = context.config, training.teacher, training.device
+    download = context.inputs["download"]
+    split = TEST if TEST in download.metadata.get("splits", {}) else TRAIN
+    if split == TRAIN:
+        logger.warning(
+            "the download holds nothing out: the tokenizer is measured on its training images, and evaluate will need "
+            "some: set download.held_out_fraction, or give the rows a column `split` (download.extra_columns: [split])"
+        )
+    source = ImageSource(context.store, download, config.transform, split=split)
+    names = [fill_row(config.class_name, source.row(row)) for row in range(len(source))]
+    space = task = None
+    if teacher is not None or config.inception_weights:
+        space = feature_space("tokenizer", config.inception_weights, teacher, device)
+    if teacher is not None:
+        task = ZeroShot.of(teacher, names, config.class_templates)
+    return HeldOut(source, split, space, task, perceptual_of(training.perceptual), device, config.precision)
+
+
+def _external_inputs(config: TrainTokenizerConfig) -> dict[str, str]:
+    if config.kind == "external":
+        return external_codes.content_of(config.codes)
+    given = weights_inputs("tokenizer", inception_weights=config.inception_weights)
+    if not config.weights:
+        if not config.steps:
+            raise ValueError("tokenizer.steps=0 trains nothing; give tokenizer.weights, or steps")
+        return given
+    if not Path(config.weights).is_file():
+        raise ValueError(f"tokenizer.weights={config.weights!r} does not exist; `musevl import-tokenizer` writes it")
+    return given | {"weights": sha256_file(config.weights)}
+
+
+def _unused_inputs(config: TrainTokenizerConfig) -> tuple[str, ...]:
+    """No teacher where neither the kind nor the perceptual distance has one: it would only be measured with."""
+    if config.kind != "external":
+        looks_through_it = config.loss.perceptual == "backbone" and config.loss.perceptual_weight > 0
+        if looks_through_it or KINDS[config.kind].needs_teacher:
+            return ()
+    return ("prepare_teacher",)
+
+
+STAGE = Stage(
+    name="train_tokenizer",
+    section="tokenizer",
+    config_class=TrainTokenizerConfig,
+    inputs=("download", "prepare_teacher"),
+    unused_inputs=_unused_inputs,
+    run=run,
+    version=4,  # SSIM as scikit-image has it; images of all depths and colour profiles arrive as sRGB
+    external_inputs=_external_inputs,
+)

@@ -1,0 +1,1 @@
+"""The training loop, alone or shared by several processes."""

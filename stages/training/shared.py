@@ -1,0 +1,103 @@
+"""A training stage in several processes that share every batch (data parallelism)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from pydantic import PositiveInt, model_validator
+
+from infra.executors import LocalExecutor
+from infra.interrupts import done_at_end
+from stages.protocol import Outcome, RuntimeFloat, StageContext
+from stages.runtime.process import prepare_process
+from stages.training.loop import LoopConfig, thread_count
+from storage.held_folders import remove_scratch
+from storage.manifest import Manifest
+from storage.store import Store
+
+
+class SharedLoopConfig(LoopConfig):
+    """A loop whose batches several processes can share."""
+
+    num_workers: PositiveInt = 1
+    """Processes that share each batch: every one has a copy of the model and an equal part of `batch_size`, and their
+    gradients are averaged. On a GPU cluster one for each GPU. Sums are split over them, so the last bits of the result
+    depend on their number."""
+    gpus_per_worker: RuntimeFloat = 0.0
+    """GPUs that each of several workers holds, 1 or 0; they then train there, and on the CPU without. One worker alone
+    takes what `device` says."""
+
+    @model_validator(mode="after")
+    def _check_parts(self) -> SharedLoopConfig:
+        if self.batch_size % self.num_workers:
+            raise ValueError(
+                f"batch_size={self.batch_size} cannot be shared equally by num_workers={self.num_workers}; make it a "
+                "multiple"
+            )
+        if self.num_workers == 1:
+            return self
+        if self.gpus_per_worker not in (0, 1):
+            raise ValueError(
+                f"gpus_per_worker={self.gpus_per_worker:g} with num_workers={self.num_workers}: workers that share a "
+                "batch cannot share a GPU; give each 1, or 0"
+            )
+        if self.device != "auto" and (self.device != "cpu") != bool(self.gpus_per_worker):
+            raise ValueError(
+                f"device={self.device} does not fit gpus_per_worker={self.gpus_per_worker:g} with num_workers="
+                f"{self.num_workers}; leave device out: several workers train on the GPUs that they hold, else on the "
+                "CPU"
+            )
+        return self
+
+    def computes_on(self) -> str:
+        return super().computes_on() if self.num_workers == 1 else self.shared_device
+
+    @property
+    def shared_device(self) -> str:
+        """Where each of several workers trains: on the GPU that it holds, else on the CPU."""
+        return "cuda" if self.gpus_per_worker else "cpu"
+
+
+def run_shared(context: StageContext[Any], function: Callable[[StageContext[Any]], Outcome | None]) -> Outcome:
+    """Run a stage's function here, or in the number of processes that its config asks for.
+
+    Args:
+        context: of the stage; its config is a `SharedLoopConfig`.
+        function: of a module; makes the outcome. In several processes `torch.distributed` is ready, and what it
+            returns counts in the first one alone.
+    """
+    config: SharedLoopConfig = context.config
+    if config.num_workers == 1 or not config.steps:  # without steps there is nothing to share
+        outcome = function(context)
+    else:
+        outcome = context.executor.run_together(
+            _Part(function, config, context.seed, context.inputs, context.store, context.action_key),
+            num_processes=config.num_workers,
+            num_gpus=config.gpus_per_worker,
+            scratch=context.scratch,
+        )
+    assert isinstance(outcome, Outcome), "the first process has an outcome"
+    return outcome
+
+
+@dataclass(frozen=True)
+class _Part:
+    """What one of several processes does; travels there."""
+
+    function: Callable[[StageContext[Any]], Outcome | None]
+    config: SharedLoopConfig
+    seed: int
+    inputs: dict[str, Manifest]
+    store: Store
+    action_key: str
+
+    def __call__(self) -> Outcome | None:
+        prepare_process()
+        config = self.config.model_copy(update={"device": self.config.shared_device})
+        with self.store.attempt_dir() as scratch, done_at_end(partial(remove_scratch, scratch)), thread_count(config):
+            return self.function(
+                StageContext(config, self.seed, self.inputs, self.store, self.action_key, LocalExecutor(), scratch)
+            )

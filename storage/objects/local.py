@@ -1,0 +1,299 @@
+"""Objects in a local folder: a private file, fsynced, then linked (create-only) or renamed to its final name.
+
+Nothing below the folder is reached through a symbolic link, so that whatever somebody puts there, nothing outside is
+read, changed or deleted: folders are opened one after another without following, and files are named relative to
+them. The folder itself may be a link, which is its owner's choice.
+"""
+
+import errno
+import os
+import stat
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import BinaryIO
+
+from storage.errors import DamagedObject, StoreError
+from storage.files import TEMPORARY_PREFIX, copy_and_hash, temporary_name
+from storage.objects.info import ObjectInfo
+
+TEMPORARY_FOLDER = "tmp"
+_FILE_MODE = 0o444
+_LINK_ATTEMPTS = 20
+_FOLDER_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+_READ_FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+"""Not blocking, since opening a pipe would wait for its writer."""
+_WRITE_FLAGS = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+
+
+class LocalBackend:
+    """Keys are paths under one folder. `tmp/` holds unfinished files; it may be emptied while nothing runs."""
+
+    is_remote = False
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def check_exists(self) -> None:
+        """Raise StoreError unless the folder is there."""
+        try:
+            with self._folder(""):
+                return
+        except OSError as error:
+            raise StoreError(
+                f"there is no store in {self.root}: {error.strerror}; name another with --store or MUSEVL_STORE, or "
+                "make one with `musevl run`"
+            ) from error
+
+    def check_access(self) -> None:
+        """Make the folder if needed; StoreError unless files can be created and linked in it."""
+        probe, linked = temporary_name(), temporary_name()
+        made = False
+        try:
+            with self._folder(TEMPORARY_FOLDER, make=True) as folder:
+                try:
+                    with open(os.open(probe, _WRITE_FLAGS, 0o600, dir_fd=folder), "wb") as file:
+                        file.write(b"probe")
+                    made = True
+                    os.link(probe, linked, src_dir_fd=folder, dst_dir_fd=folder, follow_symlinks=False)
+                finally:
+                    for name in (probe, linked):
+                        with suppress(FileNotFoundError):
+                            os.unlink(name, dir_fd=folder)
+        except OSError as error:
+            remedy = "choose a folder that you can write to"
+            if made and error.errno in (errno.EPERM, errno.ENOTSUP, errno.EMLINK):
+                remedy = "choose a file system with hard links; create-only files need them"
+            raise StoreError(f"cannot write to the store folder {self.root}: {error.strerror}; {remedy}") from error
+
+    def create(self, key: str, data: bytes) -> bool:
+        """Create the object; False when it exists."""
+        with self._private_file() as (folder, name):
+            self._write(folder, name, data)
+            return self._publish(folder, name, key, _link)
+
+    def put(self, key: str, data: bytes) -> None:
+        """Create or replace the object."""
+        with self._private_file() as (folder, name):
+            self._write(folder, name, data)
+            self._publish(folder, name, key, _replace)
+
+    def put_file(self, key: str, local_path: Path, sha256: str | None) -> None:
+        """Create the object from a file, or replace it."""
+        with self._private_file() as (folder, name):
+            copied = copy_and_hash(local_path, os.open(name, _WRITE_FLAGS, 0o600, dir_fd=folder))
+            if sha256 is not None and copied != sha256:
+                raise DamagedObject(f"{local_path} changed while it was stored; write it completely, then store it")
+            os.chmod(name, _FILE_MODE, dir_fd=folder)
+            self._publish(folder, name, key, _replace)
+
+    def get_file(self, key: str, local_path: Path) -> None:
+        """Copy the object to a local file."""
+        copy_and_hash(self._open(key), local_path)
+
+    def read(self, key: str) -> bytes:
+        """Return the object's bytes; FileNotFoundError when it is missing, DamagedObject when it is no file."""
+        with self.open(key) as file:
+            return file.read()
+
+    def open(self, key: str) -> BinaryIO:
+        """Open the object for reading; FileNotFoundError when it is missing, DamagedObject when it is no file."""
+        return open(self._open(key), "rb")
+
+    def size(self, key: str) -> int | None:
+        """Return the object's size in bytes, None when it is missing or no file."""
+        found = self._stat(key)
+        return found.st_size if found is not None and stat.S_ISREG(found.st_mode) else None
+
+    def touch(self, key: str) -> bool:
+        """Make the object as young as if it were written now; False where it is gone, or another user's."""
+        try:
+            with self._folder_of(key) as (folder, name):
+                os.utime(name, dir_fd=folder, follow_symlinks=False)
+        except (FileNotFoundError, PermissionError):
+            return False
+        return True
+
+    def modified(self, key: str) -> float | None:
+        """Return when the object was written, in seconds since the epoch, None when it is missing."""
+        found = self._stat(key)
+        return None if found is None else found.st_mtime
+
+    def list(self, prefix: str) -> list[str]:
+        """Return the keys that begin with `prefix`, in no order."""
+        start = prefix.rpartition("/")[0]
+        try:
+            with self._folder(start):
+                return [key for key in self._walk(start) if key.startswith(prefix)]
+        except FileNotFoundError:
+            return []
+
+    def details(self, prefix: str) -> Iterator[ObjectInfo]:
+        """Yield the objects whose keys begin with `prefix`, in no order; one that vanishes meanwhile is left out."""
+        for key in self.list(prefix):
+            if (found := self._stat(key)) is not None:
+                yield ObjectInfo(key, found.st_size, found.st_mtime)
+
+    def unfinished(self) -> Iterator[ObjectInfo]:
+        """Yield the files in the folder of unfinished ones, in no order."""
+        try:
+            with self._folder(TEMPORARY_FOLDER) as folder:
+                names = os.listdir(folder)
+        except FileNotFoundError:
+            return
+        for key in [f"{TEMPORARY_FOLDER}/{name}" for name in names]:
+            found = self._stat(key)
+            if found is not None and not stat.S_ISDIR(found.st_mode):
+                yield ObjectInfo(key, found.st_size, found.st_mtime)
+
+    def delete(self, key: str) -> None:
+        """Remove the object if it is there; where it is a link, the link."""
+        try:
+            with self._folder_of(key) as (folder, name):
+                os.unlink(name, dir_fd=folder)
+        except FileNotFoundError:
+            pass
+        # Empty folders go too, as far as they are empty; _publish copes with one that vanishes under it.
+        while "/" in key:
+            key = key.rpartition("/")[0]
+            try:
+                with self._folder_of(key) as (folder, name):
+                    os.rmdir(name, dir_fd=folder)
+            except OSError:
+                return
+
+    def move(self, key: str, new_key: str) -> None:
+        """Give the object another key."""
+        with self._folder_of(key) as (folder, name):
+            self._publish(folder, name, new_key, _replace)
+
+    def local_path(self, key: str) -> Path | None:
+        """Return where the object lies as a local file; `size` says whether one is there."""
+        return self.root / key
+
+    def _walk(self, folder: str) -> Iterator[str]:
+        """Yield the keys in a folder; a part that cannot be listed is an error, for the list decides what is kept."""
+        try:
+            entries = list(os.scandir(self.root / folder))
+        except FileNotFoundError:
+            return  # removed since it was listed
+        for entry in entries:
+            key = f"{folder}/{entry.name}" if folder else entry.name
+            if entry.is_dir(follow_symlinks=False):
+                if key != TEMPORARY_FOLDER:
+                    yield from self._walk(key)
+            elif entry.is_dir():
+                raise self._link_for_folder(key)
+            elif not entry.name.startswith(TEMPORARY_PREFIX):
+                yield key
+
+    @contextmanager
+    def _folder(self, folder: str, *, make: bool = False) -> Iterator[int]:
+        """Yield a descriptor of a folder of the store, reached without following a link below its root."""
+        if make:
+            self.root.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(self.root, _FOLDER_FLAGS)
+        try:
+            passed: list[str] = []
+            for name in folder.split("/") if folder else ():
+                passed.append(name)
+                if make:
+                    with suppress(FileExistsError):
+                        os.mkdir(name, dir_fd=descriptor)
+                try:
+                    inner = os.open(name, _FOLDER_FLAGS | os.O_NOFOLLOW, dir_fd=descriptor)
+                except OSError as error:
+                    if error.errno in (errno.ENOTDIR, errno.ELOOP) and (self.root / "/".join(passed)).is_symlink():
+                        raise self._link_for_folder("/".join(passed)) from error
+                    raise
+                os.close(descriptor)
+                descriptor = inner
+            yield descriptor
+        finally:
+            os.close(descriptor)
+
+    @contextmanager
+    def _folder_of(self, key: str, *, make: bool = False) -> Iterator[tuple[int, str]]:
+        """Yield a descriptor of the folder that an object lies in, and the object's name there."""
+        parent, _, name = key.rpartition("/")
+        with self._folder(parent, make=make) as folder:
+            yield folder, name
+
+    def _stat(self, key: str) -> os.stat_result | None:
+        try:
+            with self._folder_of(key) as (folder, name):
+                return os.stat(name, dir_fd=folder, follow_symlinks=False)
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+
+    def _open(self, key: str) -> int:
+        """Open a regular file for reading; the caller closes the descriptor."""
+        with self._folder_of(key) as (folder, name):
+            try:
+                descriptor = os.open(name, _READ_FLAGS, dir_fd=folder)
+            except OSError as error:
+                if error.errno != errno.ELOOP:
+                    raise
+                raise DamagedObject(
+                    f"{key} in the store {self.root} is a symbolic link, which a store never follows; remove it, or "
+                    "put the file itself there"
+                ) from error
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            os.close(descriptor)
+            raise DamagedObject(f"{key} in the store {self.root} is no regular file; remove it")
+        return descriptor
+
+    @contextmanager
+    def _private_file(self) -> Iterator[tuple[int, str]]:
+        """Yield a descriptor of the folder of unfinished files and a fresh name there, gone at the end of the block."""
+        with self._folder(TEMPORARY_FOLDER, make=True) as folder:
+            name = temporary_name()
+            try:
+                yield folder, name
+            finally:
+                with suppress(FileNotFoundError):
+                    os.unlink(name, dir_fd=folder)
+
+    def _write(self, folder: int, name: str, data: bytes) -> None:
+        with open(os.open(name, _WRITE_FLAGS, 0o600, dir_fd=folder), "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(name, _FILE_MODE, dir_fd=folder)
+
+    def _publish(self, folder: int, name: str, key: str, operation: Callable[[int, str, int, str], None]) -> bool:
+        for attempt in range(_LINK_ATTEMPTS):
+            try:
+                with self._folder_of(key, make=True) as (final_folder, final_name):
+                    operation(folder, name, final_folder, final_name)
+                    os.fsync(final_folder)
+                    return True
+            except FileExistsError:
+                return False
+            except FileNotFoundError:
+                # Another process removed the folder, empty until now, between mkdir and link.
+                if attempt == _LINK_ATTEMPTS - 1 or not _exists(folder, name):
+                    raise
+        raise AssertionError("unreachable")
+
+    def _link_for_folder(self, folder: str) -> StoreError:
+        return StoreError(
+            f"{folder} in the store {self.root} is a symbolic link, which a store never follows; remove it, or put the "
+            "folder itself there (a bind mount does)"
+        )
+
+
+def _link(folder: int, name: str, final_folder: int, final_name: str) -> None:
+    os.link(name, final_name, src_dir_fd=folder, dst_dir_fd=final_folder, follow_symlinks=False)
+
+
+def _replace(folder: int, name: str, final_folder: int, final_name: str) -> None:
+    os.replace(name, final_name, src_dir_fd=folder, dst_dir_fd=final_folder)
+
+
+def _exists(folder: int, name: str) -> bool:
+    try:
+        os.stat(name, dir_fd=folder, follow_symlinks=False)
+    except FileNotFoundError:
+        return False
+    return True
