@@ -1,13 +1,11 @@
-"""What evaluation found, as Parquet: rows of one shard, and the metric rows over all of them."""
+"""What evaluation found, as Parquet: the rows of one shard, and those of all shards together."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import pyarrow as pa
-import torch
 
-from models.metrics.measures import mean_interval, wilson_interval
 from storage.manifest import FileEntry
 from storage.store import Store
 from storage.tables import read_table, write_table
@@ -53,26 +51,3 @@ def gather(store: Store, receipts: dict[str, dict[str, Any]]) -> dict[str, pa.Ta
         tables = [read_table(store.fetch(FileEntry.from_json(entry))) for entry in receipt["files"]]
         parts.setdefault(receipt["task"], []).extend(tables)
     return {task: pa.concat_tables(tables) for task, tables in parts.items()}
-
-
-def measured_mean(common: dict[str, Any], metric: str, values: list[float]) -> dict[str, Any]:
-    """One metric row: a mean and its normal 95% interval."""
-    interval = mean_interval(torch.tensor(values, dtype=torch.float64))
-    return _row(common, metric, interval.value, interval.low, interval.high, len(values))
-
-
-def measured_share(common: dict[str, Any], metric: str, correct: list[bool]) -> dict[str, Any]:
-    """One metric row: a proportion and its Wilson 95% interval."""
-    interval = wilson_interval(sum(correct), len(correct))
-    return _row(common, metric, interval.value, interval.low, interval.high, len(correct))
-
-
-def measured(common: dict[str, Any], metric: str, value: float, num_samples: int) -> dict[str, Any]:
-    """One metric row without an interval."""
-    return _row(common, metric, value, None, None, num_samples)
-
-
-def _row(
-    common: dict[str, Any], metric: str, value: float, low: float | None, high: float | None, num_samples: int
-) -> dict[str, Any]:
-    return common | {"metric": metric, "value": value, "ci_low": low, "ci_high": high, "num_samples": num_samples}

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from stages.artifacts.codes import CodedRows
-from stages.evaluate.stage import EvaluateConfig, _generation_rows, _reconstruction_rows, _understanding_rows
+from stages.evaluate.metric_rows import _generation_rows, _reconstruction_rows, _understanding_rows
+from stages.evaluate.stage import EvaluateConfig
 from stages.evaluate.tasks import RANDOM, SAME_CATEGORY, EvaluationWorker, TaskFactory
 from tests.helpers.tiny import TinyRun
 
