@@ -12,10 +12,10 @@ import pytest
 import typer
 
 from flows.cli import app
-from stages.pipeline.recipe import load_recipe
+from stages.pipeline.recipe import STAGES, load_recipe
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "infra").rglob("*.md"))]
+DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "infra").rglob("*.md"))]
 
 
 def found(pattern: str) -> Iterator[Any]:
@@ -51,3 +51,9 @@ def check_command(document: Path, words: list[str]) -> None:
 @pytest.mark.parametrize(("document", "target"), found(r"\]\(([^)#:]+)(?:#[^)]*)?\)"))
 def test_a_link_leads_to_a_file(document: Path, target: str) -> None:
     assert (document.parent / target).exists()
+
+
+def test_the_changelog_has_the_version_of_each_stage() -> None:
+    lines = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8").split("## Stage versions")[1].splitlines()
+    cells = [[cell.strip(" `") for cell in line.strip("|").split("|")] for line in lines if line.startswith("| `")]
+    assert {row[0]: int(row[-1]) for row in cells} == {stage.name: stage.version for stage in STAGES.values()}
