@@ -26,13 +26,13 @@ from stages.download.counts import Totals
 from stages.download.duplicates import LeaveOut, ShardFiles, find_duplicates
 from stages.download.filters import PERCEPTUAL_HASH, FilterConfig
 from stages.download.shard import DownloadShard
-from stages.download.sources.conversations import ConversationFiles, Conversations
-from stages.download.sources.folder import FolderFiles, ImageFolder
+from stages.download.sources.conversations import ConversationFiles
+from stages.download.sources.folder import FolderFiles
 from stages.download.sources.guarded_http import Guard
-from stages.download.sources.parquet_images import ParquetFiles, ParquetImages
-from stages.download.sources.source import PLACE, URL, Source
+from stages.download.sources.parquet_images import ParquetFiles
+from stages.download.sources.source import PLACE, URL, Source, SourceOptions
 from stages.download.sources.url_list import SAMPLE, HttpConfig, UrlList
-from stages.download.sources.web_dataset import WebDataset, WebDatasetFiles
+from stages.download.sources.web_dataset import WebDatasetFiles
 from stages.download.splits import hold_out, split_counts, split_problem
 from stages.protocol import DoesNotAffectResult, Outcome, RuntimeInt, RuntimeStr, Stage, StageContext
 from stages.runtime.progress import tracked
@@ -43,7 +43,14 @@ from storage.tables import IMAGE_METADATA_SCHEMA, write_table
 
 logger = logging.getLogger(__name__)
 
-FilesConfig = Annotated[WebDatasetFiles | ParquetFiles | FolderFiles | ConversationFiles, Field(discriminator="kind")]
+FilesConfig = Annotated[
+    WebDatasetFiles  # a line for each kind of source
+    | ParquetFiles
+    | FolderFiles
+    | ConversationFiles,
+    Field(discriminator="kind"),
+]
+"""The kinds of files that can be read. The class of a kind opens its source (`open(SourceOptions) -> Source`)."""
 
 
 class DownloadConfig(Config):
@@ -57,8 +64,8 @@ class DownloadConfig(Config):
     tsv_quotes: bool = False
     """In lists whose values tabs separate, double quotes enclose values, as pandas writes them; else they are text."""
     files: FilesConfig | None = None
-    """Images that are there already, in place of `url_list`: `{kind: webdataset | parquet | folder | conversations,
-    path: ...}`."""
+    """Images that are there already, in place of `url_list`: `{kind: webdataset, path: ...}`, or another kind with its
+    fields."""
     caption_column: str = "caption"
     """Column with its text."""
     extra_columns: tuple[str, ...] = ()
@@ -169,27 +176,20 @@ def run(context: StageContext[DownloadConfig]) -> Outcome:
 
 def open_source(config: DownloadConfig) -> Source:
     """Where the images come from."""
-    files = config.files
-    if files is None:
-        http = config.http
-        guard = Guard(
-            timeout_s=config.timeout_s,
-            retries=config.retries,
-            max_bytes=config.max_bytes,
-            max_redirects=http.max_redirects,
-            max_retry_after_s=http.max_retry_after_s,
-            connections_per_host=http.connections_per_host,
-            allow_private_addresses=http.allow_private_addresses,
-            private_hosts=http.private_hosts,
-        )
-        return UrlList(config.url_list, config.url_column, http, guard, config.threads_per_worker, config.tsv_quotes)
-    if isinstance(files, ParquetFiles):
-        return ParquetImages(files)
-    if isinstance(files, WebDatasetFiles):
-        return WebDataset(files, config.caption_column, config.max_bytes)
-    if isinstance(files, FolderFiles):
-        return ImageFolder(files, config.caption_column, config.max_bytes, tsv_quotes=config.tsv_quotes)
-    return Conversations(files, config.caption_column, config.max_bytes)
+    if config.files is not None:
+        return config.files.open(SourceOptions(config.caption_column, config.max_bytes, config.tsv_quotes))
+    http = config.http
+    guard = Guard(
+        timeout_s=config.timeout_s,
+        retries=config.retries,
+        max_bytes=config.max_bytes,
+        max_redirects=http.max_redirects,
+        max_retry_after_s=http.max_retry_after_s,
+        connections_per_host=http.connections_per_host,
+        allow_private_addresses=http.allow_private_addresses,
+        private_hosts=http.private_hosts,
+    )
+    return UrlList(config.url_list, config.url_column, http, guard, config.threads_per_worker, config.tsv_quotes)
 
 
 def read_rows(config: DownloadConfig) -> pa.Table:

@@ -21,6 +21,7 @@ from stages.download.sources.source import (
     Failure,
     Fetched,
     Row,
+    SourceOptions,
     find_columns,
     no_place,
     place,
@@ -52,20 +53,23 @@ class ConversationFiles(Config):
     image_folder: RuntimeStr
     """Folder that the entries' `image` paths start from."""
 
+    def open(self, options: SourceOptions) -> Conversations:
+        """The entries of the file."""
+        return Conversations(self, options)
+
 
 class Conversations:
     """The entries of a conversation file, one row each.
 
     Args:
         config: where they are.
-        caption_column: name of the caption's column.
-        max_bytes: of an image; of larger ones no more is read.
+        options: the caption's column, and how much of an image is read.
     """
 
-    def __init__(self, config: ConversationFiles, caption_column: str, max_bytes: int) -> None:
+    def __init__(self, config: ConversationFiles, options: SourceOptions) -> None:
         self.what = f"conversations {config.path}"
-        self._config, self._caption_column = config, caption_column
-        self._images = FolderImages(config.image_folder, "download.files.image_folder", max_bytes)
+        self._config, self._caption_column = config, options.caption_column
+        self._images = FolderImages(config.image_folder, "download.files.image_folder", options.max_bytes)
 
     def content(self) -> dict[str, str]:
         file = InputFiles(self._config.path, _WHAT)

@@ -25,6 +25,7 @@ from stages.download.sources.source import (
     Failure,
     Fetched,
     Row,
+    SourceOptions,
     find_columns,
     no_place,
     place,
@@ -54,20 +55,25 @@ class FolderFiles(Config):
     file_column: str = "file_name"
     """Column of `captions` with the image's path within the folder."""
 
+    def open(self, options: SourceOptions) -> ImageFolder:
+        """The images of the folder."""
+        return ImageFolder(self, options)
+
 
 class ImageFolder:
     """The images of a folder: in the order of the list, or of their names.
 
     Args:
         config: where they are.
-        caption_column: name of the caption's column.
-        max_bytes: of an image; of larger ones no more is read.
+        options: the caption's column, how a list is read, and how much of an image.
     """
 
-    def __init__(self, config: FolderFiles, caption_column: str, max_bytes: int, *, tsv_quotes: bool = False) -> None:
-        self._config, self._caption_column = config, caption_column
-        self._images = FolderImages(config.path, "download.files.path", max_bytes)
-        self._list = RowList(config.captions, "list", _LIST, tsv_quotes=tsv_quotes) if config.captions else None
+    def __init__(self, config: FolderFiles, options: SourceOptions) -> None:
+        self._config, self._caption_column = config, options.caption_column
+        self._images = FolderImages(config.path, "download.files.path", options.max_bytes)
+        self._list = None
+        if config.captions:
+            self._list = RowList(config.captions, "list", _LIST, tsv_quotes=options.tsv_quotes)
         self.what = self._list.what if self._list else f"folder {config.path}"
 
     def content(self) -> dict[str, str]:

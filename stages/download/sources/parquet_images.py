@@ -18,6 +18,7 @@ from stages.download.sources.source import (
     Failure,
     Fetched,
     Row,
+    SourceOptions,
     find_columns,
     place,
     placed,
@@ -41,6 +42,10 @@ class ParquetFiles(Config):
     """A file, a folder or a pattern such as `s3://bucket/train-*.parquet`; names and contents count, not the place."""
     image_column: str = "image"
     """Column of `{bytes, path}` structs (Hugging Face's layout) or of plain binary values."""
+
+    def open(self, options: SourceOptions) -> ParquetImages:
+        """The rows of the files."""
+        return ParquetImages(self)
 
 
 class ParquetImages:

@@ -106,6 +106,18 @@ class Source(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class SourceOptions:
+    """What a source of files needs of the stage's config beside its own."""
+
+    caption_column: str
+    """Name of the caption's column."""
+    max_bytes: int
+    """Largest image file; of larger ones no more is read."""
+    tsv_quotes: bool
+    """In lists whose values tabs separate, double quotes enclose values."""
+
+
 TAKE_COLUMNS = "set download.caption_column, .extra_columns and .keep to what it has"
 """What to do where a source lacks a column."""
 

@@ -18,6 +18,7 @@ from stages.download.sources.source import (
     Failure,
     Fetched,
     Row,
+    SourceOptions,
     find_columns,
     no_place,
     place,
@@ -45,21 +46,23 @@ class WebDatasetFiles(Config):
     Columns are the fields of a sample's .json; its .txt (or .text, .caption, .cap) is the caption unless the .json has
     one."""
 
+    def open(self, options: SourceOptions) -> WebDataset:
+        """The samples of the tars."""
+        return WebDataset(self, options)
+
 
 class WebDataset:
     """The samples of WebDataset tars, in the order of their names.
 
     Args:
         config: where they are.
-        caption_column: name of the caption's column.
-        max_bytes: of an image; of larger ones no more is read.
+        options: the caption's column, and how much of an image is read.
     """
 
-    def __init__(self, config: WebDatasetFiles, caption_column: str, max_bytes: int) -> None:
-        self._max_bytes = max_bytes
+    def __init__(self, config: WebDatasetFiles, options: SourceOptions) -> None:
+        self._max_bytes, self._caption_column = options.max_bytes, options.caption_column
         self.what = f"WebDataset {config.path}"
         self._files = InputFiles(config.path, _WHAT)
-        self._caption_column = caption_column
 
     def content(self) -> dict[str, str]:
         return {"files": self._files.digest(self._tars())}
