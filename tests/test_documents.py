@@ -1,7 +1,8 @@
-"""What the documents show works: recipes load, commands and their options exist, links lead somewhere."""
+"""What the documents show works: recipes load, commands and options exist, links lead somewhere, drawings are true."""
 
 from __future__ import annotations
 
+import ast
 import re
 import shlex
 from collections.abc import Iterator
@@ -57,3 +58,61 @@ def test_the_changelog_has_the_version_of_each_stage() -> None:
     lines = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8").split("## Stage versions")[1].splitlines()
     cells = [[cell.strip(" `") for cell in line.strip("|").split("|")] for line in lines if line.startswith("| `")]
     assert {row[0]: int(row[-1]) for row in cells} == {stage.name: stage.version for stage in STAGES.values()}
+
+
+@pytest.mark.parametrize("document", [ROOT / "docs" / "architecture.md"], ids=lambda path: path.name)
+def test_folders_and_modules_that_are_named_exist(document: Path) -> None:
+    named = re.findall(r"`((?:flows|stages|models|storage|infra|tests)/[^`]*)`", document.read_text(encoding="utf-8"))
+    assert named and [path for path in named if not (ROOT / path).exists()] == []
+
+
+@pytest.mark.parametrize("folder", ["stages", "models"])
+def test_the_architecture_names_every_package(folder: str) -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    packages = [path.parent.name for path in (ROOT / folder).glob("*/__init__.py")]
+    assert packages and [name for name in packages if f"| `{folder}/{name}/` |" not in text] == []
+
+
+def drawing(number: int) -> tuple[dict[str, str], set[tuple[str, str]]]:
+    """Labels by node, and the arrows, of a drawing in the architecture."""
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    lines = re.findall(r"```mermaid\nflowchart TD\n(.*?)```", text, re.DOTALL)[number].splitlines()
+    node = r"(\w+)(?:\W*\"([^\"]*)\"\W*)?"
+    found = [match for line in lines if (match := re.fullmatch(rf"\s*{node} --> {node}\s*", line))]
+    assert len(found) == len(lines), "every line is one arrow"
+    labels = {match[at]: match[at + 1] for match in found for at in (1, 3) if match[at + 1]}
+    return labels, {(match[1], match[3]) for match in found}
+
+
+def imports(folder: str, also: tuple[str, ...] = ()) -> set[tuple[str, str]]:
+    """Which package or module directly in a folder, or folder beside it, imports which of that folder."""
+    found = set[tuple[str, str]]()
+    for path in (path for name in (folder, *also) for path in (ROOT / name).rglob("*.py")):
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        importer = parts[1] if parts[0] == folder else parts[0]
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == folder:
+                names = [*node.module.split(".")[1:2]] or [alias.name for alias in node.names]
+                found |= {(importer, name) for name in names if name != importer}
+    return found
+
+
+@pytest.mark.parametrize(("number", "folder", "also"), [(0, "stages", ("flows",)), (1, "models", ())])
+def test_arrows_between_packages_are_imports_and_all_imports_follow_them(
+    number: int, folder: str, also: tuple[str, ...]
+) -> None:
+    labels, arrows = drawing(number)
+    boxes = {name: node for node, label in labels.items() for name in re.findall(r"\w+", label.replace("<br>", " "))}
+    found = {(boxes.get(one, one), boxes.get(other, other)) for one, other in imports(folder, also)}
+    assert arrows <= found
+    reached = set(arrows)
+    for _ in range(len(arrows)):
+        reached |= {(one, third) for one, other in reached for start, third in arrows if start == other}
+    assert found <= reached
+
+
+def test_the_way_of_an_image_has_the_inputs_of_each_stage() -> None:
+    _, arrows = drawing(2)
+    maker = {artifact: stage for stage, artifact in arrows if stage in STAGES}
+    drawn = {name: {maker[one] for one, other in arrows if other == name and one in maker} for name in STAGES}
+    assert drawn == {stage.name: set(stage.inputs) for stage in STAGES.values()}
