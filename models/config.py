@@ -1,4 +1,4 @@
-"""The base of every configuration class."""
+"""The base class of every configuration class, and types for common ranges of numbers."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator
 
 BelowOne = Annotated[float, Field(ge=0, lt=1)]
-"""A decay rate, or another part of a whole that is never all of it."""
+"""A number in [0, 1), such as a decay rate."""
 Fraction = Annotated[float, Field(ge=0, le=1)]
-"""A part of a whole, 0 to 1."""
+"""A number in [0, 1]."""
 PositiveFraction = Annotated[float, Field(gt=0, le=1)]
-"""A part of a whole that is not nothing."""
+"""A number in (0, 1]."""
 
 
 def _in_order(pair: tuple[float, float]) -> tuple[float, float]:
@@ -23,21 +23,21 @@ def _in_order(pair: tuple[float, float]) -> tuple[float, float]:
 
 
 InOrder = AfterValidator(_in_order)
-"""For pairs that are the ends of a range."""
+"""Validator for pairs that are the lower and the upper end of a range."""
 
 
 @dataclass(frozen=True)
 class CountsByContent:
-    """Marks a field that names weights in a hub, or a file or folder of this machine.
+    """Marks a field whose value names either weights in a hub, or a local file or folder.
 
-    A hub's name is part of a result's identity as it stands; of a file or folder it is the content, never the place.
+    A hub's name enters a result's identity as it is written. Of a file or folder the content enters, never the path.
     """
 
     prefix: str = ""
-    """What a path begins with in this field; a value without it is no path."""
+    """Prefix that marks a path in this field; a value without the prefix is not a path."""
 
     def path(self, value: str) -> str | None:
-        """The path that a value names, if there is one."""
+        """Return the path that a value names, or None if it names no path."""
         return value.removeprefix(self.prefix) if value.startswith(self.prefix) else None
 
 
@@ -46,10 +46,10 @@ _LARGEST_FLOAT = 3.4e38
 
 
 class Config(BaseModel):
-    """Immutable configuration that refuses what cannot work when it is read.
+    """Immutable configuration that refuses values that cannot work as soon as it is read.
 
-    Unknown fields, so that a misspelt field is an error and not a default; numbers that are infinite or not a number,
-    or that 64-bit integers and 32-bit floats, all that tensors hold, cannot take.
+    It refuses unknown fields, so that a misspelt field is an error and not a silent default, and numbers that are
+    infinite or NaN, or that do not fit into the 64-bit integers and 32-bit floats that tensors hold.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
@@ -64,7 +64,7 @@ class Config(BaseModel):
 
 
 def _numbers(value: Any) -> Iterator[int | float]:
-    """The numbers of a field: itself, or those in its collections; other configs check their own."""
+    """Yield the numbers of a field: its value, or those inside its collections; nested configs check their own."""
     if isinstance(value, (int, float)):
         yield value
     elif isinstance(value, (tuple, list)):

@@ -1,7 +1,7 @@
-"""The one place that opens what strangers call an image: which formats, within which limits, and as which colours.
+"""Decoding of untrusted image files: the accepted formats, the limits, and the conversion to sRGB.
 
-Whatever a file holds (16 bits, floats, CMYK, a wide gamut, transparency, a camera held upright) comes out as upright
-8-bit sRGB, as a browser shows it.
+No other module decodes images. Whatever a file holds (16 bits, floats, CMYK, a wide gamut, transparency, an EXIF
+rotation), the result is upright 8-bit sRGB, as a browser shows it.
 """
 
 from __future__ import annotations
@@ -18,23 +18,23 @@ import numpy as np
 from PIL import ExifTags, Image, ImageCms, PngImagePlugin, UnidentifiedImageError
 
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM")
-"""What is decoded. Of the others that Pillow knows some run programs on what strangers wrote (EPS: Ghostscript)."""
+"""The formats that are decoded. Some of Pillow's others run programs on untrusted input (EPS runs Ghostscript)."""
 MOST_PIXELS = 178_956_970
-"""Pillow refuses to decode larger images."""
+"""Largest image that Pillow decodes, in pixels."""
 WHITE = (255, 255, 255)
 _LONGEST_REASON = 200
 _EXTENSIONS = {"jpeg": "jpg", "mpo": "jpg", "jpeg2000": "jp2"}
-"""A phone's picture with a second one behind it (MPO) is a JPEG to every viewer."""
+"""File extensions of Pillow's formats; an MPO (a phone's picture followed by a second one) is a JPEG to viewers."""
 
 Kind = Literal["too_large", "too_many_pixels", "not_an_image", "undecodable"]
 
 
 class UnusableImage(OSError):
-    """Bytes that give no image.
+    """Raised for bytes that cannot be decoded as an image within the limits.
 
     Args:
-        kind: what is wrong with them.
-        reason: the same words for the same cause.
+        kind: the class of the problem, for counting.
+        reason: what is wrong, in the same words for every image with the same cause.
     """
 
     def __init__(self, kind: Kind, reason: str) -> None:
@@ -44,37 +44,37 @@ class UnusableImage(OSError):
 
 @dataclass(frozen=True)
 class Limits:
-    """What an image may cost."""
+    """Limits on the size of an image file and of the decoded image."""
 
     max_bytes: int | None = None
-    """Of the file; None for any number."""
+    """Largest size of the file in bytes; None for no limit."""
     max_pixels: int = MOST_PIXELS
-    """Width times height, looked up in the header before anything is decoded."""
+    """Largest width times height; it is read from the header before anything is decoded."""
 
 
 class DecodedImage(NamedTuple):
-    """An image as it is seen, and what its file said of it."""
+    """A decoded image as it is displayed, and what its file says about it."""
 
     rgb: Image.Image
-    """Upright, 8 bits, sRGB, transparency over the background."""
+    """The image: upright, 8-bit sRGB, with transparency flattened onto the background."""
     width: int
-    """As stored, before it is turned upright."""
+    """Width as stored in the file, before the EXIF rotation is applied."""
     height: int
-    """As stored."""
+    """Height as stored in the file, before the EXIF rotation is applied."""
     extension: str
-    """`jpg`, `png`, ..."""
+    """Usual file extension of the format: `jpg`, `png`, ..."""
 
 
 def decode_image(data: bytes, limits: Limits | None = None, background: tuple[int, int, int] = WHITE) -> DecodedImage:
-    """Decode an image to its last row; of several pictures in a file, the first.
+    """Decode an image completely; of a file with several pictures, decode the first.
 
     Args:
         data: an encoded image in one of `IMAGE_FORMATS`.
-        limits: what it may cost; none but Pillow's own where they are not given.
+        limits: limits on its size; by default only Pillow's own limit on pixels applies.
         background: colour under transparent pixels, RGB 0..255.
 
     Raises:
-        UnusableImage: it is too large, no image, in a format that is not read, or damaged.
+        UnusableImage: the data is too large, no image, in an unsupported format, or damaged.
     """
     limits = limits or Limits()
     if limits.max_bytes is not None and len(data) > limits.max_bytes:
@@ -98,7 +98,7 @@ def decode_image(data: bytes, limits: Limits | None = None, background: tuple[in
 
 
 def _shown(opened: Image.Image, image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
-    """An image of 8 bits a channel as it is seen, by what the file that was `opened` says of it."""
+    """Apply the ICC profile, transparency and EXIF rotation of the file `opened` to its 8-bit image."""
     colours, alpha = _parts(image)
     rgb = _srgb(colours, opened.info.get("icc_profile"))
     if alpha is not None:
@@ -112,22 +112,22 @@ _TURNS = {
     5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }  # fmt: skip
-"""By EXIF orientation."""
+"""The transposition that turns an image upright, by EXIF orientation."""
 
 
 def _upright(opened: Image.Image, rgb: Image.Image) -> Image.Image:
     try:
         turn = _TURNS.get(opened.getexif().get(ExifTags.Base.Orientation, 1))
-    except Exception:  # Pillow raises many kinds on damaged EXIF, which viewers ignore; the pixels are here by now
+    except Exception:  # Pillow raises many types on damaged EXIF, which viewers ignore; the pixels are decoded by now
         return rgb
     return rgb if turn is None else rgb.transpose(turn)
 
 
-# What the bytes are
+# Recognition of formats
 
 
 def _opened(data: bytes) -> Image.Image:
-    """An image whose header is read."""
+    """Open an image, which reads its header only."""
     if not data.startswith(_PNG):
         return Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)
     lean, profile = _lean_png(data)
@@ -149,12 +149,12 @@ _STARTS: dict[str, tuple[bytes, ...]] = {
     "Fujifilm RAW": (b"FUJIFILMCCD-RAW",), "ZIP": (b"PK\3\4",), "gzip": (b"\x1f\x8b",), "FITS": (b"SIMPLE  =",),
     "Matroska or WebM video": (b"\x1aE\xdf\xa3",), "Flash": (b"FWS", b"CWS"),
 }  # fmt: skip
-"""What the files of a format begin with; most of these are not read."""
+"""The first bytes of the files of a format; most of these formats are unsupported and only named in messages."""
 _AVIF, _HEIC = (b"avif", b"avis"), (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 
 
 def _format_of(data: bytes) -> str:
-    """The format of a file by its first bytes; '' where they say nothing."""
+    """Return the format of a file by its first bytes, or '' if they are unknown."""
     brand = data[8:12]
     if data[4:8] == b"ftyp":
         return "AVIF" if brand in _AVIF else "HEIC" if brand in _HEIC else "MP4 or QuickTime"
@@ -164,7 +164,7 @@ def _format_of(data: bytes) -> str:
 
 
 def _unidentified(data: bytes) -> UnusableImage:
-    """What bytes are that Pillow takes for none of our formats."""
+    """Return the error for bytes in which Pillow recognises none of `IMAGE_FORMATS`."""
     start = data[:512].lstrip().lower()
     if not data:
         return UnusableImage("not_an_image", "empty")
@@ -181,21 +181,21 @@ def _unidentified(data: bytes) -> UnusableImage:
 _PNG = b"\x89PNG\r\n\x1a\n"
 _KEPT_CHUNKS = (b"tRNS", b"eXIf")
 _KEPT_TEXTS = (b"XML:com.adobe.xmp", b"Raw profile type exif", b"Raw profile type APP1")
-"""Where programs without eXIf write how the camera was held."""
+"""Text chunks in which programs that do not write eXIf store the orientation."""
 _MOST_PROFILE_BYTES = 16 << 20
 
 
 def _lean_png(data: bytes) -> tuple[bytes, bytes | None]:
-    """A PNG without the chunks that decide no pixel, and its ICC profile.
+    """Return a PNG without the chunks that do not affect its pixels, and its ICC profile.
 
-    Pillow refuses the image where such a chunk is damaged or unpacks to more than a megabyte: a workflow, XMP, a
-    printer's profile. Browsers show it.
+    Pillow refuses the whole image if such a chunk is damaged or unpacks to more than a megabyte (a workflow, XMP, a
+    printer's profile), although browsers show it.
     """
     kept, profile, texts = [data[:8]], None, set[bytes]()
     at, view = len(_PNG), memoryview(data)
     while at + 12 <= len(data):
         kind, end = data[at + 4 : at + 8], at + 12 + int.from_bytes(data[at : at + 4], "big")
-        if not kind[:1].islower() or end > len(data):  # critical, or cut off, which Pillow judges
+        if not kind[:1].islower() or end > len(data):  # critical, or truncated: left for Pillow to judge
             kept.append(data[at:end])
         elif zlib.crc32(view[at + 4 : end - 4]) == int.from_bytes(data[end - 4 : end], "big"):
             content = data[at + 8 : end - 4]
@@ -211,7 +211,7 @@ def _lean_png(data: bytes) -> tuple[bytes, bytes | None]:
 
 
 def _fits(kind: bytes, content: bytes) -> bool:
-    """Whether Pillow unpacks the text of a chunk."""
+    """Return whether the text of a chunk is within Pillow's limit."""
     most = PngImagePlugin.MAX_TEXT_CHUNK
     if len(content) > most:
         return False
@@ -222,7 +222,7 @@ def _fits(kind: bytes, content: bytes) -> bool:
 
 
 def _inflated(packed: bytes, most: int) -> bytes | None:
-    """A zlib stream unpacked; None where it is damaged, or more than `most` bytes."""
+    """Decompress a zlib stream; return None if it is damaged or holds more than `most` bytes."""
     stream = zlib.decompressobj()
     try:
         found = stream.decompress(packed, most)
@@ -231,11 +231,11 @@ def _inflated(packed: bytes, most: int) -> bytes | None:
     return found if stream.eof else None
 
 
-# More than 8 bits
+# Conversion of deeper images to 8 bits
 
 
 def _eight_bit(opened: Image.Image, data: bytes) -> Image.Image:
-    """The image loaded, with 8 bits a channel; grey with one transparent value becomes grey with alpha."""
+    """Load the image with 8 bits per channel; grey with one transparent value becomes grey with alpha."""
     if _is_deep_tiff(opened):
         return _eight_bit_colours(opened, data)
     opened.load()
@@ -247,7 +247,7 @@ def _eight_bit(opened: Image.Image, data: bytes) -> Image.Image:
         samples = samples.view(np.uint32)
     whole = _float_range(samples, tags) if opened.mode == "F" else _whole_range(samples, opened)
     scaled = _scaled(samples, whole)
-    if tags.get(_PHOTOMETRIC) == 0:  # white is zero, which Pillow heeds at 8 bits only
+    if tags.get(_PHOTOMETRIC) == 0:  # white is zero, which Pillow takes into account at 8 bits only
         np.subtract(255, scaled, out=scaled)
     grey = Image.fromarray(scaled)
     transparent = opened.info.get("transparency")
@@ -257,7 +257,7 @@ def _eight_bit(opened: Image.Image, data: bytes) -> Image.Image:
 
 
 def _scaled(samples: np.ndarray, whole: float) -> np.ndarray:
-    """Samples of any type as uint8, `whole` and more being white; holes in floats are black."""
+    """Scale samples of any type to uint8: `whole` and more become 255 (white), NaN becomes 0 (black)."""
     scaled = np.nan_to_num(samples.astype(np.float32), copy=False, nan=0, posinf=whole, neginf=0)
     scaled *= 255 / whole
     np.rint(np.clip(scaled, 0, 255, out=scaled), out=scaled)
@@ -266,11 +266,11 @@ def _scaled(samples: np.ndarray, whole: float) -> np.ndarray:
 
 _OTHER_ORDER = {"L": "B", "B": "L", "N": "B" if sys.byteorder == "little" else "L"}
 _DEEP = re.compile(r"(RGB|RGBA|RGBX);16([LBN])")
-"""Pillow's names for how colours of 16 bits lie in a file."""
+"""Pillow's raw modes for colours of 16 bits per channel; the last letter is the byte order."""
 
 
 def _is_deep_tiff(opened: Image.Image) -> bool:
-    """Whether it is a TIFF of 16 bits a colour; asked before it is loaded."""
+    """Return whether this is a TIFF of 16 bits per colour channel; call it before the image is loaded."""
     tiles: list[Any] = getattr(opened, "tile", [])
     return opened.format == "TIFF" and bool(tiles) and all(_DEEP.fullmatch(_raw_mode(tile)) for tile in tiles)
 
@@ -285,9 +285,9 @@ def _bytes_swapped(tile: Any) -> Any:
 
 
 def _eight_bit_colours(opened: Image.Image, data: bytes) -> Image.Image:
-    """A TIFF of 16 bits a colour, of which Pillow keeps the upper eight.
+    """Load a TIFF of 16 bits per colour channel, of which Pillow keeps the upper eight bits.
 
-    Where nothing reaches a quarter of white it is looked at again with its bytes swapped, which gives the lower eight.
+    If no value reaches a quarter of white, the file is read again with its bytes swapped, which gives the lower eight.
     """
     opened.load()
     upper = np.asarray(opened)[..., :3]
@@ -309,10 +309,10 @@ _MOST_LOOKED_AT = 1_000_000
 
 
 def _whole_range(samples: np.ndarray, opened: Image.Image) -> float:
-    """The value that is white in integers: 65,535, but in a TIFF as many bits as its values need.
+    """Return the integer that stands for white: 65,535, or in a TIFF the maximum of as many bits as its values need.
 
-    Cameras, scanners and microscopes write 10, 12 or 14 bits into TIFFs of 16 or 32 and seldom say so: the largest
-    value, or the largest that the file declares, says it. 8, 10, 12, 14, 16, 24 and all bits are told apart.
+    Cameras, scanners and microscopes write 10, 12 or 14 bits into TIFFs of 16 or 32 bits and seldom declare it, so the
+    range is inferred from the largest value, or the largest that the file declares: 8, 10, 12, 14, 16, 24 or all bits.
     """
     if opened.format != "TIFF":
         return 65_535
@@ -326,7 +326,7 @@ def _whole_range(samples: np.ndarray, opened: Image.Image) -> float:
 
 
 def _float_range(samples: np.ndarray, tags: dict[int, object]) -> float:
-    """The value that is white in floats: 1, 255, 65,535, or the largest one, whichever holds 99 of 100 values."""
+    """Return the float that is white: the first of 1, 255 and 65,535 above 99% of the values, or their maximum."""
     some = samples.ravel()[:: max(1, samples.size // _MOST_LOOKED_AT)]
     some = some[np.isfinite(some)]
     largest = max(float(np.percentile(some, 99)) if some.size else 0.0, _declared(tags))
@@ -334,7 +334,7 @@ def _float_range(samples: np.ndarray, tags: dict[int, object]) -> float:
 
 
 def _declared(tags: dict[int, object]) -> float:
-    """The largest value that a TIFF says it may hold; 0 where it says nothing that can be read."""
+    """Return the largest sample value that a TIFF declares, or 0 if it declares none that can be read."""
     for tag in (_S_MAX_SAMPLE, _MAX_SAMPLE):
         value = tags.get(tag)
         try:
@@ -351,11 +351,11 @@ def _is_signed(opened: Image.Image) -> bool:
     return bool(found == 2 or (isinstance(found, tuple) and found[:1] == (2,)))
 
 
-# Colours
+# Conversion to sRGB
 
 
 def _parts(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
-    """Colours without transparency, and the transparency; None where everything is opaque."""
+    """Split an image into its colours and its alpha channel, which is None if everything is opaque."""
     if image.mode not in ("RGBA", "LA", "PA", "La", "RGBa") and "transparency" not in image.info:
         return image, None
     grey = image.mode in ("1", "L", "LA", "La")
@@ -365,18 +365,18 @@ def _parts(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
 
 class _Conversion(NamedTuple):
     mode: str
-    """Of the images that it takes."""
+    """Pillow mode of the images that `transform` accepts."""
     transform: ImageCms.ImageCmsTransform
 
 
 _DEVICES = ("mntr", "scnr", "prtr", "spac")
 _MODES = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK"}
 _NOTHING_CHANGES = 2
-"""Levels: a profile that moves no colour by more is that of sRGB, as most are."""
+"""In levels of 0..255: a profile that changes no colour by more is treated as sRGB, which most profiles are."""
 
 
 def _srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
-    """An image of 8 bits a channel as RGB; always a new one."""
+    """Convert an image of 8 bits per channel to sRGB; the result is always a new image."""
     if image.mode == "LAB":
         return _applied(_lab(), image)
     if image.mode not in ("L", "RGB", "CMYK"):
@@ -391,7 +391,7 @@ def _srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
 
 @lru_cache(maxsize=16)
 def _conversion(profile: bytes) -> _Conversion | None:
-    """How an ICC profile's colours become sRGB; None where nothing changes, or the profile cannot be used."""
+    """Return the conversion from an ICC profile to sRGB, or None if it changes nothing or the profile is unusable."""
     try:
         source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
         mode = _MODES.get(source.profile.xcolor_space.strip())

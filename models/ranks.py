@@ -1,4 +1,7 @@
-"""Sums over the processes of one training run, where there are several (`torch.distributed`)."""
+"""Collectives over the ranks of one data-parallel training run (`torch.distributed`).
+
+Without a process group every function does what is right for a single process.
+"""
 
 from __future__ import annotations
 
@@ -11,23 +14,23 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 _BUCKET_ELEMENTS = 1 << 24
-"""Gradients travel together up to this many (64 MiB of float32): few large messages, and little memory for copies."""
+"""Largest number of elements per all-reduce of gradients (64 MiB of float32): few large messages, small copies."""
 
 
 def num_ranks() -> int:
-    """How many processes train together; 1 where there is no process group."""
+    """Return the number of ranks that train together, which is 1 without a process group."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def rank() -> int:
-    """Number of this process among them, from 0."""
+    """Return the rank of this process, which is 0 without a process group."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def sum_over_ranks(values: Tensor) -> Tensor:
-    """Sum a tensor over all ranks, in place, and return it; as it is where there is one process.
+    """All-reduce a tensor to its sum over all ranks, in place, and return it; with one process it stays as it is.
 
-    A collective: every rank has to come here, with the same shape.
+    This is a collective: every rank has to call it with a tensor of the same shape.
     """
     if dist.is_initialized():
         dist.all_reduce(values)
@@ -35,19 +38,19 @@ def sum_over_ranks(values: Tensor) -> Tensor:
 
 
 def take_from_first_rank(values: Tensor) -> Tensor:
-    """Overwrite a tensor with that of rank 0 and return it. A collective, as `sum_over_ranks`."""
+    """Broadcast rank 0's tensor into this one, in place, and return it. A collective, like `sum_over_ranks`."""
     if dist.is_initialized():
         dist.broadcast(values, src=0)
     return values
 
 
 def is_first_rank() -> bool:
-    """Whether this process is rank 0, or the only one."""
+    """Return whether this process is rank 0, or the only process."""
     return rank() == 0
 
 
 def gather_objects(own: Any) -> list[Any]:
-    """Something picklable of each rank, in rank order, on every rank. A collective; nothing goes through a GPU."""
+    """Gather one picklable object per rank, in rank order, on every rank. A collective over gloo, never over a GPU."""
     found: list[Any] = [own] * num_ranks()
     if dist.is_initialized():
         dist.all_gather_object(found, own, group=_cpu_group())
@@ -56,13 +59,13 @@ def gather_objects(own: Any) -> list[Any]:
 
 @functools.cache
 def _cpu_group() -> dist.ProcessGroup | None:
-    """All ranks over gloo; None, the default group, where that is gloo's already."""
+    """Return a gloo group of all ranks, or None, which means the default group, if that uses gloo already."""
     return None if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
 
 
 @torch.no_grad()
 def start_equal(*modules: nn.Module) -> None:
-    """Give every rank the weights and buffers of rank 0: machines may round otherwise when they make them."""
+    """Broadcast the weights and buffers of rank 0, since machines may round differently when they initialise them."""
     if not dist.is_initialized():
         return
     for module in modules:
@@ -71,24 +74,24 @@ def start_equal(*modules: nn.Module) -> None:
 
 
 def own_part(num_rows: int) -> slice:
-    """This rank's rows of a batch that all ranks share: equal parts, in rank order.
+    """Return this rank's slice of a global batch: equal parts, in rank order.
 
     Raises:
-        ValueError: the rows cannot be shared out equally.
+        ValueError: the number of rows is not a multiple of the number of ranks.
     """
     each, left = divmod(num_rows, num_ranks())
     if left:
-        raise ValueError(f"{num_rows} rows cannot be shared by {num_ranks()} processes; take a multiple")
+        raise ValueError(f"{num_rows} rows cannot be divided equally among {num_ranks()} processes; use a multiple")
     return slice(rank() * each, (rank() + 1) * each)
 
 
 def mean_over_ranks(values: Tensor) -> Tensor:
-    """Mean of a tensor over all ranks, in place; without a gradient. A collective, as `sum_over_ranks`."""
+    """All-reduce a tensor to its mean over all ranks, in place and without a gradient; see `sum_over_ranks`."""
     return sum_over_ranks(values).div_(num_ranks()) if dist.is_initialized() else values
 
 
 def mean_terms(terms: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Scalars by name, each as its mean over all ranks, detached; every rank has to bring the same names."""
+    """Return named scalars as their means over all ranks, detached. A collective: all ranks need the same names."""
     if not dist.is_initialized():
         return dict(terms)
     values = mean_over_ranks(torch.stack([value.detach().float() for value in terms.values()]))
@@ -96,9 +99,9 @@ def mean_terms(terms: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def gather_rows(values: Tensor) -> Tensor:
-    """Rows `[B, ...]` of each rank to those of all, `[ranks * B, ...]` in rank order; gradients flow back to them all.
+    """All-gather rows `[B, ...]` to `[ranks * B, ...]` in rank order; gradients flow back to the rows of every rank.
 
-    Every rank has to have the same number of rows.
+    A collective: every rank has to have the same number of rows.
     """
     if not dist.is_initialized():
         return values
@@ -109,10 +112,10 @@ def gather_rows(values: Tensor) -> Tensor:
 
 @torch.no_grad()
 def average_gradients(module: nn.Module) -> None:
-    """Replace each gradient by its mean over all ranks.
+    """All-reduce each gradient to its mean over all ranks.
 
-    A parameter that no rank used keeps none; one that some ranks did not use counts as zero there, as the rows of those
-    ranks would in one process.
+    A parameter without a gradient on all ranks keeps none. One that only some ranks used counts as zero on the others,
+    as the rows of those ranks would in one process.
     """
     if not dist.is_initialized():
         return
@@ -125,7 +128,7 @@ def average_gradients(module: nn.Module) -> None:
     ]
     for bucket in _buckets(trained):
         only = bucket[0].grad
-        if len(bucket) == 1 and only is not None and only.is_contiguous():  # large: no copy
+        if len(bucket) == 1 and only is not None and only.is_contiguous():  # a large one is reduced without a copy
             mean_over_ranks(only)
             continue
         gradients = [torch.zeros_like(one) if one.grad is None else one.grad for one in bucket]
@@ -138,28 +141,28 @@ def average_gradients(module: nn.Module) -> None:
 
 
 def _buckets(parameters: Iterable[nn.Parameter]) -> list[list[nn.Parameter]]:
-    """Runs of parameters of one type on one device, each as large as a bucket may be; a larger one has its own."""
+    """Group successive parameters of one type and device into buckets; one over the limit has a bucket of its own."""
     buckets: list[list[nn.Parameter]] = []
     kind: tuple[torch.dtype, torch.device] | None = None
-    room = 0
+    space_left = 0
     for parameter in parameters:
-        if (parameter.dtype, parameter.device) != kind or room < parameter.numel():
+        if (parameter.dtype, parameter.device) != kind or space_left < parameter.numel():
             buckets.append([])
-            kind, room = (parameter.dtype, parameter.device), _BUCKET_ELEMENTS
+            kind, space_left = (parameter.dtype, parameter.device), _BUCKET_ELEMENTS
         buckets[-1].append(parameter)
-        room -= parameter.numel()
+        space_left -= parameter.numel()
     return buckets
 
 
 def rows_of_ranks(num_rows: int, device: torch.device) -> tuple[int, int]:
-    """Where this rank's rows stand when those of all ranks follow one another in rank order.
+    """Return the position of this rank's rows in the concatenation of all ranks' rows in rank order. A collective.
 
     Args:
-        num_rows: of this rank; ranks may have different numbers.
-        device: one that the process group can reduce on.
+        num_rows: number of rows of this rank; ranks may have different numbers.
+        device: a device on which the process group can reduce.
 
     Returns:
-        Position of this rank's first row, and the number of rows of all ranks. A collective.
+        Position of this rank's first row, and the number of rows of all ranks.
     """
     if not dist.is_initialized():
         return 0, num_rows

@@ -1,4 +1,4 @@
-"""One image transform for training, tokenization and evaluation; it is part of the tokenizer's artifact."""
+"""The image transform of training, tokenization and evaluation; it is stored with the tokenizer's artifact."""
 
 from __future__ import annotations
 
@@ -22,28 +22,28 @@ _Zoom = Annotated[float, Field(ge=0.01, le=100)]
 
 
 class TransformConfig(Config):
-    """How a stored image becomes a square tensor."""
+    """How an image is turned into the square that the tokenizer sees."""
 
     image_size: PositiveInt = 256
-    """Side of the square that the tokenizer sees, pixels."""
+    """Side of the square in pixels."""
     resize: Literal["shortest_crop", "squash", "pad"] = "shortest_crop"
-    """`shortest_crop`: shortest side to `image_size`, then the centre; `squash`: ignore the aspect ratio; `pad`: the
-    longest side to `image_size`, the rest white."""
+    """`shortest_crop`: resize the shortest side to `image_size` and crop the centre; `squash`: ignore the aspect ratio;
+    `pad`: resize the longest side to `image_size` and fill the rest with `background`."""
     background: tuple[_Level, _Level, _Level] = (255, 255, 255)
-    """Colour under transparent pixels and of padding, RGB 0..255."""
+    """Colour of padding and under transparent pixels, RGB 0..255."""
 
 
 class CropConfig(Config):
-    """Random crops of training images; evaluation and tokenizing always see the whole centre."""
+    """Random crops of training images; evaluation and tokenization always use the deterministic transform."""
 
     kind: Literal["none", "square", "area"] = "none"
-    """`none`: training images are shaped as everywhere else; `square`: a square anywhere in the image whose side is a
-    random part of the shortest one (LlamaGen); `area`: a random part of the area with a random aspect ratio, squashed
-    to the square (torchvision's RandomResizedCrop, as in DualToken's released code)."""
+    """`none`: training images are transformed as in evaluation; `square`: a square at a random position whose side is a
+    random fraction of the shortest side (LlamaGen); `area`: a random fraction of the area with a random aspect ratio,
+    squashed to the square (torchvision's RandomResizedCrop, as in DualToken's released code)."""
     smallest: PositiveFraction = 0.8
-    """Least part of the side or of the area."""
+    """Smallest fraction of the side or of the area."""
     largest: PositiveFraction = 1.0
-    """Greatest part."""
+    """Largest fraction of the side or of the area."""
 
     @model_validator(mode="after")
     def _ordered(self) -> CropConfig:
@@ -54,89 +54,89 @@ class CropConfig(Config):
 
 @dataclass(frozen=True)
 class RandomCrop:
-    """One random crop; the same seed makes the same crop."""
+    """One random crop, determined by its seed."""
 
     config: CropConfig
     seed: int
 
     def box(self, width: int, height: int, image_size: int) -> tuple[float, float, float, float]:
-        """What is kept of an image of `width` x `height` pixels: left, top, right, bottom.
+        """Return the part of an image that is kept: left, top, right and bottom in pixels.
 
         Args:
-            width: of the image, pixels.
-            height: of the image, pixels.
-            image_size: side of the square that it becomes; `square` draws among the whole sizes that its shortest side
-                may be resized to.
+            width: width of the image in pixels.
+            height: height of the image in pixels.
+            image_size: side of the square that it is resized to; `square` samples among the integer sizes to which the
+                shortest side may be resized.
         """
         numbers = random.Random(self.seed)
         if self.config.kind == "square":
             sizes = [math.ceil(image_size / part) for part in (self.config.largest, self.config.smallest)]
             side = min(width, height) * image_size / numbers.randint(*sizes)
             return _at(side, side, width, height, numbers)
-        for _ in range(10):  # as often as torchvision tries
+        for _ in range(10):  # torchvision tries as often
             area = width * height * numbers.uniform(self.config.smallest, self.config.largest)
             ratio = math.exp(numbers.uniform(-_LOG_ASPECT, _LOG_ASPECT))
             kept = math.sqrt(area * ratio), math.sqrt(area / ratio)
             if kept[0] <= width and kept[1] <= height:
                 return _at(*kept, width, height, numbers)
-        # no shape of that size fits: the middle, in the allowed shape that is nearest to the image's own
+        # no shape of that size fits: take the centre, in the allowed shape that is nearest to the image's own
         kept = min(width, height * _ASPECT), min(height, width * _ASPECT)
         left, top = (width - kept[0]) / 2, (height - kept[1]) / 2
         return left, top, left + kept[0], top + kept[1]
 
 
 _ASPECT = 4 / 3
-"""Widest shape of a crop of kind `area`; the tallest is its inverse."""
+"""Largest ratio of width to height of a crop of kind `area`; the smallest is its inverse."""
 _LOG_ASPECT = math.log(_ASPECT)
 
 
 def _at(
     kept_width: float, kept_height: float, width: int, height: int, numbers: random.Random
 ) -> tuple[float, float, float, float]:
-    """A box of that size at a random place within an image."""
+    """Return a box of that size at a random position within an image."""
     left, top = numbers.uniform(0, width - kept_width), numbers.uniform(0, height - kept_height)
     return left, top, min(left + kept_width, width), min(top + kept_height, height)
 
 
 class ViewsConfig(Config):
-    """Random views of an image: moved, zoomed, turned, stretched and mirrored a little."""
+    """Augmented views of an image: random shifts, zooms, rotations, stretches and mirroring."""
 
     count: NonNegativeInt = 0
-    """Views of each training image beside the image itself."""
+    """Number of views of each training image in addition to the image itself."""
     flip: bool = True
-    """Mirror half of the views."""
+    """Whether half of the views are mirrored."""
     zoom: Annotated[tuple[_Zoom, _Zoom], InOrder] = (0.8, 1.1)
-    """Smallest and largest size of the content, 1 being its own."""
+    """Smallest and largest scale of the content; 1 is its original size."""
     shift: Fraction = 0.1
-    """Most that the content moves to each side, as a part of the image's side."""
+    """Largest shift of the content in each direction, as a fraction of the image's side."""
     rotation: Annotated[float, Field(ge=0, le=180)] = 9.0
-    """Most that the content turns, degrees."""
+    """Largest rotation of the content in each direction, in degrees."""
     stretch: Fraction = 0.1
-    """Deviation of the logarithm of width over height."""
+    """Standard deviation of the logarithm of width over height."""
 
 
 def load_image(
     data: bytes, config: TransformConfig, limits: Limits | None = None, crop: RandomCrop | None = None
 ) -> Image.Image:
-    """Decode and shape one image.
+    """Decode one image and transform it to the square.
 
     Args:
         data: an encoded image in one of `IMAGE_FORMATS`.
         config: target size and resize mode.
-        limits: what it may cost; none but Pillow's own where they are not given.
-        crop: taken in place of the resize mode.
+        limits: limits on its size; by default only Pillow's own limit on pixels applies.
+        crop: a random crop, used instead of the resize mode.
 
     Returns:
-        RGB image of `image_size` x `image_size` pixels as a browser shows it: sRGB, upright, transparency flattened.
+        RGB image of `image_size` x `image_size` pixels, as a browser shows it: sRGB, upright, transparency flattened.
 
     Raises:
-        UnusableImage: the bytes are too many, no image in a format that is read, or damaged; an OSError.
+        UnusableImage: the data is too large, no image, in an unsupported format, or damaged; an OSError.
     """
     return shape_image(decode_image(data, limits, config.background).rgb, config, crop)
 
 
 def shape_image(image: Image.Image, config: TransformConfig, crop: RandomCrop | None = None) -> Image.Image:
-    """An RGB image of any size as the square."""
+    """Transform an RGB image of any size to the square."""
     size = (config.image_size, config.image_size)
     if crop is not None:
         return image.resize(size, Image.Resampling.BICUBIC, box=crop.box(*image.size, config.image_size))
@@ -155,23 +155,23 @@ def to_tensor(images: list[Image.Image]) -> Tensor:
 
 
 def random_view(image: Tensor, config: ViewsConfig, generator: torch.Generator) -> Tensor:
-    """One view of an image; what lies outside it repeats its border.
+    """Return an augmented view of an image; outside the image its border pixels are repeated.
 
     Args:
         image: float `[3, H, W]` in [-1, 1], on the CPU or a GPU.
-        config: limits of the view.
-        generator: on the CPU; decides the view.
+        config: the ranges of the view.
+        generator: random generator on the CPU, which determines the view.
 
     Returns:
         float `[3, H, W]` in [-1, 1].
     """
     mirror, zoom, angle, right, down = torch.rand(5, generator=generator).tolist()
     stretch = math.exp(config.stretch * float(torch.randn((), generator=generator)))
-    scale = 1 / (config.zoom[0] + zoom * (config.zoom[1] - config.zoom[0]))  # of the window that is looked through
+    scale = 1 / (config.zoom[0] + zoom * (config.zoom[1] - config.zoom[0]))  # of the sampling window
     sign = -1.0 if config.flip and mirror < 0.5 else 1.0
     radians = math.radians(config.rotation * (2 * angle - 1))
     cosine, sine = scale * math.cos(radians), scale * math.sin(radians)
-    # positions run from -1 to 1, so a shift by a part of the side counts twice
+    # positions run from -1 to 1, so a shift by a fraction of the side counts twice
     window = [
         [sign * cosine * stretch, -sine, 2 * config.shift * (2 * right - 1)],
         [sign * sine, cosine / stretch, 2 * config.shift * (2 * down - 1)],
@@ -181,15 +181,15 @@ def random_view(image: Tensor, config: ViewsConfig, generator: torch.Generator) 
 
 
 def normalise(pixels: Tensor) -> Tensor:
-    """uint8 0..255 `[B, 3, H, W]` to float32 in [-1, 1], the range of every model here."""
+    """Convert uint8 0..255 `[B, 3, H, W]` to float32 in [-1, 1], the input range of every model of this package."""
     return pixels.float() / 127.5 - 1.0
 
 
 def to_pixels(images: Tensor) -> Tensor:
-    """float `[B, 3, H, W]` in [-1, 1] to uint8 0..255, rounded and clamped."""
+    """Convert float `[B, 3, H, W]` in [-1, 1] to uint8 0..255, rounded and clamped."""
     return ((images.float() + 1.0) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
 def to_pil(pixels: Tensor) -> list[Image.Image]:
-    """uint8 `[B, 3, H, W]` to a list of B RGB images."""
+    """Convert uint8 `[B, 3, H, W]` to a list of B RGB images."""
     return [Image.fromarray(array) for array in pixels.permute(0, 2, 3, 1).cpu().numpy()]

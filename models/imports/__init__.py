@@ -1,1 +1,1 @@
-"""Weights that other projects have published, as ours."""
+"""Conversion of tokenizer weights that other projects have published into this project's state dicts."""

@@ -1,8 +1,8 @@
-"""DualToken's tokenizer under our names, from the layout of its released code (github.com/songweii/DualToken).
+"""Conversion of DualToken's tokenizer, from the layout of its released code (github.com/songweii/DualToken).
 
 A checkpoint of its training holds the state dict of one model under `state_dict`: the whole SigLIP with transformers'
-names, a projection before and behind each quantizer (`sem`, `pix`, and `shortcut` of the second pixel layer), the
-quantizers, and VQGAN's decoder with its block in front. Older files spell `semantic` and `pixel` out.
+names, a projection before and after each quantizer (`sem`, `pix`, and `shortcut` for the second pixel layer), the
+quantizers, and VQGAN's decoder with a block before it. Older files spell out `semantic` and `pixel`.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from torch import Tensor
 
 from models.imports.weights import (
     Release,
-    Source,
+    TensorRule,
     convert,
     decoder_names,
     leaves,
-    module_sources,
-    side_sources,
+    module_rules,
+    side_rules,
 )
 from models.teachers.teacher import Teacher, TransformersTeacher
 from models.tokenizers.image_tokenizer import TokenizerConfig
@@ -28,21 +28,21 @@ from models.tokenizers.residual import DualTokenTokenizer
 
 _RELEASE = Release("DualToken", "paper-dualtoken-384 or paper-dualtoken-256 with the SigLIP that it was trained from")
 _BOOKS = ("sem", "pix")
-"""Their names of our books, in our order."""
+"""DualToken's names of the codebooks, in the order of `DualTokenTokenizer.book_names`."""
 _MIDDLE = {"mid.0": "mid.block_1", "mid.1": "mid.attn_1", "mid.2": "mid.block_2"}
 _PROJECTION = {
     "norm1": "norm1", "qkv.weight": "attn.qkv.weight", "out": "attn.proj", "norm_skip": "norm3", "skip": "proj",
     "norm2": "norm2", "mlp_norm": "mlp.norm", "gate": "mlp.w0", "up": "mlp.w1", "down": "mlp.w2",
 }  # fmt: skip
-"""Our parts of an attention projection and theirs; the bias of keys is a buffer of zeros there."""
+"""The parts of `AttentionProjection` and their names in DualToken, where the bias of keys is a buffer of zeros."""
 
 
 def convert_dualtoken(state: dict[str, Tensor], config: TokenizerConfig, teacher: Teacher) -> dict[str, Tensor]:
-    """A state dict of `DualTokenTokenizer` from DualToken's.
+    """Convert DualToken's state dict into one of `DualTokenTokenizer`.
 
     Args:
-        state: of DualToken's model.
-        config: of the tokenizer that it is for.
+        state: the state dict of DualToken's model.
+        config: the config of the tokenizer that will load the result.
         teacher: the SigLIP that DualToken was trained from, for the names and shapes of the tower.
 
     Raises:
@@ -66,14 +66,14 @@ def convert_dualtoken(state: dict[str, Tensor], config: TokenizerConfig, teacher
     state = _plain(state, config.residual.shared)
     unused = {key for key in state if key.startswith("siglip_model.text_model.") or key.endswith(".position_ids")}
     unused |= {key for key in state if key.startswith("quantizer_") and not key.endswith(".weight")}
-    converted = convert(state, _sources(tokenizer, wanted), wanted, _RELEASE, unused)
+    converted = convert(state, _rules(tokenizer, wanted), wanted, _RELEASE, unused)
     if config.residual.update == "ema":
         converted |= _averages(state, converted, wanted)
     return converted
 
 
 def _plain(state: dict[str, Tensor], shared: bool) -> dict[str, Tensor]:
-    """The state with today's names, without the padding row of codebooks and their repetitions."""
+    """Return the state with today's names, without the padding rows of codebooks and without repeated codebooks."""
     plain: dict[str, Tensor] = {}
     for key, value in state.items():
         name = key.replace("semantic", "sem").replace("pixel", "pix")
@@ -91,7 +91,7 @@ def _plain(state: dict[str, Tensor], shared: bool) -> dict[str, Tensor]:
     return plain
 
 
-def _sources(tokenizer: DualTokenTokenizer, wanted: dict[str, Tensor]) -> Iterator[Source]:
+def _rules(tokenizer: DualTokenTokenizer, wanted: dict[str, Tensor]) -> Iterator[TensorRule]:
     for name in wanted:
         if name.startswith("tower.model."):
             yield name, [f"siglip_model.{name.removeprefix('tower.model.')}"]
@@ -107,17 +107,17 @@ def _sources(tokenizer: DualTokenTokenizer, wanted: dict[str, Tensor]) -> Iterat
     for number, book in enumerate(_BOOKS):
         for depth in range(len(tokenizer.book(number).books)):
             yield f"quantizers.{number}.books.{depth}.codebook", [f"quantizer_{book}.codebooks.{depth}.weight"]
-    yield from module_sources("to_decoder", "post_quant_conv", tokenizer.to_decoder)
+    yield from module_rules("to_decoder", "post_quant_conv", tokenizer.to_decoder)
     config = tokenizer.config.conv
     levels = len(config.channel_multipliers)
     names = decoder_names(levels, config.decoder_blocks, config.attention)
     layers = tokenizer.decoder.layers.named_children()
-    for ours, parts in side_sources("decoder.layers.", "decoder.", layers, names):
+    for ours, parts in side_rules("decoder.layers.", "decoder.", layers, names):
         yield ours, [_vqgan_name(part, levels) for part in parts]
     yield from leaves("decoder.to_rgb", "decoder.conv_out")
 
 
-def _projection(ours: str, theirs: str) -> Iterator[Source]:
+def _projection(ours: str, theirs: str) -> Iterator[TensorRule]:
     yield f"{ours}.qkv.bias", [f"{theirs}.attn.{part}" for part in ("q_bias", "zero_k_bias", "v_bias")]
     for own, other in _PROJECTION.items():
         if own.endswith(".weight"):
@@ -127,7 +127,7 @@ def _projection(ours: str, theirs: str) -> Iterator[Source]:
 
 
 def _vqgan_name(name: str, levels: int) -> str:
-    """VQGAN's name of a decoder's tensor from LlamaGen's: levels are counted from the highest resolution there."""
+    """Translate LlamaGen's name of a decoder tensor to VQGAN's, which counts levels from the highest resolution."""
     for other, own in _MIDDLE.items():
         name = name.replace(f"decoder.{other}.", f"decoder.{own}.")
     found = re.match(r"decoder\.conv_blocks\.(\d+)\.(.*)", name)
@@ -137,7 +137,7 @@ def _vqgan_name(name: str, levels: int) -> str:
 
 
 def _averages(state: dict[str, Tensor], converted: dict[str, Tensor], wanted: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The running statistics of codebooks that go on learning; made from the codes where the release has none."""
+    """Return the EMA statistics of the codebooks, for further training; made from the codes if the release has none."""
     found = {}
     for number, book in enumerate(_BOOKS):
         for name in [name for name in wanted if re.fullmatch(rf"quantizers\.{number}\.books\.\d+\.codebook", name)]:
@@ -146,7 +146,7 @@ def _averages(state: dict[str, Tensor], converted: dict[str, Tensor], wanted: di
             codebook = converted[name]
             counts = state.get(f"{theirs}cluster_size_ema", torch.ones(len(codebook))).float()
             found[f"{ours}ema_counts"] = counts.clone()
-            # so that sums over counts are the codes; the release smooths its counts in between
+            # sums divided by counts must give the codes; the release smooths its counts before that division
             found[f"{ours}ema_sums"] = codebook * counts[:, None]
             found[f"{ours}initialised"] = torch.ones((), dtype=torch.bool)
     return found

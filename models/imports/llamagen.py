@@ -1,4 +1,4 @@
-"""LlamaGen's tokenizers under our names: the layout of the checkpoints of its VQ-8 and VQ-16."""
+"""Conversion of LlamaGen's tokenizers: the layout of the checkpoints of its VQ-8 and VQ-16."""
 
 from __future__ import annotations
 
@@ -9,34 +9,34 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from models.imports.weights import Release, Source, convert, decoder_names, leaves, level_names, side_sources
+from models.imports.weights import Release, TensorRule, convert, decoder_names, leaves, level_names, side_rules
 from models.tokenizers.image_tokenizer import TokenizerConfig
 from models.tokenizers.kinds import VqganTokenizer
 
 _RELEASE = Release("LlamaGen", "paper-vqgan-256 for vq_ds16_c2i.pt")
 _BLOCK = re.compile(r"(.*?)(encoder|decoder)\.conv_blocks\.(\d+)\.res\.(\d+)\.conv2\.weight")
-"""A residual block: prefix, side, level, number."""
+"""The last weight of a residual block; groups: prefix of the name, encoder or decoder, level, number of the block."""
 _UNUSED = {"quantize.codebook_used"}
-"""Statistics of LlamaGen's training."""
+"""Statistics of LlamaGen's training, which are not converted."""
 
 
 def convert_llamagen(state: dict[str, Tensor], config: TokenizerConfig) -> dict[str, Tensor]:
-    """A state dict of `VqganTokenizer` from LlamaGen's.
+    """Convert LlamaGen's state dict into one of `VqganTokenizer`.
 
     Args:
-        state: of LlamaGen's tokenizer.
-        config: of the tokenizer that it is for.
+        state: the state dict of LlamaGen's tokenizer.
+        config: the config of the tokenizer that will load the result.
 
     Raises:
-        ValueError: the config is of another kind, or keys or shapes do not fit; the message names them and, where the
-            shapes tell, the settings that fit.
+        ValueError: the config is of another kind, or keys or shapes do not fit; the message names them and, if they
+            can be inferred from the shapes, the settings that fit.
     """
     if config.kind != "vqgan":
         raise ValueError(f"LlamaGen's checkpoints are of tokenizer.kind=vqgan, the recipe has {config.kind}")
     with torch.device("meta"):
         tokenizer = VqganTokenizer(config)
     remedy = _fitting_settings(state, config)
-    converted = convert(state, _sources(tokenizer), tokenizer.state_dict(), _RELEASE, _UNUSED, remedy)
+    converted = convert(state, _rules(tokenizer), tokenizer.state_dict(), _RELEASE, _UNUSED, remedy)
     if config.quantizer.update == "ema":
         codebook = converted["quantizer.codebook"]
         converted["quantizer.ema_counts"] = torch.ones(len(codebook))
@@ -46,7 +46,7 @@ def convert_llamagen(state: dict[str, Tensor], config: TokenizerConfig) -> dict[
 
 
 def _fitting_settings(state: dict[str, Tensor], config: TokenizerConfig) -> str:
-    """The overrides with which the recipe's tokenizer has the checkpoint's shapes; empty where they do not tell."""
+    """Return the overrides that give the recipe's tokenizer the checkpoint's shapes; '' if they cannot be inferred."""
     shapes = {name: tuple(value.shape) for name, value in state.items()}
     found = [match for match in map(_BLOCK.fullmatch, shapes) if match]
     prefix = found[0][1] if found else ""
@@ -74,15 +74,15 @@ def _fitting_settings(state: dict[str, Tensor], config: TokenizerConfig) -> str:
     return f"by its shapes it is the one of {settings}" if changes else ""
 
 
-def _sources(tokenizer: VqganTokenizer) -> Iterator[Source]:
+def _rules(tokenizer: VqganTokenizer) -> Iterator[TensorRule]:
     config = tokenizer.config.conv
     levels = len(config.channel_multipliers)
-    encoder = list(tokenizer.encoder.layers.named_children())[1:]  # the first only folds pixels
+    encoder = list(tokenizer.encoder.layers.named_children())[1:]  # the first, PixelUnshuffle, has no weights
     names = _encoder_names(levels, config.encoder_blocks, config.attention)
-    yield from side_sources("encoder.layers.", "encoder.", encoder, names)
+    yield from side_rules("encoder.layers.", "encoder.", encoder, names)
     decoder = tokenizer.decoder.layers.named_children()
     names = decoder_names(levels, config.decoder_blocks, config.attention)
-    yield from side_sources("decoder.layers.", "decoder.", decoder, names)
+    yield from side_rules("decoder.layers.", "decoder.", decoder, names)
     yield from leaves("decoder.to_rgb", "decoder.conv_out")
     yield from leaves("pre_quant", "quant_conv")
     yield from leaves("post_quant", "post_quant_conv")

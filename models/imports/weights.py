@@ -1,7 +1,7 @@
-"""Published weights under our names: what the layouts of all releases have in common.
+"""What the conversions of published weights have in common.
 
-A layout is told as sources: for each of our tensors the checkpoint's tensors that it is made of, one after another on
-the first axis.
+The layout of a checkpoint is described by rules: for each tensor of our state dict, a rule names the checkpoint's
+tensors that are concatenated along the first axis to make it.
 """
 
 from __future__ import annotations
@@ -15,52 +15,53 @@ from torch import Tensor, nn
 from models.published import listed, refuse_not_finite
 from models.tokenizers.convolutional import Downsample, ResidualBlock, SpatialAttention, Upsample
 
-Source = tuple[str, list[str]]
-"""One of our names and the checkpoint's."""
+TensorRule = tuple[str, list[str]]
+"""The name of a tensor in our state dict, and the names of the checkpoint's tensors that it is made of."""
 _RESIDUAL = {"norm1": "norm1", "conv1": "conv1", "norm2": "norm2", "conv2": "conv2", "skip": "nin_shortcut"}
 _PREFERRED = (
     "ema", "model_ema", "ema_model", "ema_state_dict", "state_dict_ema", "state_dict", "model_state_dict", "model",
     "module",
 )  # fmt: skip
-"""Where trainings keep their weights, the averaged ones first."""
+"""Keys under which training code saves weights, the averaged ones first."""
 _COMPILED, _PARALLEL = "_orig_mod", "module"
-"""Parts of a name that torch.compile and DistributedDataParallel add; AveragedModel's is that of the latter."""
+"""Parts of a name that torch.compile and DistributedDataParallel add; AveragedModel adds the same as the latter."""
 _COUNT = "n_averaged"
-"""What AveragedModel counts beside the weights."""
+"""Buffer of AveragedModel that is not a weight: the number of updates."""
 
 
 class Release(NamedTuple):
-    """What errors say about a published checkpoint."""
+    """A published checkpoint, as error messages describe it."""
 
     name: str
+    """Name of the project that published it."""
     recipe: str
     """Which recipe fits which file."""
 
 
 class Weights(NamedTuple):
-    """The weights of a checkpoint, without what its training kept beside them."""
+    """The weights of a checkpoint, without the optimiser state and whatever else its training saved."""
 
     tensors: dict[str, Tensor]
-    """By name, without the prefixes of wrappers."""
+    """Tensors by name, without the prefixes that wrappers add."""
     taken: str
-    """The key that they stood under; empty where the checkpoint is nothing but them."""
+    """Key of the checkpoint that held them; empty if the checkpoint itself is the state dict."""
     others: tuple[str, ...]
-    """Other keys with weights, which were left alone."""
+    """Other keys of the checkpoint that hold weights, which were not taken."""
 
 
 def weights_of(checkpoint: Any, which: str | None = None) -> Weights:
-    """The weights in what `torch.load` gave.
+    """Return the weights of a checkpoint that `torch.load` has read.
 
-    A checkpoint of a training holds them under a key: averaged ones (`ema`) are taken before the last ones (`model`,
-    `state_dict`), as the loaders of such projects do.
+    A training checkpoint holds them under a key. Averaged weights (`ema`) take precedence over the last ones (`model`,
+    `state_dict`), as in the loaders of such projects.
 
     Args:
-        checkpoint: a dict of tensors, or a dict with such dicts in it.
-        which: the key to take in place of that choice.
+        checkpoint: a dict of tensors, or a dict that contains such dicts.
+        which: the key to take instead of that choice.
 
     Raises:
         ValueError: it holds no weights, or none under this key, or several networks of which none is preferred, or
-            values that are no finite numbers.
+            values that are not finite.
     """
     if not isinstance(checkpoint, Mapping):
         raise ValueError(f"holds a {type(checkpoint).__name__}, no state dict; give a dict of tensors")
@@ -91,7 +92,7 @@ def _has_tensors(value: Any) -> bool:
 
 
 def _unwrapped(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Without what DistributedDataParallel, torch.compile and AveragedModel put before or into the names."""
+    """Remove what DistributedDataParallel, torch.compile and AveragedModel add to the names."""
     plain: dict[str, Tensor] = {}
     for name, value in state.items():
         parts = [part for part in name.split(".") if part != _COMPILED]
@@ -106,27 +107,27 @@ def _unwrapped(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def convert(
     state: Mapping[str, Tensor],
-    sources: Iterable[Source],
+    rules: Iterable[TensorRule],
     wanted: Mapping[str, Tensor],
     release: Release,
     unused: Collection[str] = (),
     remedy: str = "",
 ) -> dict[str, Tensor]:
-    """Our tensors from a checkpoint's.
+    """Convert a checkpoint's tensors into our state dict.
 
     Args:
-        state: of the checkpoint, as `weights_of` gives it. Where the network is a part of the model that was saved, as
+        state: the checkpoint's tensors, as `weights_of` returns them. If the network is a part of the saved model, as
             in a LightningModule, its names have a prefix and the other parts are ignored.
-        sources: its layout.
-        wanted: our state dict, for shapes.
-        release: for messages.
-        unused: keys that may be there and are not needed.
-        remedy: what to do where it does not fit, if more is known than that.
+        rules: the layout of the checkpoint.
+        wanted: our state dict, for the shapes.
+        release: describes the checkpoint in messages.
+        unused: keys that the checkpoint may hold and that are not converted.
+        remedy: what to do if the checkpoint does not fit, if the caller knows more than this function.
 
     Raises:
         ValueError: keys or shapes do not fit; the message names them.
     """
-    layout = dict(sources)
+    layout = dict(rules)
     named = {name for names in layout.values() for name in names}
     state = _part(state, named)
     _refuse("lacks the keys", named - state.keys(), release, remedy)
@@ -136,7 +137,7 @@ def convert(
         shape = wanted[name].shape
         try:
             value = torch.cat([state[key] for key in theirs]) if len(theirs) > 1 else state[theirs[0]]
-        except RuntimeError:  # parts that do not even go together
+        except RuntimeError:  # the parts cannot be concatenated; the message names the first one
             value = state[theirs[0]]
         if value.numel() != shape.numel():
             remedy = remedy or "compare tokenizer.conv, its quantizer and its teacher with the checkpoint"
@@ -149,7 +150,7 @@ def convert(
 
 
 def _part(state: Mapping[str, Tensor], named: Collection[str]) -> Mapping[str, Tensor]:
-    """The state of the one part of a larger model that has all these names, without its prefix."""
+    """Return the state of the only part of a larger model that has all these names, without the part's prefix."""
     some = min(named)
     if some in state:
         return state
@@ -170,7 +171,7 @@ def _refuse(what: str, keys: set[str], release: Release, remedy: str) -> None:
 
 
 def decoder_names(levels: int, blocks: int, attention: bool) -> Iterator[str | None]:
-    """LlamaGen's names of the layers of `ConvDecoder`, in order; None has no weights."""
+    """Yield LlamaGen's names for the layers of `ConvDecoder`, in order; None stands for a layer without weights."""
     yield from ("conv_in", "mid")
     for level in range(levels):
         yield from level_names(level, blocks, attention and level == 0)
@@ -180,27 +181,27 @@ def decoder_names(levels: int, blocks: int, attention: bool) -> Iterator[str | N
 
 
 def level_names(level: int, blocks: int, attention: bool) -> Iterator[str]:
-    """LlamaGen's names of the blocks of one resolution."""
+    """Yield LlamaGen's names for the blocks of one resolution."""
     for block in range(blocks):
         yield f"conv_blocks.{level}.res.{block}"
         if attention:
             yield f"conv_blocks.{level}.attn.{block}"
 
 
-def side_sources(
+def side_rules(
     ours: str, theirs: str, modules: Iterable[tuple[str, nn.Module]], names: Iterable[str | None]
-) -> Iterator[Source]:
-    """Sources of a chain of layers; both prefixes end with a dot."""
+) -> Iterator[TensorRule]:
+    """Yield the rules of a sequence of layers; both prefixes end with a dot."""
     for (number, module), name in zip(modules, names, strict=True):
         if name is not None:
-            yield from module_sources(f"{ours}{number}", f"{theirs}{name}", module)
+            yield from module_rules(f"{ours}{number}", f"{theirs}{name}", module)
 
 
-def module_sources(ours: str, theirs: str, module: nn.Module) -> Iterator[Source]:
-    """Sources of one layer of the convolutional encoder or decoder."""
+def module_rules(ours: str, theirs: str, module: nn.Module) -> Iterator[TensorRule]:
+    """Yield the rules of one layer of the convolutional encoder or decoder."""
     if isinstance(module, nn.Sequential):
         for number, child in module.named_children():
-            yield from module_sources(f"{ours}.{number}", f"{theirs}.{number}", child)
+            yield from module_rules(f"{ours}.{number}", f"{theirs}.{number}", child)
     elif isinstance(module, ResidualBlock):
         for own, other in _RESIDUAL.items():
             if not isinstance(getattr(module, own), nn.Identity):
@@ -216,7 +217,7 @@ def module_sources(ours: str, theirs: str, module: nn.Module) -> Iterator[Source
         yield from leaves(ours, theirs)
 
 
-def leaves(ours: str, theirs: str) -> Iterator[Source]:
-    """Weight and bias."""
+def leaves(ours: str, theirs: str) -> Iterator[TensorRule]:
+    """Yield the rules of a layer's weight and bias."""
     for leaf in ("weight", "bias"):
         yield f"{ours}.{leaf}", [f"{theirs}.{leaf}"]

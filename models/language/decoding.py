@@ -1,4 +1,4 @@
-"""Drawing images and answering questions with a unified model, token by token with a KV cache.
+"""Generating images and answering questions with a unified model, token by token with a KV cache.
 
 Shape legend: B batch, T tokens, V visual positions, N books, D depth, h w code grid.
 """
@@ -25,15 +25,15 @@ def draw_codes(
     *,
     on_position: Callable[[], object] = lambda: None,
 ) -> Tensor:
-    """Draw one image a prompt, position by position; while an image is drawn only the logits of codes are computed.
+    """Sample the codes of one image per prompt, position by position, computing only the logits of codes.
 
     Args:
-        vlm: in eval mode.
-        prompts: token ids of each prompt, up to and with `soi`.
-        unconditional: token ids of the prompt without text, up to and with `soi`.
+        vlm: the model, in eval mode.
+        prompts: token ids of each prompt, up to and including `soi`.
+        unconditional: token ids of the prompt without text, up to and including `soi`.
         config: sampling settings.
-        generator: source of randomness, on the CPU.
-        on_position: called after each position, of which there are `vlm.vocabulary.num_positions`.
+        generator: random generator on the CPU.
+        on_position: called after each of the `vlm.vocabulary.num_positions` positions.
 
     Returns:
         `[B, N, D, h, w]` int64 codes.
@@ -63,22 +63,22 @@ def draw_codes(
 def answer_tokens(
     vlm: UnifiedVlm, prompt: list[int], codes: Tensor | None, *, max_tokens: int, control_ids: Collection[int] = ()
 ) -> list[int]:
-    """The likeliest next token again and again, up to the end of the sequence; text only, never codes or markers.
+    """Decode an answer greedily up to the end of the sequence; it is text only, never codes or markers.
 
     Args:
-        vlm: in eval mode.
-        prompt: token ids up to and with `assistant`.
-        codes: `[V, N, D]` of its visual positions, where they have several codes.
-        max_tokens: longest answer.
-        control_ids: what a published tokenizer has beside our markers that is no text (`PlainText.control_ids`).
+        vlm: the model, in eval mode.
+        prompt: token ids up to and including `assistant`.
+        codes: `[V, N, D]` codes of the prompt's visual positions, if a position has several codes.
+        max_tokens: largest number of tokens of the answer.
+        control_ids: control tokens that a published tokenizer has besides our markers (`PlainText.control_ids`).
 
     Returns:
-        Token ids without the end.
+        Token ids, without the end-of-sequence token.
     """
     vocabulary = vlm.vocabulary
     forbidden = {vocabulary.pad, vocabulary.user, vocabulary.assistant, vocabulary.soi, vocabulary.eoi}
     forbidden |= {index for index in control_ids if index < vocabulary.first_code}
-    forbidden.discard(vocabulary.eos)  # some published LMs pad with the end of the sequence
+    forbidden.discard(vocabulary.eos)  # some published LMs pad with the end-of-sequence token
     shown = codes if codes is None else codes.to(vlm.device)
     inputs = vlm.embed(torch.tensor([prompt], device=vlm.device), shown)
     cache, answer = None, list[int]()
@@ -97,7 +97,7 @@ def answer_tokens(
 
 
 def _left_padded(rows: list[list[int]], pad: int) -> tuple[Tensor, Tensor]:
-    """Token ids `[B, T]` padded on the left, so that all rows end together, and their mask."""
+    """Pad token ids on the left to `[B, T]`, so that all rows end together; return them and their attention mask."""
     longest = max(len(row) for row in rows)
     token_ids = torch.tensor([[pad] * (longest - len(row)) + row for row in rows])
     mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])

@@ -1,4 +1,4 @@
-"""How a code is drawn from logits: guidance, temperature, top-k, top-p. Shape legend: B batch, K codebook size."""
+"""Sampling of codes from logits: guidance, temperature, top-k, top-p. Shape legend: B batch, K codebook size."""
 
 from __future__ import annotations
 
@@ -12,16 +12,17 @@ from models.config import Config, Fraction
 
 
 class SamplingConfig(Config):
-    """How codes are drawn."""
+    """How codes are sampled from the language model's logits."""
 
     guidance: Annotated[float, Field(ge=0, le=1000)] = 3.0
-    """Scale s of `u + s (c - u)` (LlamaGen's convention); 1 is no guidance. Show-o's `(1 + w) c - w u` is s = 1 + w."""
+    """Scale s of classifier-free guidance, `u + s (c - u)` (LlamaGen's convention); 1 is no guidance. Show-o's
+    `(1 + w) c - w u` is s = 1 + w."""
     temperature: Annotated[float, Field(ge=0, le=100)] = 1.0
-    """Divides the logits; 0 always takes the likeliest code."""
+    """Divisor of the logits; 0 always takes the likeliest code."""
     top_k: NonNegativeInt = 0
-    """Only the likeliest codes are drawn from; 0 means all."""
+    """Number of likeliest codes that are sampled from; 0 means all."""
     top_p: Fraction = 1.0
-    """Only the smallest set of codes with at least this probability is drawn from."""
+    """Nucleus sampling: only the smallest set of codes with at least this total probability is sampled from."""
 
     @field_validator("temperature")
     @classmethod
@@ -32,7 +33,7 @@ class SamplingConfig(Config):
 
 
 def guided(logits: Tensor, config: SamplingConfig) -> Tensor:
-    """Logits `[B, K]` after guidance; with it they come as `[2B, K]`, the unconditional after the conditional ones."""
+    """Apply guidance to logits `[2B, K]`, conditional ones before unconditional ones; without guidance to `[B, K]`."""
     if config.guidance == 1.0:
         return logits
     conditional, without = logits.chunk(2)
@@ -40,7 +41,7 @@ def guided(logits: Tensor, config: SamplingConfig) -> Tensor:
 
 
 def pick(logits: Tensor, config: SamplingConfig, generator: torch.Generator) -> Tensor:
-    """Draw an index from each row of `[B, K]` logits; `[B]` int64."""
+    """Sample an index from each row of `[B, K]` logits; returns `[B]` int64."""
     if config.temperature == 0:
         return logits.argmax(1)
     logits = logits / config.temperature
@@ -51,7 +52,7 @@ def pick(logits: Tensor, config: SamplingConfig, generator: torch.Generator) -> 
     if config.top_p < 1:
         ordered, order = probabilities.sort(1, descending=True)
         outside = ordered.cumsum(1) - ordered >= config.top_p  # the code that crosses the limit stays in
-        outside[:, 0] = False  # and the likeliest, even with top_p=0
+        outside[:, 0] = False  # so does the likeliest, even with top_p=0
         probabilities = torch.zeros_like(probabilities).scatter(1, order, ordered.masked_fill(outside, 0.0))
-    # drawn on the CPU: a seed then means the same draw on every device
+    # sampled on the CPU, so that a seed gives the same sample on every device
     return torch.multinomial(probabilities.cpu(), 1, generator=generator)[:, 0].to(logits.device)

@@ -1,4 +1,4 @@
-"""Several codes a position in a language model: projected code vectors in, one depth transformer a book out.
+"""Several codes per position in a language model: projected code vectors in, one depth transformer per book out.
 
 Source: DualToken (arXiv 2503.14324), section 3.3; the depth transformer is RQ-VAE's (arXiv 2203.01941, section 3.2).
 Shape legend: V visual positions, N books, D depth, K codebook size, C channels of a code, H channels of the language
@@ -18,20 +18,21 @@ from models.tokenizers.transformer import TransformerBlock
 
 
 class VisualCodesConfig(Config):
-    """The depth transformers; only tokenizers with several codes a position (`dualtoken`, `vila_u`) have them."""
+    """The depth transformers, which only tokenizers with several codes per position (`dualtoken`, `vila_u`) have."""
 
     width: PositiveInt = 1024
-    """Channels."""
+    """Channels of the hidden states."""
     layers: PositiveInt = 3
-    """Blocks (DualToken: 3)."""
+    """Number of blocks (DualToken: 3)."""
     heads: PositiveInt = 16
-    """Attention heads."""
+    """Number of attention heads."""
 
 
 class DepthHead(nn.Module):
-    """Predicts the D codes of a position one after another from the language model's state at the position before.
+    """Depth transformer: predicts the D codes of a position one by one from the language model's last hidden state.
 
-    The first input is that state; the input of depth d is the sum of the vectors of the codes before d.
+    The first input is the hidden state at the position before; the input of depth d is the sum of the vectors of the
+    codes before d.
     """
 
     codebook: Tensor
@@ -42,7 +43,7 @@ class DepthHead(nn.Module):
         Args:
             config: size of the transformer.
             hidden_size: H.
-            codebook: `[1, K, C]` where all depths share it, else `[D, K, C]`; it stays as it is.
+            codebook: `[1, K, C]` if all depths share it, else `[D, K, C]`; it is not trained.
             depth: D.
         """
         super().__init__()
@@ -59,19 +60,19 @@ class DepthHead(nn.Module):
         self.classify = nn.Linear(config.width, size)
 
     def vectors(self, codes: Tensor) -> Tensor:
-        """Codes `[V, d]` of the first d depths to their vectors `[V, d, C]`."""
+        """Look up codes `[V, d]` of the first d depths; returns their vectors `[V, d, C]`."""
         books = [self.codebook[0 if len(self.codebook) == 1 else depth] for depth in range(codes.shape[1])]
         return torch.stack([book[codes[:, depth]] for depth, book in enumerate(books)], dim=1)
 
     def forward(self, hidden: Tensor, codes: Tensor) -> Tensor:
-        """Logits of the next depth after each of those given.
+        """Compute the logits of each depth from the hidden state and the codes of the depths before it.
 
         Args:
-            hidden: `[V, H]`.
-            codes: `[V, d]` with d < D, the codes of the first depths.
+            hidden: `[V, H]` hidden states.
+            codes: `[V, d]` codes of the first d < D depths.
 
         Returns:
-            `[V, d + 1, K]`.
+            `[V, d + 1, K]` logits of depths 0..d.
         """
         tokens = [self.from_hidden(hidden)[:, None]]
         if codes.shape[1]:
@@ -80,17 +81,17 @@ class DepthHead(nn.Module):
         return self.classify(self.norm(self.blocks(stacked)))
 
     def losses(self, hidden: Tensor, codes: Tensor) -> Tensor:
-        """Negative log-likelihood of all D codes `[V, D]` together, given `[V, H]`; `[V]` nats."""
+        """Return the negative log-likelihood of all D codes `[V, D]` together, given states `[V, H]`; `[V]` nats."""
         logits = self(hidden, codes[:, :-1]).float()
         return F.cross_entropy(logits.flatten(0, 1), codes.flatten(), reduction="none").view(codes.shape).sum(1)
 
     def draw(self, hidden: Tensor, config: SamplingConfig, generator: torch.Generator) -> Tensor:
-        """Draw the codes of each position, depth by depth.
+        """Sample the codes of each position, depth by depth.
 
         Args:
-            hidden: `[V, H]`; with guidance `[2V, H]`, the unconditional states after the conditional ones.
+            hidden: `[V, H]` hidden states; with guidance `[2V, H]`, the conditional ones before the unconditional ones.
             config: sampling settings.
-            generator: source of randomness, on the CPU.
+            generator: random generator on the CPU.
 
         Returns:
             `[V, D]` int64.
@@ -104,14 +105,14 @@ class DepthHead(nn.Module):
 
 
 class VisualCodes(nn.Module):
-    """Both ends of a language model at positions that carry `N x D` codes."""
+    """Input projections and output heads of a language model at positions that carry `N x D` codes."""
 
     def __init__(self, config: VisualCodesConfig, hidden_size: int, codebooks: list[Tensor], depth: int) -> None:
         """
         Args:
             config: size of the depth transformers.
             hidden_size: H.
-            codebooks: of each book, as `ImageTokenizer.codebooks`.
+            codebooks: the codebook of each book, as in `ImageTokenizer.codebooks`.
             depth: D.
         """
         super().__init__()
@@ -125,24 +126,24 @@ class VisualCodes(nn.Module):
         self.heads = nn.ModuleList(DepthHead(config, hidden_size, book, depth) for book in codebooks)
 
     def head(self, book: int) -> DepthHead:
-        """The depth transformer of a book."""
+        """Return the depth transformer of a book."""
         head = self.heads[book]
         assert isinstance(head, DepthHead)
         return head
 
     def embed(self, codes: Tensor) -> Tensor:
-        """Codes `[V, N, D]` -> inputs of the language model `[V, H]`: the books side by side on the channel axis."""
+        """Embed codes `[V, N, D]` as inputs of the language model `[V, H]`, one share of the channels for each book."""
         return torch.cat(
             [project(self.head(book).vectors(codes[:, book]).sum(1)) for book, project in enumerate(self.inputs)],
             dim=-1,
         )
 
     def losses(self, hidden: Tensor, codes: Tensor) -> Tensor:
-        """Negative log-likelihood of the codes `[V, N, D]`, summed over books and depths; `[V]` nats."""
+        """Return the negative log-likelihood of the codes `[V, N, D]`, summed over books and depths; `[V]` nats."""
         books = range(len(self.heads))
         return torch.stack([self.head(book).losses(hidden, codes[:, book]) for book in books]).sum(0)
 
     def draw(self, hidden: Tensor, config: SamplingConfig, generator: torch.Generator) -> Tensor:
-        """Draw the codes of each position; arguments as `DepthHead.draw`. `[V, N, D]` int64."""
+        """Sample the codes of each position, `[V, N, D]` int64; arguments as for `DepthHead.draw`."""
         books = range(len(self.heads))
         return torch.stack([self.head(book).draw(hidden, config, generator) for book in books], dim=1)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 IGNORED = -100
-"""Label of a position that has no loss."""
+"""Label of a position that does not enter the loss."""
 LossAverage = Literal["token", "sequence"]
 
 
@@ -30,33 +30,33 @@ class LlmConfig(Config):
     """The base language model: any causal LM of transformers, or a small Qwen2 with random weights."""
 
     base: Annotated[str, CountsByContent()] = "small"
-    """`small`, or the hub id or folder of a causal LM (Qwen/Qwen2.5-7B, 01-ai/Yi-1.5-9B, ...); only `small` reads the
-    fields below."""
+    """`small`, or the hub id or folder of a causal LM (Qwen/Qwen2.5-7B, 01-ai/Yi-1.5-9B, ...). The sizes and the
+    dropout below apply to `small` only."""
     hidden_size: PositiveInt = 256
-    """Channels."""
+    """Channels of the hidden states."""
     num_layers: PositiveInt = 4
-    """Decoder layers."""
+    """Number of decoder layers."""
     num_heads: PositiveInt = 4
-    """Attention heads."""
+    """Number of attention heads."""
     intermediate_size: PositiveInt = 768
-    """Channels of the gated MLP."""
+    """Hidden channels of the gated MLP."""
     dropout: Fraction = 0.0
     """Dropout of attention weights."""
     bpe_vocab_size: PositiveInt = 2048
-    """Most tokens of the BPE that is trained on the texts of the code table."""
+    """Largest vocabulary of the BPE that is trained on the texts of the code table."""
     max_positions: PositiveInt = 1024
-    """Longest sequence, tokens."""
+    """Length of the longest sequence, in tokens."""
     visual_init: Literal["codebook", "random"] = "codebook"
-    """Where the rows of visual codes start: `codebook` maps each code's vector through one random matrix, so that
-    codes that look alike begin alike; `random` starts each row on its own, as do codes of another project, whose
-    vectors are not known. Rows that `base` has learned already, as a model of this project has, stay as they are. It
-    changes a beginning, not the model."""
+    """Initial embedding and head rows of visual codes: `codebook` maps each code's vector through one random matrix, so
+    that similar codes start with similar rows; `random` initialises each row independently, as is always done for codes
+    of another project, whose vectors are unknown. Rows that `base` has learned already (a model of this project) are
+    kept. This sets the initial weights only, not the architecture."""
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
-    """Attention implementation of transformers."""
+    """Attention implementation that transformers uses."""
 
 
 def build_small_llm(config: LlmConfig, vocabulary: Vocabulary) -> PreTrainedModel:
-    """A Qwen2-architecture causal LM with random weights over the extended vocabulary."""
+    """Build a causal LM of the Qwen2 architecture with random weights over the extended vocabulary."""
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     return Qwen2ForCausalLM(
@@ -79,7 +79,7 @@ def build_small_llm(config: LlmConfig, vocabulary: Vocabulary) -> PreTrainedMode
 
 
 def load_base_llm(config: LlmConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
-    """A published causal LM and its tokenizer, by hub id or folder, in float32."""
+    """Load a published causal LM in float32, and its tokenizer, by hub id or folder."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     with reading_published("pretrain.llm.base", config.base):
@@ -92,9 +92,9 @@ def load_base_llm(config: LlmConfig) -> tuple[PreTrainedModel, PreTrainedTokeniz
 
 
 def extend_llm(model: PreTrainedModel, vocabulary: Vocabulary) -> None:
-    """Grow embedding and head of a published LM to the extended vocabulary; new rows start at the mean of the old.
+    """Resize embedding and head of a published LM to the extended vocabulary; new rows are set to the mean of the old.
 
-    Those of markers stay there; `start_visual_rows` is for those of codes.
+    The rows of markers stay there; `start_visual_rows` initialises those of codes.
     """
     if model.get_input_embeddings().weight.shape[0] < vocabulary.size:
         model.resize_token_embeddings(vocabulary.size, mean_resizing=True)
@@ -104,19 +104,19 @@ def extend_llm(model: PreTrainedModel, vocabulary: Vocabulary) -> None:
 def start_visual_rows(
     model: PreTrainedModel, vocabulary: Vocabulary, codebook: Tensor | None, known_codes: int = 0
 ) -> None:
-    """Set the visual rows of embedding and head to a random linear image of the codebook, or each row on its own.
+    """Initialise the visual rows of embedding and head with a random linear map of the codebook, or independently.
 
-    They get the spread of the rows of text, so the rest of the model sees what it would see otherwise.
+    They get the standard deviation of the rows of text, so that the rest of the model sees inputs of the usual scale.
 
     Args:
         model: over the extended vocabulary, changed in place.
-        vocabulary: ids.
-        codebook: `[K, C]` vectors of the codes; None starts each row at random.
-        known_codes: the first codes whose rows the model has learned already; they stay as they are.
+        vocabulary: the vocabulary of the model.
+        codebook: `[K, C]` vectors of the codes; None initialises each row independently.
+        known_codes: number of first codes whose rows the model has learned already; they stay as they are.
     """
     for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
         if layer is model.get_output_embeddings() and layer.weight is model.get_input_embeddings().weight:
-            continue  # tied: one table
+            continue  # tied weights: one table
         rows = layer.weight[vocabulary.first_code : vocabulary.first_code + vocabulary.num_code_tokens]
         if codebook is None:
             start = torch.randn(rows.shape)
@@ -128,30 +128,30 @@ def start_visual_rows(
 
 
 class ImageCodes(NamedTuple):
-    """Codes of the visual positions of a batch, in the order in which its rows hold them."""
+    """Codes at the visual positions of a batch, in the order of its rows and positions."""
 
     shown: Tensor
-    """`[V, N, D]` int64: what the model reads."""
+    """`[V, N, D]` int64 codes that the model reads."""
     wanted: Tensor
-    """`[V, N, D]` int64: what a loss at these positions asks for."""
+    """`[V, N, D]` int64 codes that are the targets of the loss at these positions."""
 
 
 class UnifiedVlm(nn.Module):
     """A causal language model that reads and writes text and images.
 
-    With one code a position it is the language model itself, unchanged but for its longer vocabulary. With several, the
-    visual positions have their own input and output (`VisualCodes`).
+    With one code per position it is the language model itself with a longer vocabulary. With several, the visual
+    positions have their own input projections and output heads (`VisualCodes`).
     """
 
     def __init__(self, llm: PreTrainedModel, vocabulary: Vocabulary, visual: VisualCodes | None = None) -> None:
         """
         Args:
             llm: any causal LM of transformers over the vocabulary.
-            vocabulary: ids.
-            visual: needed where the vocabulary has several codes a position.
+            vocabulary: the ids of markers and codes.
+            visual: projections and heads, needed if the vocabulary has several codes per position.
 
         Raises:
-            ValueError: `visual` is missing, or given where each code has its own token.
+            ValueError: `visual` is missing, or is given although each code has its own token.
         """
         super().__init__()
         if vocabulary.one_code != (visual is None):
@@ -163,35 +163,35 @@ class UnifiedVlm(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """The device of the weights."""
         return next(self.parameters()).device
 
     def embed(self, token_ids: Tensor, codes: Tensor | None = None) -> Tensor:
-        """Token ids `[B, T]`, and `[V, N, D]` codes of their visual positions, to inputs `[B, T, H]`.
+        """Embed token ids `[B, T]`, and codes `[V, N, D]` of their visual positions, as inputs `[B, T, H]`.
 
-        Codes are needed where a position has several of them, and ignored otherwise.
+        Codes are needed if a position has several of them, and ignored otherwise.
         """
         inputs: Tensor = self.llm.get_input_embeddings()(token_ids)
         if self.visual is None or codes is None:
             return inputs
-        # autocast ends in half precision, which the sum over all layers that begins here must not be
+        # autocast returns half precision, but the residual stream that starts here has to keep the model's precision
         visual = self.visual.embed(codes).to(inputs.dtype)
         return inputs.masked_scatter(self._is_visual(token_ids)[..., None], visual)
 
     def embed_codes(self, codes: Tensor) -> Tensor:
-        """Codes `[V, N, D]` to inputs `[V, H]`."""
+        """Embed codes `[V, N, D]` as inputs `[V, H]`."""
         if self.visual is not None:
             return self.visual.embed(codes).to(self.llm.get_input_embeddings().weight.dtype)
         inputs: Tensor = self.llm.get_input_embeddings()(self.vocabulary.code_ids(codes[:, 0, 0]))
         return inputs
 
     def draw(self, hidden: Tensor, config: SamplingConfig, generator: torch.Generator) -> Tensor:
-        """Draw the codes of the next visual position.
+        """Sample the codes of the next visual position.
 
         Args:
-            hidden: `[B, H]`; with guidance `[2B, H]`, the unconditional states after the conditional ones.
+            hidden: `[B, H]` hidden states; with guidance `[2B, H]`, the conditional ones before the unconditional ones.
             config: sampling settings.
-            generator: source of randomness, on the CPU.
+            generator: random generator on the CPU.
 
         Returns:
             `[B, N, D]` int64.
@@ -206,16 +206,17 @@ class UnifiedVlm(nn.Module):
     def losses(
         self, token_ids: Tensor, labels: Tensor, attention_mask: Tensor, codes: ImageCodes | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Cross-entropy of each labelled position, `[L]` nats, and the sequence that each belongs to, `[L]`.
+        """Compute the cross-entropy of each labelled position, `[L]` nats, and the row it belongs to, `[L]`.
 
-        Only those positions meet a head: the vocabulary is long, and most of an understanding sequence has no loss. A
-        visual position with several codes counts as one, with the sum of their losses.
+        Only labelled positions pass through a head, since the vocabulary is large and most positions of an
+        understanding sequence have no loss. A visual position with several codes counts as one, with the sum of their
+        losses.
 
         Args:
             token_ids: `[B, T]` int64.
-            labels: `[B, T]`, `IGNORED` where there is no loss; not shifted.
+            labels: `[B, T]`, `IGNORED` at positions without a loss; not shifted.
             attention_mask: `[B, T]`, 0 at padding.
-            codes: of the visual positions, where they have several codes.
+            codes: codes at the visual positions, if a position has several codes.
         """
         inputs = self.embed(token_ids, codes.shown if codes is not None else None)
         hidden = self.llm.base_model(
@@ -247,15 +248,15 @@ def next_token_loss(
     *,
     average: LossAverage = "token",
 ) -> Tensor:
-    """Mean cross-entropy of the next token over the positions that have a label.
+    """Return the mean cross-entropy of the next token over the positions that have a label.
 
     Args:
         vlm: the model.
         token_ids: `[B, T]` int64.
-        labels: `[B, T]`, `IGNORED` where there is no loss; not shifted. Each row has a label.
+        labels: `[B, T]`, `IGNORED` at positions without a loss; not shifted. Each row needs at least one label.
         attention_mask: `[B, T]`, 0 at padding.
-        codes: of the visual positions, where they have several codes.
-        average: over the `token`s of the batch, or over its sequences, each the mean over its own tokens.
+        codes: codes at the visual positions, if a position has several codes.
+        average: `token` averages over the labelled tokens of the batch; `sequence` averages the means of its sequences.
 
     Returns:
         Scalar, nats.
@@ -268,10 +269,10 @@ def next_token_loss(
 def mean_log_likelihood(
     vlm: UnifiedVlm, token_ids: Tensor, labels: Tensor, attention_mask: Tensor, codes: ImageCodes | None = None
 ) -> Tensor:
-    """Mean log-likelihood, in nats a token, of the labelled part of each sequence; arguments as `next_token_loss`.
+    """Return the mean log-likelihood of the labelled part of each sequence; arguments as for `next_token_loss`.
 
     Returns:
-        `[B]` float32.
+        `[B]` float32, nats per token.
     """
     losses, rows = vlm.losses(token_ids, labels, attention_mask, codes)
     return -_row_means(losses, rows, len(token_ids))

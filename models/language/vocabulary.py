@@ -1,7 +1,7 @@
-"""One vocabulary for text and images: text tokens, turn and image markers, then one token a visual code.
+"""One vocabulary for text and images: text tokens, turn and image markers, then one token per visual code.
 
-Where an image has several codes a position, no vocabulary can hold their combinations: there one token stands for every
-visual position, and the codes travel beside the token ids.
+If an image has several codes per position, no vocabulary can hold their combinations. Then one token stands for every
+visual position, and the codes are passed alongside the token ids.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ PAD, EOS = "<|pad|>", "<|eos|>"
 USER, ASSISTANT = "<|user|>", "<|assistant|>"
 SOI, EOI = "<|soi|>", "<|eoi|>"
 CODES = "<|codes|>"
-"""Every visual position, where it has several codes."""
+"""The token of every visual position, if a position has several codes."""
 _MARKUP = re.compile(r"\s*[<\[\uff1c].*[>\]\uff1e]\s*", re.DOTALL)
-"""How added tokens look that are control tokens although their tokenizer does not call them special, such as Qwen's
-`<tool_call>`; other added tokens are text, such as runs of spaces."""
+"""Pattern of added tokens that are control tokens although their tokenizer does not mark them as special, such as
+Qwen's `<tool_call>`; other added tokens are text, such as runs of spaces."""
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """Ids of everything that is not text. Codes are contiguous: code k has id `first_code + k`.
+    """Ids of all tokens that are not text. Codes are contiguous: code k has id `first_code + k`.
 
-    With several codes a position `first_code` is the id of every visual position.
+    With several codes per position, `first_code` is the id of every visual position.
     """
 
     pad: int
@@ -42,35 +42,35 @@ class Vocabulary:
     eoi: int
     first_code: int
     codebook_sizes: tuple[int, ...]
-    """Entries of each book."""
+    """Number of codes of each book."""
     code_shape: tuple[int, int, int, int]
-    """Of an image: N books, D depth, h, w."""
+    """Shape of an image's codes: N books, D depth, h rows, w columns."""
 
     @property
     def one_code(self) -> bool:
-        """Whether a position has one code, and so each code its own token."""
+        """Whether a position has one code, so that each code has its own token."""
         return self.code_shape[:2] == (1, 1)
 
     @property
     def num_code_tokens(self) -> int:
-        """Tokens that stand for visual positions."""
+        """Number of tokens that stand for visual positions."""
         return self.codebook_sizes[0] if self.one_code else 1
 
     @property
     def num_positions(self) -> int:
-        """Visual positions of an image."""
+        """Number of visual positions of an image."""
         return self.code_shape[2] * self.code_shape[3]
 
     @property
     def size(self) -> int:
-        """Rows of the embedding table that this vocabulary needs."""
+        """Number of rows of the embedding table that this vocabulary needs."""
         return self.first_code + self.num_code_tokens
 
     def code_ids(self, codes: Tensor) -> Tensor:
-        """Codes to token ids, any shape, where a position has one code.
+        """Convert codes of any shape to token ids, for vocabularies with one code per position.
 
         Raises:
-            ValueError: a code outside the codebook.
+            ValueError: a code is outside the codebook.
         """
         if codes.numel() and (int(codes.min()) < 0 or int(codes.max()) >= self.num_code_tokens):
             raise ValueError(
@@ -79,29 +79,29 @@ class Vocabulary:
         return codes + self.first_code
 
     def codes(self, token_ids: Tensor) -> Tensor:
-        """Token ids of an image back to codes, any shape."""
+        """Convert token ids of an image, of any shape, back to codes."""
         return token_ids - self.first_code
 
     def to_json(self) -> str:
-        """The ids as JSON."""
+        """Return the vocabulary as JSON."""
         return json.dumps(asdict(self), sort_keys=True)
 
     @classmethod
     def from_json(cls, text: str) -> Vocabulary:
-        """Read what `to_json` wrote."""
+        """Read the vocabulary from the JSON of `to_json`."""
         values: dict[str, Any] = json.loads(text)
         lists = {name: tuple(values[name]) for name in ("codebook_sizes", "code_shape")}
         return cls(**(values | lists))
 
 
 def train_bpe(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE over some texts, with padding and end of sequence, that splits texts as Qwen2 does.
+    """Train a byte-level BPE with padding and end-of-sequence tokens that splits texts as Qwen2 does.
 
     `AutoTokenizer` reads the folder of a Qwen2 model with Qwen2's splitting, whatever splitting was saved there.
 
     Args:
-        texts: whatever the model is to read.
-        vocab_size: most tokens; 256 bytes are always there, so every text can be written.
+        texts: the texts that the model will read.
+        vocab_size: largest number of tokens; the 256 bytes are always included, so that every text can be encoded.
     """
     from transformers import Qwen2Tokenizer
 
@@ -110,7 +110,7 @@ def train_bpe(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFast:
 
 
 def count_codes(tokenizer: PreTrainedTokenizerBase) -> int:
-    """How many codes have tokens already, from the first on, as in the folder of a model that was trained here."""
+    """Count the codes, from code 0 on, that have tokens already, as in the tokenizer of a model of this project."""
     known = tokenizer.get_vocab()
     count = 0
     while _code_token(count) in known:
@@ -125,18 +125,19 @@ def _code_token(code: int) -> str:
 def extend_tokenizer(
     tokenizer: PreTrainedTokenizerFast, codebook_sizes: tuple[int, ...], code_shape: tuple[int, int, int, int]
 ) -> Vocabulary:
-    """Add the markers and one token a code to a text tokenizer (MUSE-VL, section 3.2: the vocabulary is extended).
+    """Add the markers and one token per code to a text tokenizer (MUSE-VL, section 3.2: the vocabulary is extended).
 
     Args:
-        tokenizer: changed in place.
+        tokenizer: a fast tokenizer, changed in place.
         codebook_sizes: number of codes of each book.
-        code_shape: of an image: N books, D depth, h, w. With several codes a position one token stands for all.
+        code_shape: shape of an image's codes: N books, D depth, h, w. With several codes per position one token stands
+            for all of them.
 
     Returns:
-        The ids.
+        The extended vocabulary.
 
     Raises:
-        ValueError: it has tokens of codes already, and others behind them where further codes would stand.
+        ValueError: it has tokens of codes already, followed by others where further codes would have to be.
     """
     from tokenizers import AddedToken
 
@@ -152,8 +153,8 @@ def extend_tokenizer(
     ids = tokenizer.convert_tokens_to_ids
     if ids(codes) != list(range(ids(codes[0]), ids(codes[0]) + len(codes))):
         raise ValueError(
-            f"the tokenizer has tokens of codes already and others behind them, so {codes[-1]} cannot stand where it "
-            f"belongs; start from a model without tokens like {codes[0]}, or from one whose codebook is not smaller"
+            f"the tokenizer has tokens of codes already, followed by other tokens, so {codes[-1]} cannot get its id; "
+            f"start from a model without tokens like {codes[0]}, or from one whose codebook is not smaller"
         )
     return Vocabulary(
         pad=tokenizer.pad_token_id,
@@ -169,21 +170,21 @@ def extend_tokenizer(
 
 
 class PlainText:
-    """Text to token ids and back, with no control token in between, whatever the text says.
+    """Converts text to token ids and back, and never makes a control token of untrusted text.
 
-    `tokenizer.encode` reads `<|eos|>` in a caption as the end of the sequence. Here the same characters become the
-    pieces that any other text becomes; control tokens come from code alone, by their ids. It holds for the tokens of
-    our vocabulary and for those that a published tokenizer brought along.
+    `tokenizer.encode` reads `<|eos|>` in a caption as the end of the sequence. Here the same characters are split into
+    ordinary tokens, and control tokens are inserted by code alone, by their ids. This holds for the tokens of our
+    vocabulary and for the control tokens of a published tokenizer.
 
     Attributes:
-        control_ids: the ids that no text has.
+        control_ids: ids of control tokens, which no text is converted to.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, vocabulary: Vocabulary) -> None:
         """
         Args:
-            tokenizer: fast or slow, over the extended vocabulary; it is not changed, and must not be afterwards.
-            vocabulary: ids.
+            tokenizer: fast or slow, over the extended vocabulary; neither changed here nor to be changed afterwards.
+            vocabulary: the ids of markers and codes.
         """
         self.tokenizer = tokenizer
         added = tokenizer.added_tokens_decoder.items()
@@ -191,26 +192,26 @@ class PlainText:
         own = {vocabulary.pad, vocabulary.eos, vocabulary.user, vocabulary.assistant, vocabulary.soi, vocabulary.eoi}
         codes = range(vocabulary.first_code, vocabulary.size)
         self.control_ids = frozenset({*controls, *tokenizer.all_special_ids, *own, *codes})
-        # what stands for a character that the vocabulary lacks is text, unless it is a marker as well, as in GPT-2
+        # the unknown token is text, unless the tokenizer uses it as a marker as well, as GPT-2 does
         markers = {*own, tokenizer.bos_token_id, tokenizer.cls_token_id, tokenizer.sep_token_id}
         self._unknown = tokenizer.unk_token_id if tokenizer.unk_token_id not in markers else None
         self._backend = _without_added_tokens(tokenizer, set(controls.values()))
-        # a copy numbers what is added to the model's vocabulary anew
+        # a copy assigns new ids to the tokens that are added to the model's vocabulary
         kept = self._backend.get_added_tokens_decoder().items() if self._backend is not None else []
         self._renumbered = {index: tokenizer.convert_tokens_to_ids(token.content) for index, token in kept}
 
     def ids(self, text: str) -> list[int]:
-        """Token ids of a text.
+        """Convert a text to token ids.
 
         Raises:
-            ValueError: the tokenizer's model itself makes a control token of the text, and of its characters too.
+            ValueError: the tokenizer's model makes a control token of the text itself, even character by character.
         """
         if self._backend is not None:
             found = self._backend.encode(text, add_special_tokens=False).ids
             ids = [self._renumbered.get(index, index) for index in found]
         else:
             ids = self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
-        if self._refused(ids):  # a unigram model may know `</s>` as a piece like any other
+        if self._refused(ids):  # a unigram model may have `</s>` as an ordinary piece
             ids = [part for index in ids for part in (self._characters(index) if self._refused([index]) else [index])]
             if refused := self._refused(ids):
                 tokens = self.tokenizer.convert_ids_to_tokens(sorted(refused))
@@ -221,7 +222,7 @@ class PlainText:
         return ids
 
     def text(self, token_ids: list[int]) -> str:
-        """The text of some token ids; control tokens among them say nothing, cut characters become U+FFFD."""
+        """Convert token ids to text, leaving out control tokens; incomplete characters become U+FFFD."""
         words = [index for index in token_ids if index not in self.control_ids]
         return self.tokenizer.decode(words, clean_up_tokenization_spaces=False)
 
@@ -229,15 +230,15 @@ class PlainText:
         return {index for index in ids if index in self.control_ids and index != self._unknown}
 
     def _characters(self, index: int) -> list[int]:
-        """Ids of the single characters of a token; the token itself where the vocabulary lacks one of them."""
+        """Return the ids of a token's single characters, or the token itself if the vocabulary lacks one of them."""
         parts = [self.tokenizer.convert_tokens_to_ids(part) for part in self.tokenizer.convert_ids_to_tokens(index)]
         return [index] if None in parts else parts
 
 
 def _without_added_tokens(tokenizer: PreTrainedTokenizerBase, names: set[str]) -> Tokenizer | None:
-    """A copy of a fast tokenizer's backend that does not look for some added tokens in text; None of a slow one.
+    """Copy a fast tokenizer's backend so that it does not look for some added tokens in text; None for a slow one.
 
-    `split_special_tokens` alone would still find those that are added, but not special.
+    `split_special_tokens` alone would still find those that are added but not special.
     """
     from tokenizers import Tokenizer
 
@@ -246,6 +247,6 @@ def _without_added_tokens(tokenizer: PreTrainedTokenizerBase, names: set[str]) -
         return None
     description = json.loads(backend.to_str())
     description["added_tokens"] = [token for token in description["added_tokens"] if token["content"] not in names]
-    # they join what was encoded with the tokens that were taken out, and are not asked to
+    # these could insert the removed tokens around the encoded text, which is not wanted here
     description |= {"post_processor": None, "truncation": None, "padding": None}
     return Tokenizer.from_str(json.dumps(description))

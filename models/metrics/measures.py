@@ -1,4 +1,4 @@
-"""What is measured, as functions of tensors. Shape legend: B batch, H W pixels."""
+"""Image, codebook and proportion metrics as functions of tensors. Shape legend: B batch, H W pixels."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from models.ranks import sum_over_ranks
 
 
 class CodebookStatistics(NamedTuple):
-    """How a codebook is used."""
+    """Usage statistics of a codebook."""
 
     usage: float
-    """Fraction of the codes that occur at all."""
+    """Fraction of the codes that occur at least once."""
     perplexity: float
-    """Exponential of the entropy of the code distribution: the number of equally used codes it is worth."""
+    """Exponential of the entropy of the code distribution: the number of equally frequent codes with that entropy."""
 
 
 class Interval(NamedTuple):
-    """A proportion and its 95% confidence limits."""
+    """A value, such as a proportion or a mean, and its 95% confidence limits."""
 
     value: float
     low: float
@@ -30,44 +30,44 @@ class Interval(NamedTuple):
 
 
 def psnr(pixels: Tensor, references: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio of each image pair in dB, over RGB in 0..255.
+    """Compute the peak signal-to-noise ratio of each image pair in dB, over RGB in 0..255.
 
     Args:
         pixels: uint8 `[B, 3, H, W]`.
         references: uint8, same shape.
 
     Returns:
-        `[B]` float32. The papers report the mean over images, which one image drawn exactly would make infinite; equal
-        images therefore count as if one channel of one pixel were wrong by one level (89 dB at 64 px).
+        `[B]` float32. The papers report the mean over images, which a single perfect reconstruction would make
+        infinite, so equal images count as if one channel of one pixel were wrong by one level (89 dB at 64 px).
     """
     error = (pixels.float() - references.float()).square().mean((1, 2, 3))
     return 10 * torch.log10(255.0**2 / error.clamp_min(1 / pixels[0].numel()))
 
 
 class SsimRule(NamedTuple):
-    """One of the ways to compute SSIM that published numbers come from; each is a call of scikit-image's function.
+    """One of the variants of SSIM that published numbers come from, each of which is a call of scikit-image's function.
 
-    Windows that reach over the border do not count, as in Wang et al. 2004 and in scikit-image, which leaves them out.
+    Windows that extend over the border are left out, as in Wang et al. 2004 and in scikit-image.
     """
 
     window: Literal["gaussian", "uniform"]
-    """`gaussian`: sigma 1.5, 11 pixels (Wang et al. 2004); `uniform`: all pixels of the window weigh the same."""
+    """`gaussian`: sigma 1.5, 11 pixels (Wang et al. 2004); `uniform`: all pixels of the window have the same weight."""
     size: int
-    """Side of the window, pixels."""
+    """Side of the window in pixels."""
     data_range: float
-    """Of images in [0, 1]; it sets the two stabilising constants."""
+    """Assumed range of values, which sets the two stabilising constants; the images are in [0, 1]."""
     sample_covariance: bool
-    """Variances with N - 1 in place of N."""
+    """Whether variances divide by N - 1 instead of N."""
 
     def line(self) -> list[float]:
-        """Weights of the window along one axis; they add up to 1."""
+        """Return the weights of the window along one axis; they sum to 1."""
         half = self.size // 2
         raw = [1.0 if self.window == "uniform" else math.exp(-((at - half) ** 2) / 4.5) for at in range(self.size)]
         return [weight / sum(raw) for weight in raw]
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What belongs beside the number."""
+        """The settings that should be reported with the number."""
         window = "11x11 Gaussian, sigma 1.5" if self.window == "gaussian" else f"{self.size}x{self.size} uniform"
         return {
             "window": window,
@@ -86,7 +86,7 @@ SSIM_LLAMAGEN = SsimRule("uniform", 7, 2.0, sample_covariance=True)
 
 
 def _windowed(values: Tensor, line: list[float]) -> Tensor:
-    """`[B, 3, H, W]` to means weighted by `line` along both axes, `[B, 3, H - len(line) + 1, W - len(line) + 1]`."""
+    """Average `[B, 3, H, W]` with weights `line` along both axes; `[B, 3, H - len(line) + 1, W - len(line) + 1]`."""
     for axis in (2, 3):
         length = values.shape[axis] - len(line) + 1
         total = line[0] * values.narrow(axis, 0, length)
@@ -97,15 +97,15 @@ def _windowed(values: Tensor, line: list[float]) -> Tensor:
 
 
 def ssim(pixels: Tensor, references: Tensor, rule: SsimRule = SSIM_WANG) -> Tensor:
-    """Structural similarity of each image pair (Wang et al. 2004, equation 13), mean over windows and channels.
+    """Compute the structural similarity of each image pair (Wang et al. 2004, equation 13), mean over windows and RGB.
 
     Args:
         pixels: uint8 `[B, 3, H, W]`; scaled to [0, 1] here.
         references: uint8, same shape.
-        rule: window, range and kind of variance.
+        rule: the window, the range and the kind of variance.
 
     Returns:
-        `[B]` float32, as scikit-image has it.
+        `[B]` float32, equal to scikit-image's values.
 
     Raises:
         ValueError: the images are smaller than the window.
@@ -113,7 +113,7 @@ def ssim(pixels: Tensor, references: Tensor, rule: SsimRule = SSIM_WANG) -> Tens
     if min(pixels.shape[-2:]) < rule.size:
         height, width = pixels.shape[-2:]
         raise ValueError(f"SSIM's window of {rule.size} pixels does not fit into images of {height} x {width} pixels")
-    # float64: a variance is the small difference of two means of squares
+    # float64, because a variance is the small difference of two means of squares
     x, y = pixels.double() / 255, references.double() / 255
     windowed = functools.partial(_windowed, line=rule.line())
     mean_x, mean_y = windowed(x), windowed(y)
@@ -127,7 +127,7 @@ def ssim(pixels: Tensor, references: Tensor, rule: SsimRule = SSIM_WANG) -> Tens
 
 
 def codebook_statistics(codes: Tensor, codebook_size: int) -> CodebookStatistics:
-    """Usage and perplexity of integer codes of any shape; in a run of several processes, of the codes of all ranks."""
+    """Compute usage and perplexity of integer codes of any shape; with several ranks, of the codes of all ranks."""
     counts = sum_over_ranks(torch.bincount(codes.flatten(), minlength=codebook_size).double())
     shares = counts[counts > 0] / counts.sum()
     entropy = -(shares * shares.log()).sum()
@@ -137,15 +137,15 @@ def codebook_statistics(codes: Tensor, codebook_size: int) -> CodebookStatistics
 def book_statistics(
     codes: Tensor, names: tuple[str, ...], codebook_sizes: tuple[int, ...]
 ) -> dict[str, CodebookStatistics]:
-    """Usage and perplexity of each book, and of each of its depths where it has several.
+    """Compute usage and perplexity of each book, and of each of its depths if it has several.
 
     Args:
         codes: `[B, N, D, h, w]` int64.
-        names: of the books.
-        codebook_sizes: of the books.
+        names: the names of the books.
+        codebook_sizes: the number of codes of each book.
 
     Returns:
-        By `""` for an only book, else by `_NAME`; the depths by `_NAME_depth1` and so on.
+        Statistics by `""` for a single book, else by `_NAME`; those of depths by `_NAME_depth1` and so on.
     """
     found = {}
     for number, (name, size) in enumerate(zip(names, codebook_sizes, strict=True)):
@@ -158,10 +158,10 @@ def book_statistics(
 
 
 def wilson_interval(successes: int, trials: int, z: float = 1.959964) -> Interval:
-    """A proportion with Wilson's score interval (1927), which stays honest near 0 and 1 and for few trials.
+    """Return a proportion with Wilson's score interval (1927), which is accurate near 0 and 1 and for few trials.
 
     Raises:
-        ValueError: no trials.
+        ValueError: there are no trials.
     """
     if trials <= 0:
         raise ValueError("a proportion needs at least one trial")
@@ -172,7 +172,7 @@ def wilson_interval(successes: int, trials: int, z: float = 1.959964) -> Interva
 
 
 def mean_interval(values: Tensor, z: float = 1.959964) -> Interval:
-    """Mean of `[B]` values with a normal 95% interval."""
+    """Return the mean of `[B]` values with its 95% interval under a normal approximation."""
     mean = float(values.double().mean())
     half = z * float(values.double().std(unbiased=True)) / math.sqrt(len(values)) if len(values) > 1 else 0.0
     return Interval(mean, mean - half, mean + half)

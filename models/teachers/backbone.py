@@ -1,4 +1,4 @@
-"""A small teacher: a frozen timm backbone, alone or under a text-aligned head, and the names of its checkpoints.
+"""A small teacher: a frozen timm backbone, with or without a text-aligned head, and the names in its checkpoints.
 
 Shape legend: B batch, h w code grid, C channels.
 """
@@ -27,19 +27,19 @@ from models.teachers.teacher import (
 
 
 class AlignedHeadConfig(Config):
-    """A one-layer text-aligned head over a frozen backbone, trained on the captions of the training split."""
+    """A one-layer text-aligned head on a frozen backbone, trained with the captions of the training split."""
 
     dim: PositiveInt = 128
-    """Channels of the aligned patch features and of the shared image-text space."""
+    """Channels of the aligned patch features and of the joint image-text space."""
     feature_dropout: Fraction = 0.1
-    """Dropout on the backbone's features while the head trains."""
+    """Dropout on the backbone's features during training of the head."""
     keep_backbone: bool = False
-    """Whether `T` has the backbone's own features beside the aligned ones. A head that was trained on few captions
-    knows its training images better than others; the backbone's features do not depend on them."""
+    """Whether `T` concatenates the backbone's own features with the aligned ones. A head that was trained on few
+    captions fits its training images better than others; the backbone's features do not depend on them."""
 
 
 class BackboneTeacherConfig(Config):
-    """A timm backbone, convolutional or a ViT, alone or under a text-aligned head."""
+    """A timm backbone, convolutional or a ViT, with or without a text-aligned head."""
 
     kind: Literal["backbone"] = "backbone"
     """Selects this teacher."""
@@ -49,20 +49,20 @@ class BackboneTeacherConfig(Config):
     """`package:efficientnet-lite0` (ImageNet weights that install from the package index), `hub` (timm's own
     download), or the path of a state dict (`.safetensors`, or `.pth` read with `weights_only`)."""
     input_size: PositiveInt = 128
-    """Side of the square that the backbone sees, pixels; most ViTs take one size only."""
+    """Side of the backbone's square input in pixels; most ViTs accept one size only."""
     feature_blocks: tuple[NonNegativeInt, ...] = (4, 6)
     """Indices, from 0, of the stages whose outputs are resized to the code grid and concatenated: the stages of an
     EfficientNet or MobileNet, the blocks of a ViT, timm's feature levels of others (a ResNet's 0 is its stem)."""
     head: AlignedHeadConfig | None = AlignedHeadConfig()
-    """The text-aligned head; `null` for bare features that never saw a caption."""
+    """The text-aligned head; `null` uses the backbone's features alone, without any captions."""
 
 
 class BagOfWordsTower(nn.Module):
-    """Mean of word embeddings and a linear map: enough text tower for captions of a few words."""
+    """Text tower for captions of a few words: the mean of word embeddings and a linear map."""
 
     def __init__(self, words: list[str], dim: int) -> None:
         super().__init__()
-        self.index = {word: position + 1 for position, word in enumerate(words)}  # 0 is every unknown word
+        self.index = {word: position + 1 for position, word in enumerate(words)}  # 0 is the unknown word
         self.embed = nn.EmbeddingBag(len(words) + 1, dim, mode="mean")
         self.project = nn.Linear(dim, dim)
 
@@ -75,12 +75,12 @@ class BagOfWordsTower(nn.Module):
 
 
 def split_words(text: str) -> list[str]:
-    """Lowercase words of a text, letters and digits only."""
+    """Split a text into lowercase words of letters and digits."""
     return re.findall(r"[a-z0-9]+", text.lower())
 
 
 class AlignedHead(nn.Module):
-    """Backbone features -> aligned patch features; attention pooling and a word tower share one space with them."""
+    """Maps backbone features to aligned patch features; attention pooling and a text tower share their space."""
 
     def __init__(self, config: AlignedHeadConfig, in_dim: int, words: list[str]) -> None:
         super().__init__()
@@ -95,22 +95,22 @@ class AlignedHead(nn.Module):
         self.logit_bias = nn.Parameter(torch.tensor(-10.0))
 
     def patches(self, features: Tensor) -> Tensor:
-        """`[B, h, w, C_in]` standardised -> `[B, h, w, C]`."""
+        """Map standardised features `[B, h, w, C_in]` to aligned patch features `[B, h, w, C]`."""
         return self.patch(self.dropout(features))
 
     def pooled(self, features: Tensor) -> Tensor:
-        """`[B, h, w, C_in]` standardised -> vectors `[B, C]`, not normalised."""
+        """Pool standardised features `[B, h, w, C_in]` into vectors `[B, C]`, not normalised."""
         tokens = self.patches(features).flatten(1, 2)  # [B, h*w, C]
         weights = self.pool(tokens).softmax(dim=1)
         return self.image((weights * tokens).sum(1))
 
     def embed(self, features: Tensor) -> Tensor:
-        """`[B, h, w, C_in]` standardised -> unit vectors `[B, C]`."""
+        """Embed standardised features `[B, h, w, C_in]` as unit vectors `[B, C]`."""
         return F.normalize(self.pooled(features), dim=-1)
 
 
 class BackboneTeacher(Teacher):
-    """A timm backbone; `T` is its standardised features, or those of the text-aligned head over them."""
+    """A timm backbone; `T` is its standardised features, or those of the text-aligned head on top of them."""
 
     native_grid = (8, 8)
 
@@ -119,13 +119,14 @@ class BackboneTeacher(Teacher):
     ) -> None:
         """
         Args:
-            config: which backbone and head.
-            state_dict: of the timm backbone; None leaves it random, for a caller that loads the whole teacher.
-            words: vocabulary of the head's word tower.
+            config: the backbone and the head.
+            state_dict: state dict of the timm backbone; None keeps random weights, for a caller that loads the whole
+                teacher.
+            words: vocabulary of the head's text tower.
 
         Raises:
-            ValueError: timm has no such backbone, or it lacks the stages, takes no such images, or is not the one that
-                the weights are of; the message names the field.
+            ValueError: timm has no such backbone, or the backbone lacks the stages, does not accept images of this
+                size, or does not fit the weights; the message names the field.
         """
         super().__init__()
         import timm
@@ -153,11 +154,11 @@ class BackboneTeacher(Teacher):
 
     @torch.no_grad()
     def _probe(self, native_size: int) -> Tensor:
-        """Features of one black image, `[1, h, w, C]`."""
+        """Return the features of one mid-grey image, `[1, h, w, C]`."""
         size = self.config.input_size
         try:
             return self.raw_features(torch.zeros(1, 3, size, size), self.native_grid)
-        except AssertionError as error:  # timm's way to refuse a size
+        except AssertionError as error:  # timm refuses a size by an assertion
             raise ValueError(
                 f"teacher.model.input_size={size} does not suit {self.config.architecture} ({error}); set "
                 f"teacher.model.input_size={native_size}"
@@ -165,16 +166,16 @@ class BackboneTeacher(Teacher):
 
     @property
     def num_stages(self) -> int:
-        """Number of stages that `stage_maps` can give."""
+        """Number of stages that `stage_maps` can return."""
         return len(self.backbone.blocks if _has_efficientnet_stages(self.backbone) else self.backbone.feature_info)
 
     @property
     def takes_any_size(self) -> bool:
-        """Whether `stage_maps` takes pixels of another size than the teacher's own."""
+        """Whether `stage_maps` accepts images of another size than the teacher's own."""
         return not self.backbone.pretrained_cfg.get("fixed_input_size", False)
 
     def raw_features(self, images: Tensor, grid: tuple[int, int]) -> Tensor:
-        """Standardised features of the chosen stages, `[B, h, w, C_1 + C_2 + ...]`."""
+        """Return the standardised features of the chosen stages, `[B, h, w, C_1 + C_2 + ...]`."""
         return self._raw(self._stages(images, max(self.config.feature_blocks)), grid)
 
     def _raw(self, stages: list[Tensor], grid: tuple[int, int]) -> Tensor:
@@ -185,17 +186,18 @@ class BackboneTeacher(Teacher):
         return list(self.stage_maps(self.normalisation(images), last))
 
     def stage_maps(self, pixels: Tensor, last: int) -> Iterator[Tensor]:
-        """Normalised pixels `[B, 3, H, W]` -> `[B, C, h', w']` after each stage up to number `last`, counted from 0.
+        """Yield the feature map `[B, C, h', w']` after each stage up to number `last`, counted from 0.
 
-        One at a time: gradients of a map's uses are added in the order of the forward pass, so whoever uses a map
-        before the next one is made gets other last bits than whoever collects them first.
+        The pixels `[B, 3, H, W]` are normalised. The maps are yielded one at a time, because gradients of a map's uses
+        are added in the order of the forward pass: a caller that uses each map before the next one is computed gets
+        results that differ in the last bits from those of a caller that collects the maps first.
         """
         if not _has_efficientnet_stages(self.backbone):
             yield from self.backbone.forward_intermediates(
                 pixels, indices=list(range(last + 1)), stop_early=True, output_fmt="NCHW", intermediates_only=True
             )
             return
-        # timm's levels of an EfficientNet are fewer: the last stage before each halving of the map
+        # timm's feature levels of an EfficientNet are only the last stages before each halving of the resolution
         hidden = self.backbone.bn1(self.backbone.conv_stem(pixels))
         for stage in self.backbone.blocks[: last + 1]:
             hidden = stage(hidden)
@@ -247,7 +249,7 @@ class BackboneTeacher(Teacher):
 
 
 def _has_efficientnet_stages(backbone: nn.Module) -> bool:
-    """Whether it is a stem and a list of stages: EfficientNets and MobileNets of timm are."""
+    """Return whether it has a stem and a list of stages, as timm's EfficientNets and MobileNets do."""
     return all(hasattr(backbone, name) for name in ("conv_stem", "bn1", "blocks"))
 
 
@@ -262,7 +264,7 @@ def _built(architecture: str) -> Any:
         ) from error
     if not _has_efficientnet_stages(backbone) and not hasattr(backbone, "forward_intermediates"):
         raise ValueError(
-            f"teacher.model.architecture={architecture!r} does not show its stages (timm's forward_intermediates); "
+            f"teacher.model.architecture={architecture!r} does not expose its stages (timm's forward_intermediates); "
             f"EfficientNets, MobileNets, ResNets, ConvNeXts, Swins and ViTs do"
         )
     return backbone
@@ -291,16 +293,16 @@ _LUKEMELAS_BLOCK = {
     "_expand_conv": ("conv_pw", None), "_bn0": ("bn1", None), "_depthwise_conv": ("conv_dw", "conv_dw"),
     "_bn1": ("bn2", "bn1"), "_project_conv": ("conv_pwl", "conv_pw"), "_bn2": ("bn3", "bn2"),
 }  # fmt: skip
-"""Names in EfficientNet-PyTorch checkpoints -> names in timm, with and without (first stage) an expansion."""
+"""Names in EfficientNet-PyTorch checkpoints, and timm's names with and without (first stage) an expansion."""
 
 
 def convert_efficientnet_lite0(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Rename an EfficientNet-PyTorch checkpoint of EfficientNet-Lite0 to timm's `tf_efficientnet_lite0`.
 
     Raises:
-        ValueError: a key that does not fit, by name.
+        ValueError: a key does not belong to such a checkpoint; the message names it.
     """
-    repeats = (1, 2, 2, 3, 3, 4, 1)  # blocks a stage (EfficientNet, table 1; Lite0 keeps the depths of B0)
+    repeats = (1, 2, 2, 3, 3, 4, 1)  # blocks per stage (EfficientNet, table 1; Lite0 keeps the depths of B0)
     position = [f"blocks.{stage}.{block}" for stage, count in enumerate(repeats) for block in range(count)]
     top = {"_conv_stem": "conv_stem", "_bn0": "bn1", "_conv_head": "conv_head", "_bn1": "bn2", "_fc": "classifier"}
     renamed: dict[str, Tensor] = {}

@@ -1,8 +1,8 @@
-"""What builds an open_clip model again where no hub is: a folder in open_clip's own layout, without the weights.
+"""Folders from which an open_clip model can be rebuilt offline: open_clip's own layout, without the weights.
 
-`open_clip_config.json` has the architecture and the preprocessing. Beside it stand the files of the text tokenizer,
-unless it is the one that open_clip ships, and in `text/` the configuration of a text tower that is a transformers
-model.
+`open_clip_config.json` holds the architecture and the preprocessing. The folder also holds the files of the text
+tokenizer, unless it is the one that open_clip ships, and in `text/` the configuration of a text tower that is a
+transformers model.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ _TEXT = "text"
 
 
 def write_open_clip_folder(teacher: OpenClipTeacher, folder: Path) -> None:
-    """Write the folder; its files hold no path of this machine.
+    """Write the folder of a teacher; its files contain no local paths.
 
     Args:
-        teacher: built from open_clip's name, a hub's, or a local folder.
-        folder: made if needed.
+        teacher: a teacher built from a name of open_clip, a hub id or a local folder.
+        folder: the folder, created if needed.
 
     Raises:
-        ValueError: the files of the text tokenizer cannot be had.
+        ValueError: the files of the text tokenizer cannot be fetched.
     """
     import open_clip
 
     name = teacher.config.name
-    # a built-in name may have a slash, which create_model replaces as well
+    # a built-in name may contain a slash, which create_model replaces in the same way
     architecture = open_clip.get_model_config(name if ":" in name else name.replace("/", "-"))
     text = architecture["text_cfg"]
     folder.mkdir(parents=True, exist_ok=True)
@@ -44,7 +44,7 @@ def write_open_clip_folder(teacher: OpenClipTeacher, folder: Path) -> None:
                 f"({' '.join(str(error).split())[:200]}); prepare the teacher where the hub is reachable, or give "
                 f"local-dir:FOLDER with the tokenizer's files beside open_clip_config.json"
             ) from error
-        text["hf_tokenizer_name"] = "."  # open_clip then looks into the folder, whatever the name
+        text["hf_tokenizer_name"] = "."  # open_clip then looks into the folder itself
     if text.get("hf_model_name"):
         teacher.model.text.config.save_pretrained(folder / _TEXT)
         text["hf_model_name"] = _TEXT
@@ -54,13 +54,13 @@ def write_open_clip_folder(teacher: OpenClipTeacher, folder: Path) -> None:
 
 
 def read_open_clip_folder(folder: Path) -> OpenClipTeacher:
-    """The teacher of a folder, with random weights; the folder is not needed any more."""
+    """Build the teacher of a folder with random weights; afterwards the folder is not needed any more."""
     described = json.loads((folder / _CONFIG).read_text())
     text = described["model_cfg"]["text_cfg"]
     if text.get("hf_model_name"):
-        text["hf_model_name"] = str(folder / _TEXT)  # transformers looks relative to the working directory
+        text["hf_model_name"] = str(folder / _TEXT)  # transformers would resolve it relative to the working directory
         (folder / _CONFIG).unlink()  # a file from the store may be read-only
         (folder / _CONFIG).write_text(json.dumps(described))
     teacher = OpenClipTeacher(OpenClipTeacherConfig(name=f"local-dir:{folder}", pretrained=None))
-    _ = teacher.tokenizer  # read while its files are there
+    _ = teacher.tokenizer  # read it while its files exist
     return teacher

@@ -1,8 +1,8 @@
-"""Frozen semantic encoders: what SigLIP is to MUSE-VL. The interface of all of them, and the published ones.
+"""Frozen semantic encoders, such as SigLIP in MUSE-VL: the interface of all teachers, and the published ones.
 
-A teacher turns images in [-1, 1] into a grid of features `T` and, where it has a text tower, images and texts into one
-space. Every teacher does its own resizing and pixel normalisation, taken from its own configuration, so that callers
-hand all of them the same tensors. Shape legend: B batch, h w code grid, C channels.
+A teacher maps images in [-1, 1] to a grid of features `T` and, if it has a text tower, images and texts to a joint
+space. Every teacher resizes and normalises pixels according to its own configuration, so that callers pass the same
+tensors to all of them. Shape legend: B batch, h w code grid, C channels, E channels of the image-text space.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class OpenClipTeacherConfig(Config):
     name: Annotated[str, CountsByContent("local-dir:")] = "ViT-SO400M-14-SigLIP-384"
     """open_clip architecture name, or `hf-hub:...`, or `local-dir:...`."""
     pretrained: Annotated[str | None, CountsByContent()] = "webli"
-    """open_clip tag or path of a checkpoint; `null` for random weights (tests)."""
+    """open_clip's tag of the weights, or the path of a checkpoint; `null` for random weights (tests)."""
 
 
 class TransformersTeacherConfig(Config):
@@ -43,30 +43,32 @@ class TransformersTeacherConfig(Config):
 
 
 class Teacher(nn.Module):
-    """Interface of all teachers. Frozen: in eval mode, without gradients, whatever the parent module does."""
+    """Interface of all teachers. A teacher stays in eval mode whatever the parent module does; see `freeze`."""
 
     feature_dim: int
-    """Channels of `features`."""
+    """Channels of the result of `features`."""
     embed_dim: int
-    """Channels of `embed_images`."""
+    """Channels of the result of `embed_images`."""
     has_text: bool
+    """Whether there is a text tower, so that `embed_texts` works."""
     pools_features = False
-    """Whether `pool` works at all: a tower that pools through a class token cannot, its features lack that token."""
+    """Whether `pool` works. A tower that pools through a class token cannot, since the features lack that token."""
 
     def features(self, images: Tensor, grid: tuple[int, int]) -> Tensor:
-        """Images `[B, 3, H, W]` in [-1, 1] -> features `[B, h, w, C]`, LayerNorm scale (zero mean, unit variance)."""
+        """Map images `[B, 3, H, W]` in [-1, 1] to features `[B, h, w, C]`, standardised over channels."""
         raise NotImplementedError
 
     def levels(self, images: Tensor, grid: tuple[int, int], layers: tuple[int, ...]) -> tuple[list[Tensor], Tensor]:
-        """What the image tower knows after some of its layers, not normalised, and `features`, in one pass.
+        """Compute intermediate features of the image tower, not normalised, and `features`, in one pass.
 
         Args:
             images: `[B, 3, H, W]` in [-1, 1].
             grid: rows and columns of the result; a finer level is folded into channels, a ViT's is resized.
-            layers: counted from 1: blocks of a ViT, stages of a convolutional backbone.
+            layers: numbers of the layers from 1: blocks of a ViT, stages of a convolutional backbone.
 
         Returns:
-            `[B, h, w, C_layer]` for each of `layers`, in their order; `features` of the same images.
+            The intermediate features `[B, h, w, C_layer]` of each of `layers`, in their order, and `features` of the
+            same images.
 
         Raises:
             ValueError: there is no such layer.
@@ -74,45 +76,45 @@ class Teacher(nn.Module):
         raise NotImplementedError
 
     def level_widths(self, grid: tuple[int, int], layers: tuple[int, ...]) -> list[int]:
-        """Channels of each of `levels`; arguments and errors as there."""
+        """Return the number of channels of each of `levels`; arguments and errors as for `levels`."""
         raise NotImplementedError
 
     def image_tower(self) -> Teacher:
-        """A copy of the image side whose weights can be trained; it stays in eval mode, as every teacher."""
+        """Return a trainable copy of the image tower; it stays in eval mode, like every teacher."""
         tower = copy.deepcopy(self)
         tower.drop_text()
         return tower.requires_grad_(True)
 
     def drop_text(self) -> None:
-        """Remove the text side from this copy."""
+        """Remove the text tower from this copy."""
         raise NotImplementedError
 
     def pool(self, features: Tensor, layer: int | None = None) -> Tensor:
-        """What the rest of the image tower makes of features: `[B, h, w, C]` -> `[B, E]`, not normalised.
+        """Pass features `[B, h, w, C]` through the rest of the image tower and its pooling; `[B, E]`, not normalised.
 
         Args:
-            features: of one of `levels`; or, without a layer, as `features` gives them. Those of a published tower
-                have lost the scale and offset of each position there, which are then put back as they are on average.
-            layer: which level.
+            features: intermediate features of a layer, or without a layer what `features` returns. The latter have lost
+                the scale and offset of each position, which a published tower replaces by their average values.
+            layer: number of the layer; None for the final features.
 
         Raises:
-            ValueError: this tower cannot, or not from this layer; see `pools_from`.
+            ValueError: this tower cannot pool its features, or not from this layer; see `pools_from`.
         """
         raise ValueError(
-            f"{type(self).__name__} cannot pool its features, they lack what its pooling reads; choose a SigLIP, or a "
-            f"backbone whose head has keep_backbone"
+            f"{type(self).__name__} cannot pool its features, because they lack what its pooling reads; choose a "
+            f"SigLIP, or a backbone whose head has keep_backbone"
         )
 
     def pools_from(self, layer: int | None) -> bool:
-        """Whether `pool` works from a layer, or for None from the final features."""
+        """Return whether `pool` works from a layer, or for None from the final features."""
         return self.pools_features
 
     def embed_images(self, images: Tensor) -> Tensor:
-        """Images `[B, 3, H, W]` in [-1, 1] -> unit vectors `[B, E]` in the image-text space (without text: pooled)."""
+        """Embed images `[B, 3, H, W]` in [-1, 1] as unit vectors `[B, E]`; without a text tower, as pooled features."""
         raise NotImplementedError
 
     def embed_texts(self, texts: list[str]) -> Tensor:
-        """Texts -> unit vectors `[len(texts), E]`.
+        """Embed texts as unit vectors `[len(texts), E]` in the image-text space.
 
         Raises:
             ValueError: this teacher has no text tower.
@@ -125,19 +127,19 @@ class Teacher(nn.Module):
         return super().train(False)
 
     def freeze(self) -> Teacher:
-        """Take every parameter out of training; returns self."""
+        """Turn off gradients of all parameters, and return self."""
         return self.requires_grad_(False).eval()
 
 
 def resized(features: Tensor, grid: tuple[int, int]) -> Tensor:
-    """`[B, C, h', w']` -> `[B, C, h, w]`: averages when shrinking, bilinear when growing."""
+    """Resize `[B, C, h', w']` to `[B, C, h, w]`, bilinear, with antialiasing when shrinking."""
     if features.shape[-2:] == grid:
         return features
     return F.interpolate(features.float(), size=grid, mode="bilinear", align_corners=False, antialias=True)
 
 
 def folded(features: Tensor, grid: tuple[int, int]) -> Tensor:
-    """`[B, C, h', w']` -> `[B, h, w, C']`: a multiple of the grid is folded into channels, which loses nothing."""
+    """Convert `[B, C, h', w']` to `[B, h, w, C']`; a multiple of the grid is folded into channels without loss."""
     factor = features.shape[-1] // grid[1]
     if factor > 1 and features.shape[-2:] == (factor * grid[0], factor * grid[1]):
         return F.pixel_unshuffle(features, factor).permute(0, 2, 3, 1)
@@ -152,65 +154,65 @@ def check_layers(layers: tuple[int, ...], count: int) -> None:
 
 
 def standardised(features: Tensor) -> Tensor:
-    """Zero mean and unit variance over channels."""
+    """Scale features to zero mean and unit variance over channels."""
     return F.layer_norm(features, features.shape[-1:])
 
 
 def unstandardised(features: Tensor, norm: nn.Module) -> Tensor:
-    """`[..., C]` of `standardised` with the offset and scale that outputs of a LayerNorm have on average."""
+    """Give standardised features `[..., C]` the scale and offset that outputs of a LayerNorm have on average."""
     assert isinstance(norm, nn.LayerNorm), "towers that pool their features end with a LayerNorm"
     scale = (norm.weight.square().mean() + norm.bias.var(unbiased=False)).sqrt()
     return features * scale + norm.bias.mean()
 
 
 Interpolation = Literal["bicubic", "bilinear"]
-"""How images are resized to the size that a teacher was trained with; both antialiased, as Pillow does it."""
+"""How images are resized to the size that a teacher was trained with, antialiased as in Pillow."""
 _OTHER_NAMES: dict[object, Interpolation] = {2: "bilinear", 3: "bicubic", "random": "bicubic"}
-"""Numbers of Pillow's filters; `random` is how open_clip trained, and then evaluates with this."""
+"""Numbers of Pillow's filters; `random` is open_clip's setting for training, which evaluates with bicubic."""
 
 
 def interpolation_of(name: object, source: str) -> Interpolation:
-    """The interpolation that a teacher's own configuration names.
+    """Return the interpolation that a teacher's own configuration names.
 
     Args:
         name: a word (timm, open_clip) or the number of a Pillow filter (transformers).
-        source: where it stands, for the message.
+        source: the configuration that names it, for the message.
 
     Raises:
-        ValueError: it is none that tensors can be resized with.
+        ValueError: tensors cannot be resized with this interpolation.
     """
     found = _OTHER_NAMES.get(name, name)
     if found not in get_args(Interpolation):
         raise ValueError(
-            f"{source} resizes with {name!r}, a teacher here with bicubic (Pillow's 3) or bilinear (2); change it there"
+            f"{source} resizes with {name!r}, but a teacher needs bicubic (Pillow's 3) or bilinear (2); change it there"
         )
     return cast(Interpolation, found)
 
 
 class PixelNormalisation(NamedTuple):
-    """What a backbone was trained with."""
+    """The input size and pixel statistics that a backbone was trained with."""
 
     size: int
-    """Side, pixels."""
+    """Side of the square input in pixels."""
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     interpolation: Interpolation = "bicubic"
 
     def __call__(self, images: Tensor) -> Tensor:
-        """`[B, 3, H, W]` in [-1, 1] -> `[B, 3, size, size]` with this mean and deviation (of pixels in [0, 1])."""
+        """Resize `[B, 3, H, W]` in [-1, 1] to `[B, 3, size, size]` and standardise the pixels."""
         if images.shape[-1] != self.size or images.shape[-2] != self.size:
             images = F.interpolate(images, size=(self.size, self.size), mode=self.interpolation, antialias=True)
         return self.standardise(images)
 
     def standardise(self, images: Tensor) -> Tensor:
-        """The same without resizing."""
+        """Standardise images in [-1, 1] with the mean and deviation, which are those of pixels in [0, 1]."""
         mean = images.new_tensor(self.mean).view(1, 3, 1, 1)
         std = images.new_tensor(self.std).view(1, 3, 1, 1)
         return ((images + 1) / 2 - mean) / std
 
 
 class OpenClipTeacher(Teacher):
-    """Patch features of an open_clip image tower and its two pooled towers."""
+    """Patch features of an open_clip image tower, and the embeddings of its image and text towers."""
 
     has_text = True
     pixel_mean: Tensor
@@ -221,16 +223,16 @@ class OpenClipTeacher(Teacher):
         import open_clip
 
         _check_open_clip_name(config)
-        # where there is a file, it is what cannot be read
+        # if there is a file of weights, reading errors come from that file
         field, name = "teacher.model.name", config.name
         if config.pretrained and Path(config.pretrained).is_file():
             field, name = "teacher.model.pretrained", config.pretrained
         with reading_published(field, name, "teacher.model.pretrained the path of its weights, or local-dir:FOLDER"):
-            # open_clip moves a model to the CPU unless told otherwise; on `meta` there is nothing to move
+            # open_clip moves a model to the CPU by default, which fails on the device `meta`
             self.model = open_clip.create_model(
                 config.name,
                 pretrained=config.pretrained,
-                pretrained_text=False,  # would fetch weights of a text tower of transformers where no others are given
+                pretrained_text=False,  # True would fetch weights of a transformers text tower if no others are given
                 device=torch.get_default_device(),
                 require_pretrained=config.pretrained is not None,
             )
@@ -239,11 +241,11 @@ class OpenClipTeacher(Teacher):
         size = preprocess["size"]
         self.side = size if isinstance(size, int) else size[0]
         self.interpolation = interpolation_of(preprocess["interpolation"], f"the open_clip model {config.name!r}")
-        # buffers: the pixel statistics belong to the pretrained tag, so they travel with the weights
+        # the pixel statistics belong to the pretrained tag, so they are buffers and saved with the weights
         self.register_buffer("pixel_mean", torch.tensor(preprocess["mean"]))
         self.register_buffer("pixel_std", torch.tensor(preprocess["std"]))
         trunk = getattr(self.model.visual, "trunk", None)
-        # `pool` takes back what a last LayerNorm did to the features; ViTamin has none there
+        # `pool` undoes the final LayerNorm of the features; ViTamin has none there
         self.pools_features = (
             trunk is not None and trunk.num_prefix_tokens == 0 and isinstance(trunk.norm, nn.LayerNorm)
         )
@@ -254,19 +256,19 @@ class OpenClipTeacher(Teacher):
 
     @property
     def normalisation(self) -> PixelNormalisation:
-        """Size and pixel statistics of the image tower."""
+        """Input size and pixel statistics of the image tower."""
         mean, std = (tuple(buffer.tolist()) for buffer in (self.pixel_mean, self.pixel_std))
         return PixelNormalisation(self.side, mean, std, self.interpolation)
 
     @functools.cached_property
     def tokenizer(self) -> Callable[[list[str]], Tensor]:
-        """The text tower's; made when first needed, because of a SigLIP that is only named it comes from the hub."""
+        """The text tower's tokenizer, built on first use, because that of a SigLIP given by name comes from the hub."""
         import open_clip
 
         return _without_markup(open_clip.get_tokenizer(self.config.name))
 
     def _patches(self, pixels: Tensor) -> Tensor:
-        """Normalised pixels -> last-layer patch features `[B, C, h', w']`."""
+        """Compute the last layer's patch features `[B, C, h', w']` of normalised pixels."""
         out = self.model.visual.forward_intermediates(
             pixels, indices=1, normalize_intermediates=True, intermediates_only=True
         )
@@ -310,7 +312,7 @@ class OpenClipTeacher(Teacher):
 
     @property
     def _depth(self) -> int:
-        """Blocks of the image tower: open_clip's own ViT, or timm's inside a wrapper."""
+        """Number of blocks of the image tower, which is open_clip's own ViT or a wrapped one of timm."""
         visual = self.model.visual
         return len(visual.trunk.blocks if hasattr(visual, "trunk") else visual.transformer.resblocks)
 
@@ -328,10 +330,10 @@ class OpenClipTeacher(Teacher):
 
 
 def _check_open_clip_name(config: OpenClipTeacherConfig) -> None:
-    """Raise ValueError where open_clip has no model or weights of a name, with the nearest of those that it has."""
+    """Raise ValueError, with the nearest known name, if open_clip has no model or weights of a name."""
     import open_clip
 
-    if ":" in config.name:  # of a hub or a folder
+    if ":" in config.name:  # names a hub or a folder
         return
     name = config.name.replace("/", "-")  # as create_model does
     if name not in (models := open_clip.list_models()):
@@ -354,7 +356,7 @@ def _nearest(name: str, known: list[str]) -> str:
 
 
 class TransformersTeacher(Teacher):
-    """Patch features of a transformers SigLIP, SigLIP2 or CLIP vision tower and its two pooled towers."""
+    """Patch features of a transformers SigLIP, SigLIP2 or CLIP vision tower, and the embeddings of both towers."""
 
     has_text = True
 
@@ -363,7 +365,7 @@ class TransformersTeacher(Teacher):
         from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 
         with reading_published("teacher.model.path", config.path):
-            # transformers 5 takes the dtype of the file otherwise: a copy in half precision cannot be trained
+            # by default transformers 5 keeps the file's dtype, and a copy in half precision cannot be trained
             self.model, info = AutoModel.from_pretrained(config.path, dtype=torch.float32, output_loading_info=True)
             refuse_missing(info)
             if not hasattr(self.model, "vision_model"):
@@ -390,14 +392,14 @@ class TransformersTeacher(Teacher):
         return standardised(resized(self._map(tokens), grid).permute(0, 2, 3, 1).float())
 
     def _map(self, tokens: Tensor) -> Tensor:
-        """`[B, T, C]` -> `[B, C, h', w']`; CLIP puts a class token first, SigLIP has none."""
+        """Arrange tokens `[B, T, C]` as a map `[B, C, h', w']`, without the class token that CLIP puts first."""
         height, width = self.native_grid
         return tokens[:, -height * width :].transpose(1, 2).unflatten(2, (height, width))
 
     def levels(self, images: Tensor, grid: tuple[int, int], layers: tuple[int, ...]) -> tuple[list[Tensor], Tensor]:
         check_layers(layers, self.model.config.vision_config.num_hidden_layers)
         out = self.model.vision_model(pixel_values=self.normalisation(images), output_hidden_states=True)
-        chosen = [out.hidden_states[layer] for layer in layers]  # the first are the embeddings, then one a block
+        chosen = [out.hidden_states[layer] for layer in layers]  # the first entry is the embeddings, then one per block
         return [folded(self._map(state), grid) for state in chosen], self._final(out.last_hidden_state, grid)
 
     def level_widths(self, grid: tuple[int, int], layers: tuple[int, ...]) -> list[int]:
@@ -424,17 +426,17 @@ class TransformersTeacher(Teacher):
         return F.normalize(_pooled(output), dim=-1)
 
     def embed_texts(self, texts: list[str]) -> Tensor:
-        # SigLIP learned from texts padded to this length, which SigLIP2's tokenizer does not know
+        # SigLIP was trained on texts padded to this length, which SigLIP2's tokenizer does not know
         length = self.model.config.text_config.max_position_embeddings
         padded = {"padding": "max_length", "max_length": length, "truncation": True, "return_tensors": "pt"}
-        batch = self.tokenizer(texts, split_special_tokens=True, **padded)  # `</s>` in a caption is text
+        batch = self.tokenizer(texts, split_special_tokens=True, **padded)  # `</s>` in an untrusted caption is text
         device = next(self.model.parameters()).device
         return F.normalize(_pooled(self.model.get_text_features(input_ids=batch["input_ids"].to(device))), dim=-1)
 
 
 def _without_markup(tokenizer: Any) -> Callable[[list[str]], Tensor]:
-    """One of open_clip's tokenizers, which from here on reads `<end_of_text>` and the like in a caption as text."""
-    if hasattr(tokenizer, "tokenizer"):  # of transformers
+    """Make one of open_clip's tokenizers read `<end_of_text>` and other control tokens in a caption as text."""
+    if hasattr(tokenizer, "tokenizer"):  # a wrapper of transformers' tokenizers
         tokenizer.tokenizer.split_special_tokens = True
         return tokenizer
     import regex  # open_clip's own, whose patterns it compiles
@@ -447,5 +449,5 @@ def _without_markup(tokenizer: Any) -> Callable[[list[str]], Tensor]:
 
 
 def _pooled(output: object) -> Tensor:
-    """transformers 5 returns an output object where transformers 4 returned the pooled tensor."""
+    """Return the pooled tensor, which transformers 4 returns itself and transformers 5 in an output object."""
     return output if isinstance(output, Tensor) else output.pooler_output  # type: ignore[attr-defined]

@@ -14,18 +14,18 @@ from torch import Tensor
 from models.teachers.teacher import Teacher
 
 Templates = Literal["name", "openai"]
-"""`name`: a class is its name; `openai`: the mean over the 80 sentences of CLIP's ImageNet evaluation."""
+"""`name`: the text of a class is its name; `openai`: the mean over CLIP's 80 templates for ImageNet."""
 _BATCH = 256
-"""Texts at a time; the captions of a large held-out split may all be classes."""
+"""Number of texts per batch; all captions of a large held-out split may be classes."""
 
 
 def class_embeddings(teacher: Teacher, names: list[str], templates: Templates) -> Tensor:
-    """Unit vectors `[K, E]` of classes, on the CPU.
+    """Embed classes as unit vectors `[K, E]` on the CPU.
 
     Args:
-        teacher: with a text tower.
-        names: of the classes, K of them.
-        templates: in which sentences a name stands.
+        teacher: a teacher with a text tower.
+        names: the names of the K classes.
+        templates: the sentences into which a name is inserted.
 
     Raises:
         ValueError: the teacher has no text tower.
@@ -44,14 +44,14 @@ def class_embeddings(teacher: Teacher, names: list[str], templates: Templates) -
 
 
 def class_ranks(images: Tensor, classes: Tensor, labels: Tensor) -> Tensor:
-    """How many other classes are at least as similar to each image as its own: 0 is right, below 5 in the first five.
+    """Count the other classes that are at least as similar to each image as its own: 0 is correct, below 5 is top-5.
 
-    Equal ones count against it, or a decoder that says the same of everything would be right every time.
+    Ties count as errors; otherwise a decoder whose output is the same for every image would always be correct.
 
     Args:
         images: unit vectors `[B, E]`.
         classes: unit vectors `[K, E]`.
-        labels: class of each image, `[B]` int64.
+        labels: index of each image's class, `[B]` int64.
 
     Returns:
         `[B]` int64.
@@ -62,7 +62,7 @@ def class_ranks(images: Tensor, classes: Tensor, labels: Tensor) -> Tensor:
     similarity = images.float() @ classes.float().T  # [B, K]
     if not similarity.isfinite().all():
         raise ValueError(
-            "similarities of images and classes are not finite; the tokenizer's features or the teacher's are"
+            "similarities of images and classes are not finite; the features of the tokenizer or of the teacher are not"
         )
     own = similarity.gather(1, labels[:, None])
     return (similarity >= own).sum(1) - 1

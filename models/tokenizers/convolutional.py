@@ -1,4 +1,4 @@
-"""The convolutional encoder and decoder of VQGAN, as LlamaGen's VQ-16 has them.
+"""The convolutional encoder and decoder of VQGAN in the variant of LlamaGen's VQ-16, and the discriminators.
 
 Shape legend: B batch, C channels, H W pixels, h w code grid. Source: VQGAN (arXiv 2012.09841) table 7; LlamaGen
 (arXiv 2406.06525) section 2.1.
@@ -19,40 +19,40 @@ from models.ranks import mean_over_ranks
 
 
 class ConvConfig(Config):
-    """Widths of the convolutional encoder and decoder."""
+    """Architecture of the convolutional encoder and decoder."""
 
     patch_size: PositiveInt = 1
-    """Pixels along one side folded into channels before the first convolution and unfolded after the last: 1 in the
-    papers; 2 saves three quarters of the work at full resolution, which dominates on a CPU."""
+    """Side of the pixel blocks that are folded into channels before the first convolution and unfolded after the last:
+    1 in the papers; 2 saves three quarters of the work at full resolution, which dominates on a CPU."""
 
     channels: PositiveInt = 128
-    """Channels at the highest resolution that is convolved."""
+    """Channels at the highest resolution."""
     channel_multipliers: tuple[PositiveInt, ...] = (1, 1, 2, 2, 4)
-    """Channels at each resolution, in units of `channels`; each step after the first halves the resolution."""
+    """Channels at each resolution, in multiples of `channels`; each step after the first halves the resolution."""
     encoder_blocks: PositiveInt = 2
-    """Residual blocks at each resolution of the encoder."""
+    """Number of residual blocks at each resolution of the encoder."""
     decoder_blocks: PositiveInt = 3
-    """Residual blocks at each resolution of the decoder."""
+    """Number of residual blocks at each resolution of the decoder."""
     latent_channels: PositiveInt = 256
     """Channels between the encoder and the quantizer, and between the quantizer and the decoder."""
     attention: bool = True
-    """Self-attention beside the residual blocks at the lowest resolution."""
+    """Whether each residual block at the lowest resolution is followed by self-attention."""
 
     @property
     def downsampling(self) -> int:
-        """Pixels a code covers along one side."""
+        """Number of pixels that a code covers along one side."""
         return self.patch_size * 2 ** (len(self.channel_multipliers) - 1)
 
 
 def _norm(channels: int) -> nn.GroupNorm:
-    # a teacher's width need not be a multiple of 32
+    # a teacher's width may not be a multiple of 32
     return nn.GroupNorm(math.gcd(min(32, channels // 4), channels), channels, eps=1e-6)
 
 
 class ResidualBlock(nn.Module):
     """Two convolutions with GroupNorm and SiLU: `[B, C_in, H, W]` -> `[B, C_out, H, W]`.
 
-    Both are 3x3, or the first one `first_kernel` (odd) wide.
+    The second is 3x3, the first has kernels of side `first_kernel` (odd).
     """
 
     def __init__(self, in_channels: int, out_channels: int, *, first_kernel: int = 3) -> None:
@@ -84,7 +84,7 @@ class SpatialAttention(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Nearest-neighbour doubling and a 3x3 convolution: `[B, C, H, W]` -> `[B, C, 2H, 2W]`."""
+    """Nearest-neighbour upsampling by 2 and a 3x3 convolution: `[B, C, H, W]` -> `[B, C, 2H, 2W]`."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -114,7 +114,7 @@ def _middle(channels: int, attention: bool) -> nn.Sequential:
 
 
 class ConvEncoder(nn.Module):
-    """Images `[B, 3, H, W]` -> latents `[B, latent_channels, h, w]`."""
+    """Maps images `[B, 3, H, W]` to latents `[B, latent_channels, h, w]`."""
 
     def __init__(self, config: ConvConfig) -> None:
         super().__init__()
@@ -142,7 +142,7 @@ class ConvEncoder(nn.Module):
 
 
 class ConvDecoder(nn.Module):
-    """Latents `[B, latent_channels, h, w]` -> images `[B, 3, H, W]`, about [-1, 1] and not clamped."""
+    """Maps latents `[B, latent_channels, h, w]` to images `[B, 3, H, W]` of about [-1, 1], not clamped."""
 
     def __init__(self, config: ConvConfig) -> None:
         super().__init__()
@@ -168,12 +168,12 @@ class ConvDecoder(nn.Module):
 
     @property
     def last_layer(self) -> Tensor:
-        """Weight whose gradient norms balance the adversarial loss (VQGAN, eq. 7)."""
+        """The weight whose gradient norms balance the adversarial loss (VQGAN, eq. 7)."""
         return self.to_rgb.weight
 
 
 class PatchDiscriminator(nn.Module):
-    """PatchGAN: images `[B, 3, H, W]` -> logits `[B, 1, h', w']`, one a patch. Source: pix2pix (arXiv 1611.07004)."""
+    """PatchGAN: images `[B, 3, H, W]` -> logits `[B, 1, h', w']`, one per patch. Source: pix2pix (arXiv 1611.07004)."""
 
     def __init__(self, channels: int = 64, num_layers: int = 3) -> None:
         super().__init__()
@@ -193,7 +193,7 @@ class PatchDiscriminator(nn.Module):
 
 
 class DiscriminatorBlock(nn.Module):
-    """GroupNorm, leaky ReLU and one 3x3 convolution beside a 1x1 convolution of the resized input.
+    """GroupNorm, leaky ReLU and a 3x3 convolution, with a skip connection that resizes and projects the input.
 
     `[B, C_in, H, W]` -> `[B, C_out, H / stride, W / stride]`, rounded up.
     """
@@ -212,7 +212,7 @@ class DiscriminatorBlock(nn.Module):
 
 
 class ResidualDiscriminator(nn.Module):
-    """PatchGAN of residual blocks with kernels of 3: images `[B, 3, H, W]` -> logits `[B, 1, h', w']`, one a patch.
+    """PatchGAN of residual blocks with 3x3 kernels: images `[B, 3, H, W]` -> logits `[B, 1, h', w']`, one per patch.
 
     Source: DualToken's released code (github.com/songweii/DualToken, vqgan/discriminator.py).
     """
@@ -234,7 +234,7 @@ class ResidualDiscriminator(nn.Module):
 
 
 def _start_discriminator(discriminator: nn.Module) -> None:
-    """pix2pix's start: kernels of deviation 0.02."""
+    """Initialise as pix2pix does: kernels from a normal distribution of deviation 0.02, biases 0."""
     for module in discriminator.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.normal_(module.weight, 0.0, 0.02)
@@ -245,10 +245,10 @@ DISCRIMINATORS: dict[str, Callable[[int, int], nn.Module]] = {
     "patchgan": PatchDiscriminator,
     "residual": ResidualDiscriminator,
 }
-"""The class of each `LossConfig.discriminator`; arguments are channels and layers."""
+"""The class of each `LossConfig.discriminator`; its arguments are the numbers of channels and of layers."""
 
 
 def gradient_norm(loss: Tensor, weight: Tensor) -> Tensor:
-    """L2 norm of the gradient of `loss` by `weight`, detached; with several ranks, of their mean gradient."""
+    """Return the L2 norm of the gradient of `loss` by `weight`, detached; with several ranks, of the mean gradient."""
     (gradient,) = torch.autograd.grad(loss, weight, retain_graph=True)
     return mean_over_ranks(gradient.detach()).norm()

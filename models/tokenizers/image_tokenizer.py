@@ -1,7 +1,7 @@
-"""What every image tokenizer is: images to discrete codes and back; its configuration.
+"""The interface of all image tokenizers, which map images to discrete codes and back, and their configuration.
 
-Shape legend: B batch, H W pixels, h w code grid, N books, D depth, C channels.
-Codes are `[B, N, D, h, w]` for every kind, so that tables, sequences and reports need one layout.
+Shape legend: B batch, H W pixels, h w code grid, N books, D depth, C channels, K codebook size, E channels of the
+image-text space. Codes are `[B, N, D, h, w]` for every kind, so that tables, sequences and reports need one layout.
 """
 
 from __future__ import annotations
@@ -23,55 +23,56 @@ Kind = Literal["sde", "vqgan", "semantic", "tokenflow", "dualtoken", "vila_u", "
 
 
 class TokenizerConfig(Config):
-    """An image tokenizer."""
+    """An image tokenizer: its kind, its encoder and decoder, and its quantizer."""
 
     kind: Kind = "sde"
     """`sde`: the teacher's features are added before quantization (MUSE-VL, eq. 1-2); `vqgan`: image branch only;
-    `semantic`: semantic branch only (MUSE-VL's ablation); `tokenflow`: a semantic and a pixel table under one index;
-    `dualtoken`: residual codes of shallow and of deep features, each in its own book; `vila_u`: residual codes of deep
-    features, aligned with the captions; `external`: no tokenizer of ours, its codes are given (`codes`)."""
+    `semantic`: semantic branch only (MUSE-VL's ablation); `tokenflow`: a semantic and a pixel table with a shared
+    index; `dualtoken`: residual codes of shallow and of deep features, each in its own book; `vila_u`: residual codes
+    of deep features, aligned with the captions; `external`: codes of a tokenizer outside this project, given as
+    `codes`."""
     transform: TransformConfig = TransformConfig()
-    """How images are shaped before encoding."""
+    """How images are transformed before encoding."""
     conv: ConvConfig = ConvConfig()
-    """Image encoder and decoder."""
+    """Convolutional image encoder and decoder."""
     encoder: Literal["conv", "tower"] = "conv"
     """Image encoder of `sde` and `tokenflow`: convolutional, or a trained copy of the teacher's image tower. MUSE-VL
-    starts its encoder from SigLIP. `dualtoken` and `vila_u` always take the tower."""
+    initialises its encoder from SigLIP. `dualtoken` and `vila_u` always use the tower."""
     code_grid: PositiveInt | None = None
-    """Code rows and columns where a tower encodes, 27 for SigLIP with patches of 14 at 384 pixels; the decoder's input
-    is resized to what it needs. `null`: as the convolutional encoder has."""
+    """Rows and columns of codes if a tower encodes, 27 for SigLIP with patches of 14 at 384 pixels; the decoder's input
+    is resized to the size that it needs. `null`: as many as the convolutional encoder has."""
     quantizer: QuantizerConfig = QuantizerConfig()
-    """Codebook; of `tokenflow` the pixel table."""
+    """Codebook; for `tokenflow` the pixel table."""
     residual: ResidualQuantizerConfig = ResidualQuantizerConfig()
     """Codebooks of `dualtoken` and `vila_u`."""
     pixel_layers: tuple[PositiveInt, ...] = (6, 4)
-    """Layers of the tower, counted from 1, whose features are `dualtoken`'s pixel features; none: its semantic
-    features, which is DualToken's ablation with both losses at the deep layer."""
+    """Layers of the tower, counted from 1, whose features are `dualtoken`'s pixel features. If empty, its semantic
+    features are used, which is DualToken's ablation with both losses at the deep layer."""
     pixel_layer_weights: tuple[NonNegativeFloat, ...] = (1.0, 0.6)
-    """Weight of each of them in the sum."""
+    """Weight of each of `pixel_layers` in the sum of their features."""
     semantic_layer: PositiveInt | None = 26
-    """Layer whose features are `dualtoken`'s semantic features, taken as they are, so that the rest of the tower can
-    read their decoded form; `null`: the teacher's final features, standardised. Of `vila_u` the layer whose features
-    are quantized where `released_layout` is set."""
+    """Layer whose features are `dualtoken`'s semantic features, not normalised, so that the rest of the tower can
+    process the decoded ones; `null`: the teacher's final features, standardised. For `vila_u` with `released_layout`,
+    the layer whose features are quantized."""
     semantic_branch: bool = True
     """`false`: `sde` with the image branch alone, MUSE-VL's ablation; encoder and codebook stay the same."""
     semantic_book: bool = True
     """`false`: `dualtoken` without its semantic book, DualToken's ablation with the reconstruction loss alone."""
     released_layout: bool = False
-    """Details as the released code has them. `dualtoken`, whose public weights need them: causal attention behind the
-    quantizers, one more LayerNorm in each projection, and a first 1x1 convolution behind the resizing of the grid.
-    `vila_u`: the features of `semantic_layer` (its code: the last layer but one) are quantized as they are, at the
-    tower's full width, and the rest of the tower pools the quantized ones."""
+    """Whether details follow the released code instead of the paper. `dualtoken`, whose public weights need it: causal
+    attention after the quantizers, one more LayerNorm in each projection, and a first 1x1 convolution after the
+    resizing of the grid. `vila_u`: the features of `semantic_layer` (the last layer but one in its code) are quantized
+    at the tower's full width without a projection, and the rest of the tower pools the quantized ones."""
     semantic_code_dim: PositiveInt = 32
     """Channels of the semantic table (`tokenflow` only)."""
     semantic_decoder: SemanticDecoderConfig = SemanticDecoderConfig()
-    """Maps codes back to the teacher's features (`sde`, `semantic` and `tokenflow`)."""
+    """Transformer that maps codes back to the teacher's features (`sde`, `semantic` and `tokenflow`)."""
     image_weight: NonNegativeFloat = 1.0
     """Scale of the normalised image features `z` in `Quant(T + z)` (`sde` only; the paper does not publish a scale)."""
 
     @property
     def grid(self) -> tuple[int, int]:
-        """Code rows and columns."""
+        """Rows and columns of codes."""
         if self.code_grid is not None and (self.encoder == "tower" or self.kind in ("dualtoken", "vila_u", "semantic")):
             return self.code_grid, self.code_grid
         side = self.transform.image_size // self.conv.downsampling
@@ -79,57 +80,59 @@ class TokenizerConfig(Config):
 
 
 class TokenizerOutput(NamedTuple):
-    """One training forward pass."""
+    """Result of a forward pass in training."""
 
     reconstruction: Tensor
-    """`[B, 3, H, W]`, about [-1, 1]."""
+    """`[B, 3, H, W]` reconstructed images, about [-1, 1]."""
     codes: Tensor
-    """`[B, N, D, h, w]` int64."""
+    """`[B, N, D, h, w]` int64 codes."""
     quantizer_loss: Tensor
-    """Scalar, already weighted."""
+    """Sum of the commitment and codebook losses with their weights, a scalar."""
     semantic_target: Tensor | None
-    """Teacher features `[B, h, w, C]`, or None without a semantic branch."""
+    """Features `[B, h, w, C]` of the frozen teacher, or None without a semantic branch."""
     semantic_prediction: Tensor | None
-    """Same shape: the features decoded from the codes."""
+    """Features decoded from the codes, in the shape of `semantic_target`."""
     image_embedding: Tensor | None = None
-    """Unit vectors `[B, E]` in the teacher's image-text space, where a kind is aligned with captions."""
+    """Unit vectors `[B, E]` in the teacher's image-text space, for kinds that are aligned with captions."""
 
 
 class Codes(NamedTuple):
-    """What a kind's quantizers made of a batch."""
+    """Result of quantizing a batch."""
 
     vectors: Tensor
-    """`[B, h, w, C]`, the books side by side; the gradient passes straight through."""
+    """`[B, h, w, C]` quantized vectors, concatenated over books, with the straight-through gradient."""
     codes: Tensor
-    """`[B, N, D, h, w]` int64."""
+    """`[B, N, D, h, w]` int64 codes."""
     loss: Tensor
-    """Scalar, already weighted."""
+    """Sum of the commitment and codebook losses with their weights, a scalar."""
 
 
 class ImageTokenizer(nn.Module):
-    """What all kinds share: a convolutional decoder and, with a teacher, a prediction of its features.
+    """Base class of all kinds: a convolutional decoder and, with a teacher, a prediction of the teacher's features.
 
-    A kind says what is quantized and how, and which channels of a code each decoder reads.
+    A subclass defines what is quantized and how, and which channels of a code each decoder reads.
     """
 
     book_names: tuple[str, ...]
+    """Name of each codebook, for metrics and reports."""
     needs_teacher: ClassVar[bool] = True
+    """Whether the tokenizer cannot be built without a teacher."""
     quantizes_target: ClassVar[bool] = True
-    """Whether the codes depend on the frozen teacher's features; else they are only what the codes learn to predict."""
+    """Whether encoding needs the frozen teacher's features; otherwise the codes only learn to predict them."""
     teacher: Teacher | None
     decoder: ConvDecoder
     logit_scale: Tensor
-    """Logarithm of the inverse temperature of kinds that are aligned with captions."""
+    """Logarithm of the contrastive loss's inverse temperature, for kinds that are aligned with captions."""
 
     def __init__(self, config: TokenizerConfig, teacher: Teacher | None = None) -> None:
         """
         Args:
-            config: what to build.
-            teacher: frozen; it is held without being registered, so its weights are neither saved nor trained here.
-                Kinds that need none ignore it.
+            config: configuration of the tokenizer.
+            teacher: the frozen teacher. It is not registered as a submodule, so its weights are neither saved nor
+                trained with the tokenizer. Kinds that need none ignore it.
 
         Raises:
-            ValueError: a teacher is missing, or the image size is one that the encoder cannot divide.
+            ValueError: a teacher is missing, or the image size is not a multiple of the encoder's downsampling.
         """
         super().__init__()
         size, factor = config.transform.image_size, config.conv.downsampling
@@ -148,24 +151,24 @@ class ImageTokenizer(nn.Module):
         raise NotImplementedError
 
     def _quantize(self, images: Tensor, target: Tensor | None) -> Codes:
-        """Images `[B, 3, H, W]` and the teacher's features `[B, h, w, C_teacher]` to codes."""
+        """Encode and quantize images `[B, 3, H, W]` with the teacher's features `[B, h, w, C_teacher]`."""
         raise NotImplementedError
 
     def _to_latents(self, vectors: Tensor) -> Tensor:
-        """Codes `[B, h, w, C]` to the image decoder's channels, `[B, h, w, latent_channels]`."""
+        """Map quantized vectors `[B, h, w, C]` to the image decoder's input, `[B, h, w, latent_channels]`."""
         raise NotImplementedError
 
     def _predict(self, vectors: Tensor) -> Tensor:
-        """Codes `[B, h, w, C]` to the teacher's features, `[B, h, w, C_teacher]`."""
+        """Predict the teacher's features `[B, h, w, C_teacher]` from quantized vectors `[B, h, w, C]`."""
         raise ValueError(f"tokenizer kind {self.config.kind!r} has no semantic branch")
 
     def _embed(self, vectors: Tensor) -> Tensor | None:
-        """Codes `[B, h, w, C]` to unit vectors `[B, E]` in the image-text space, where the kind has them."""
+        """Map quantized vectors `[B, h, w, C]` to unit image embeddings `[B, E]`, or to None if the kind has none."""
         return None
 
     @property
     def code_shape(self) -> tuple[int, int, int, int]:
-        """`(N, D, h, w)`."""
+        """Shape of one image's codes, `(N, D, h, w)`."""
         raise NotImplementedError
 
     @property
@@ -175,11 +178,11 @@ class ImageTokenizer(nn.Module):
 
     @property
     def codebooks(self) -> list[Tensor]:
-        """For each book the vectors of its codes: `[1, K, C]` where all depths share them, else `[D, K, C]`."""
+        """Vectors of the codes of each book: `[1, K, C]` if all depths share them, else `[D, K, C]`."""
         raise NotImplementedError
 
     def code_embeddings(self, codes: Tensor) -> Tensor:
-        """Codes `[B, N, D, h, w]` -> vectors `[B, h, w, C]` before the decoders, the books side by side."""
+        """Look up codes `[B, N, D, h, w]`; returns the decoders' input `[B, h, w, C]`, concatenated over books."""
         raise NotImplementedError
 
     def forward(self, images: Tensor, teacher_features: Tensor | None = None) -> TokenizerOutput:
@@ -187,8 +190,8 @@ class ImageTokenizer(nn.Module):
 
         Args:
             images: the batch.
-            teacher_features: `[B, h, w, C]` as `target_features` gives them, when the caller has them already; computed
-                here otherwise. Kinds without a semantic branch ignore them.
+            teacher_features: `[B, h, w, C]` as returned by `target_features`, if the caller has them already; otherwise
+                they are computed here. Kinds without a semantic branch ignore them.
         """
         target = self.target_features(images) if teacher_features is None else teacher_features
         if not self.has_semantic_branch:
@@ -205,15 +208,15 @@ class ImageTokenizer(nn.Module):
         )
 
     def encode(self, images: Tensor) -> Tensor:
-        """Images `[B, 3, H, W]` in [-1, 1] -> codes `[B, N, D, h, w]` int64. Call it in eval mode."""
+        """Encode images `[B, 3, H, W]` in [-1, 1] as codes `[B, N, D, h, w]` int64. Call it in eval mode."""
         return self._quantize(images, self.target_features(images) if self.quantizes_target else None).codes
 
     def decode(self, codes: Tensor) -> Tensor:
-        """Codes `[B, N, D, h, w]` -> images `[B, 3, H, W]` in [-1, 1]."""
+        """Decode codes `[B, N, D, h, w]` to images `[B, 3, H, W]` in [-1, 1]."""
         return self._draw(self.code_embeddings(codes)).clamp(-1, 1)
 
     def semantic_features(self, codes: Tensor) -> Tensor:
-        """Codes `[B, N, D, h, w]` -> the teacher features that they stand for, `[B, h, w, C_teacher]`.
+        """Decode codes `[B, N, D, h, w]` to predicted teacher features `[B, h, w, C_teacher]`.
 
         Raises:
             ValueError: this kind has no semantic branch.
@@ -221,7 +224,7 @@ class ImageTokenizer(nn.Module):
         return self._predict(self.code_embeddings(codes))
 
     def pooled_prediction(self, features: Tensor) -> Tensor:
-        """Decoded features `[B, h, w, C_teacher]` -> the teacher's pooled vector `[B, E]`, not normalised.
+        """Pool predicted features `[B, h, w, C_teacher]` with the teacher's pooling; `[B, E]`, not normalised.
 
         Raises:
             ValueError: the kind has no semantic branch, or the teacher cannot pool (`Teacher.pools_features`).
@@ -229,7 +232,7 @@ class ImageTokenizer(nn.Module):
         return self.pooled_target(features)
 
     def pooled_target(self, features: Tensor) -> Tensor:
-        """The teacher's features `[B, h, w, C_teacher]` -> its vector `[B, E]`; errors as `pooled_prediction`."""
+        """Pool the teacher's own features `[B, h, w, C_teacher]` to `[B, E]`; errors as for `pooled_prediction`."""
         if self.teacher is None or not self.has_semantic_branch:
             raise ValueError(f"tokenizer kind {self.config.kind!r} has no semantic branch to pool")
         return self.teacher.pool(features)
@@ -240,20 +243,20 @@ class ImageTokenizer(nn.Module):
         return self.has_semantic_branch and self.teacher is not None and self.teacher.pools_from(None)
 
     def embed_codes(self, codes: Tensor) -> Tensor:
-        """Codes `[B, N, D, h, w]` -> unit vectors `[B, E]` in the teacher's image-text space.
+        """Embed codes `[B, N, D, h, w]` as unit vectors `[B, E]` in the teacher's image-text space.
 
         Raises:
-            ValueError: as `pooled_prediction`.
+            ValueError: as for `pooled_prediction`.
         """
         return F.normalize(self.pooled_prediction(self.semantic_features(codes)), dim=-1)
 
     @property
     def has_semantic_branch(self) -> bool:
-        """Whether `semantic_features` predicts what `target_features` gives."""
+        """Whether the tokenizer predicts the teacher's features, so that `semantic_features` works."""
         return self.teacher is not None
 
     def target_features(self, images: Tensor) -> Tensor | None:
-        """The teacher's features `[B, h, w, C_teacher]` of images `[B, 3, H, W]`; None without a semantic branch."""
+        """Return the teacher's features `[B, h, w, C_teacher]` of images, or None without a semantic branch."""
         if self.teacher is None or not self.has_semantic_branch:
             return None
         return self.teacher.features(images, self.grid).detach()
@@ -262,7 +265,7 @@ class ImageTokenizer(nn.Module):
         return self.decoder(self._sized_for_decoder(self._to_latents(vectors).permute(0, 3, 1, 2)))
 
     def _sized_for_decoder(self, latents: Tensor) -> Tensor:
-        """`[B, C, h, w]` in the size that the image decoder turns into an image."""
+        """Resize latents `[B, C, h, w]` to the grid that the image decoder upsamples to the image size."""
         side = self.config.transform.image_size // self.config.conv.downsampling
         if latents.shape[-1] == side:
             return latents
@@ -270,7 +273,7 @@ class ImageTokenizer(nn.Module):
 
 
 class ImageEncoder(nn.Module):
-    """The image encoder that a config names: images `[B, 3, H, W]` -> `[B, h, w, width]`."""
+    """The image encoder that a config selects; maps images `[B, 3, H, W]` to features `[B, h, w, width]`."""
 
     def __init__(self, config: TokenizerConfig, teacher: Teacher | None) -> None:
         super().__init__()
@@ -287,5 +290,5 @@ class ImageEncoder(nn.Module):
 
 
 def semantic_cosine(prediction: Tensor, target: Tensor) -> Tensor:
-    """Mean cosine similarity over positions of two feature grids `[B, h, w, C]`; scalar."""
+    """Return the mean cosine similarity over the positions of two feature grids `[B, h, w, C]`, a scalar."""
     return F.cosine_similarity(prediction.float(), target.float(), dim=-1).mean()

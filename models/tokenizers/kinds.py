@@ -1,4 +1,4 @@
-"""The kinds of image tokenizers with one code a position, and the table of all kinds.
+"""The kinds of image tokenizers with one code per position, and the table of all kinds.
 
 Shape legend: B batch, H W pixels, h w code grid, C channels, K codebook size.
 """
@@ -17,22 +17,22 @@ from models.tokenizers.transformer import SemanticDecoder
 
 
 class OneCodeTokenizer(ImageTokenizer):
-    """One codebook and one code a position: a language model can hold the codes in its vocabulary."""
+    """One codebook and one code per position, so that a language model can hold the codes in its vocabulary."""
 
     quantizer: VectorQuantizer
     post_quant: nn.Linear
     semantic_decoder: SemanticDecoder
 
     def _before_quantization(self, images: Tensor, target: Tensor | None) -> Tensor:
-        """Images `[B, 3, H, W]` and the teacher's features `[B, h, w, C_teacher]` -> `[B, h, w, C]`."""
+        """Map images `[B, 3, H, W]` and the teacher's features `[B, h, w, C_teacher]` to vectors `[B, h, w, C]`."""
         raise NotImplementedError
 
     def _pixel_part(self, vectors: Tensor) -> Tensor:
-        """What the image decoder reads of `[B, h, w, C]` codes."""
+        """Select the channels of quantized vectors `[B, h, w, C]` that the image decoder reads."""
         return vectors
 
     def _semantic_part(self, vectors: Tensor) -> Tensor:
-        """What the semantic decoder reads of `[B, h, w, C]` codes."""
+        """Select the channels of quantized vectors `[B, h, w, C]` that the semantic decoder reads."""
         return vectors
 
     @property
@@ -85,9 +85,9 @@ class VqganTokenizer(OneCodeTokenizer):
 class SdeTokenizer(OneCodeTokenizer):
     """MUSE-VL's Semantic Discrete Encoding (section 3.1).
 
-    `z = Enc(x)`, `z_q = Quant(T + z)` with `T` from a frozen teacher on the same grid; one decoder draws the image from
-    `z_q`, another predicts `T` from it. `z` and `T` are both normalised before the sum: without that the larger one
-    decides the codes alone. Without `semantic_branch` it quantizes `z` and has no semantic decoder.
+    `z = Enc(x)`, `z_q = Quant(T + z)` with `T` from a frozen teacher on the same grid. One decoder reconstructs the
+    image from `z_q`, another predicts `T` from it. `z` and `T` are both normalised before the sum, since otherwise the
+    larger one alone would determine the codes. Without `semantic_branch` it quantizes `z` and has no semantic decoder.
     """
 
     book_names = ("semantic_discrete",)
@@ -126,8 +126,8 @@ class SdeTokenizer(OneCodeTokenizer):
 class SemanticTokenizer(OneCodeTokenizer):
     """The semantic branch alone, MUSE-VL's ablation: `z_q = Quant(T)`.
 
-    The codes learn nothing from pixels. The image decoder is trained on detached codes, so that what they hold can be
-    looked at and measured; it changes nothing about them.
+    The codes learn nothing from pixels. The image decoder is trained on detached codes, so that their content can be
+    viewed and measured without affecting them.
     """
 
     book_names = ("semantic",)
@@ -150,10 +150,11 @@ class SemanticTokenizer(OneCodeTokenizer):
 
 
 class TokenFlowTokenizer(OneCodeTokenizer):
-    """TokenFlow (arXiv 2412.03069): a semantic and a pixel table with one index, the one whose distances add up least.
+    """TokenFlow (arXiv 2412.03069): a semantic and a pixel table with one index, which minimises the summed distance.
 
-    With both tables normalised, the sum of the two squared distances is the squared distance of the concatenations, so
-    one codebook whose two parts are normalised apart does it. The semantic encoder is the frozen teacher here.
+    With both tables normalised, the sum of the two squared distances is the squared distance of the concatenated
+    vectors, so it is implemented as one codebook whose two parts are normalised separately. The semantic encoder is the
+    frozen teacher here.
     """
 
     book_names = ("semantic_and_pixel",)
@@ -193,11 +194,11 @@ KINDS: dict[str, type[ImageTokenizer]] = {
     "dualtoken": DualTokenTokenizer,
     "vila_u": VilaUTokenizer,
 }
-"""The class of each `TokenizerConfig.kind` but `external`."""
+"""The class of each `TokenizerConfig.kind` except `external`."""
 
 
 def build_tokenizer(config: TokenizerConfig, teacher: Teacher | None = None) -> ImageTokenizer:
-    """The tokenizer of a config; arguments and errors as `ImageTokenizer`, and ValueError for `external`."""
+    """Build the tokenizer of a config; arguments and errors as for `ImageTokenizer`, and ValueError for `external`."""
     if config.kind not in KINDS:
         raise ValueError("tokenizer.kind=external has codes but no tokenizer; it can neither encode nor decode images")
     return KINDS[config.kind](config, teacher)

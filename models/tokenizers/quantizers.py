@@ -1,4 +1,4 @@
-"""Vector quantization: nearest neighbour or residual, an EMA or a gradient codebook, restarts of dead codes.
+"""Vector quantizers: nearest neighbour or residual, with codebooks learned by EMA or gradient, and code restarts.
 
 Shape legend: V vectors, C channels of a code, K codebook size, D depth.
 """
@@ -16,65 +16,68 @@ from models.config import Config, Fraction
 from models.ranks import is_first_rank, rows_of_ranks, sum_over_ranks, take_from_first_rank
 
 _CHUNK_ELEMENTS = 1 << 22
-"""Upper bound on the entries of the vectors x codes similarity matrix that exist at a time (16 MiB of float32)."""
+"""Largest number of entries of the similarity matrix of vectors and codes at a time (16 MiB of float32)."""
 _FORGOTTEN = 1e-6
-"""A code whose running count is below this has no mean of its vectors any more: count and sum are all but zero."""
+"""A code whose EMA count is below this keeps its vector, as the ratio of sums and counts near 0 is noise."""
 
 
 class QuantizerConfig(Config):
-    """A codebook and how it learns."""
+    """The size of a codebook and how it is learned."""
 
     codebook_size: PositiveInt = 32_768
     """Number of codes."""
     code_dim: PositiveInt = 8
     """Channels of a code."""
     l2_normalised: bool = True
-    """Compare directions instead of positions (ViT-VQGAN; LlamaGen, table 'codebook')."""
+    """Whether vectors and codes are scaled to unit length, so that directions are compared (ViT-VQGAN; LlamaGen, table
+    'codebook')."""
     update: Literal["ema", "gradient"] = "ema"
-    """`ema`: codes follow the mean of their vectors; `gradient`: codes learn from the codebook loss (VQ-VAE, eq. 3)."""
+    """`ema`: codes are exponential moving averages of their vectors; `gradient`: codes are trained with the codebook
+    loss (VQ-VAE, eq. 3)."""
     ema_decay: Fraction = 0.99
-    """Share of the running statistics kept at each step (`ema` only)."""
+    """Decay of the exponential moving averages per step (`ema` only)."""
     dead_threshold: NonNegativeFloat = 0.05
-    """A code whose running count falls below this is replaced by a vector of the batch (`ema` only); 0: never. The
-    released code of RQ-VAE, which VILA-U and DualToken use: 1, so each code must be chosen once a batch on average."""
+    """A code whose EMA count falls below this is restarted at a vector of the batch (`ema` only); 0: never. The
+    released code of RQ-VAE, which VILA-U and DualToken use, has 1: each code must be chosen once per batch on
+    average."""
     commitment_weight: NonNegativeFloat = 0.25
-    """Weight of the loss that pulls vectors to their codes (VQ-VAE, beta)."""
+    """Weight of the commitment loss, which pulls vectors to their codes (VQ-VAE, beta)."""
     codebook_weight: NonNegativeFloat = 1.0
-    """Weight of the loss that pulls codes to their vectors (`gradient` only)."""
+    """Weight of the codebook loss, which pulls codes to their vectors (`gradient` only)."""
 
 
 class ResidualQuantizerConfig(QuantizerConfig):
-    """Residual codebooks: of `dualtoken` one for each book, of `vila_u` the only one."""
+    """Residual quantizers: one for each book of `dualtoken`, the only one of `vila_u`."""
 
     codebook_size: PositiveInt = 16_384
-    """Number of codes of a codebook."""
+    """Number of codes of each codebook."""
     code_dim: PositiveInt = 32
     """Channels of a code."""
     l2_normalised: bool = False
-    """Must stay false: what is left over after a depth has no fixed length."""
+    """Must be false, because residuals have no fixed length."""
     depth: PositiveInt = 8
-    """Codes a vector: 8 for 27x27 codes, 4 for 16x16 (DualToken)."""
+    """Number of codes per vector: 8 for 27x27 codes, 4 for 16x16 (DualToken)."""
     shared: bool = True
-    """One codebook for all depths in place of one a depth."""
+    """Whether all depths share one codebook instead of having one each."""
 
 
 class Quantized(NamedTuple):
-    """Result of quantization."""
+    """Result of quantizing vectors."""
 
     vectors: Tensor
-    """`[..., C]` codes in place of vectors; the gradient passes straight through to the input."""
+    """`[..., C]` quantized vectors, with the straight-through gradient to the input."""
     codes: Tensor
-    """`[...]` int64 code indices in 0..K-1; `[..., D]` of a residual quantizer."""
+    """`[...]` int64 code indices in 0..K-1; of a residual quantizer `[..., D]`."""
     loss: Tensor
-    """Scalar: weighted commitment loss, plus the weighted codebook loss where the codebook learns by gradient."""
+    """Weighted commitment loss, plus the weighted codebook loss if the codebook is learned by gradient; a scalar."""
 
 
 @torch.no_grad()
 def nearest_codes(vectors: Tensor, codebook: Tensor) -> Tensor:
-    """Index of the nearest code of each vector by Euclidean distance.
+    """Return the index of the nearest code of each vector by Euclidean distance.
 
-    The V x K matrix never exists whole, and distances are float32 even under autocast: bf16 has 8 bits of mantissa
-    and collapses neighbouring codes of a normalised codebook into ties.
+    The V x K matrix is computed in chunks. Distances are float32 even under autocast, since bf16 has 8 bits of mantissa
+    and turns neighbouring codes of a normalised codebook into ties.
 
     Args:
         vectors: `[V, C]`.
@@ -88,7 +91,7 @@ def nearest_codes(vectors: Tensor, codebook: Tensor) -> Tensor:
         half_norms = codebook.square().sum(1) / 2  # [K]; argmin |v - c|^2 = argmax v.c - |c|^2 / 2
         rows = max(1, _CHUNK_ELEMENTS // codebook.shape[0])
         best = torch.empty(len(vectors), dtype=torch.long, device=vectors.device)
-        # One buffer for all chunks: malloc may not find the room that a chunk left for the next, and keep them all
+        # One buffer for all chunks: otherwise malloc may not reuse a freed chunk for the next one and keep them all.
         buffer = vectors.new_empty(min(rows, len(vectors)), len(codebook))
         for chunk, found in zip(vectors.split(rows), best.split(rows), strict=True):
             similarity = torch.addmm(-half_norms, chunk, codebook.T, out=buffer[: len(chunk)])
@@ -97,7 +100,7 @@ def nearest_codes(vectors: Tensor, codebook: Tensor) -> Tensor:
 
 
 def _flattened(vectors: Tensor, code_dim: int) -> Tensor:
-    """`[..., C]` to float32 `[V, C]`; raises ValueError where C is not `code_dim`."""
+    """Flatten `[..., C]` to float32 `[V, C]`; raise ValueError if C is not `code_dim`."""
     if vectors.shape[-1] != code_dim:
         raise ValueError(f"vectors have {vectors.shape[-1]} channels; the codebook has code_dim={code_dim}")
     return vectors.reshape(-1, code_dim).float()
@@ -117,8 +120,8 @@ class VectorQuantizer(nn.Module):
     def __init__(self, config: QuantizerConfig, *, parts: tuple[int, ...] | None = None) -> None:
         """
         Args:
-            config: codebook size, channels, how it learns.
-            parts: channels of parts of a code that are normalised each on its own; None is one part.
+            config: size, channels and learning of the codebook.
+            parts: numbers of channels of the parts of a code that are normalised separately; None means a single part.
 
         Raises:
             ValueError: the parts do not add up to the code's channels.
@@ -138,11 +141,11 @@ class VectorQuantizer(nn.Module):
             self.register_buffer("initialised", torch.zeros((), dtype=torch.bool))
 
     def lookup(self, codes: Tensor) -> Tensor:
-        """Codes `[...]` int64 to their vectors `[..., C]`."""
+        """Look up codes `[...]` int64; returns their vectors `[..., C]`."""
         return F.embedding(codes, self._normalised(self.codebook))
 
     def forward(self, vectors: Tensor) -> Quantized:
-        """Quantize `[..., C]`; in training mode an EMA codebook also learns from the batch.
+        """Quantize vectors `[..., C]`; in training mode an EMA codebook is also updated from the batch.
 
         Raises:
             ValueError: the last axis is not `code_dim`.
@@ -159,14 +162,14 @@ class VectorQuantizer(nn.Module):
         return Quantized(straight_through.view_as(vectors), codes.view(vectors.shape[:-1]), loss)
 
     def nearest(self, flat: Tensor) -> Tensor:
-        """Vectors `[V, C]`, normalised if the codebook is, to the indices of their codes, `[V]` int64."""
+        """Return the nearest codes, `[V]` int64, of vectors `[V, C]`, which are normalised if the codebook is."""
         return nearest_codes(flat, self._normalised(self.codebook).detach())
 
     @torch.no_grad()
     def start(self, flat: Tensor) -> None:
-        """In training, take an EMA codebook that saw no vectors yet from `[V, C]` vectors of the first batch.
+        """In training mode, initialise an EMA codebook with vectors `[V, C]` of the first batch.
 
-        Codes drawn from noise would mostly never be the nearest.
+        Most randomly initialised codes would never be the nearest to any vector.
         """
         if not self._learns_by_ema or bool(self.initialised):
             return
@@ -177,11 +180,11 @@ class VectorQuantizer(nn.Module):
 
     @torch.no_grad()
     def learn(self, flat: Tensor, codes: Tensor) -> None:
-        """In training, move an EMA codebook towards the vectors of its codes, and restart dead codes.
+        """In training mode, update the EMA statistics and codes from a batch, and restart dead codes.
 
         Args:
-            flat: `[V, C]`, or `[D, V, C]` of a codebook that several depths share.
-            codes: `[V]` or `[D, V]`.
+            flat: `[V, C]` vectors, or `[D, V, C]` for a codebook that several depths share.
+            codes: `[V]` or `[D, V]` codes of the vectors.
         """
         if not self._learns_by_ema:
             return
@@ -198,7 +201,7 @@ class VectorQuantizer(nn.Module):
             self.ema_sums[dead] = self._draw(flat, num_dead)
             self.ema_counts[dead] = 1.0
         means = self._normalised(self.ema_sums / self.ema_counts.clamp_min(_FORGOTTEN)[:, None])
-        # an idle code that is never restarted stays where it was, it does not shrink to nothing with its statistics
+        # an unused code that is never restarted keeps its vector, instead of shrinking to zero with its statistics
         self.codebook.copy_(torch.where((self.ema_counts < _FORGOTTEN)[:, None], self.codebook, means))
 
     @property
@@ -211,11 +214,11 @@ class VectorQuantizer(nn.Module):
         return torch.cat([F.normalize(part, dim=-1) for part in vectors.split(self.parts, dim=-1)], dim=-1)
 
     def _draw(self, flat: Tensor, count: int) -> Tensor:
-        """`count` vectors of a batch `[..., V, C]` with a little noise, none twice while there are enough.
+        """Sample `count` vectors of a batch `[..., V, C]` with a little noise, without repetitions if there are enough.
 
-        The same on every rank. With several ranks V runs over the vectors of all of them in rank order, so the result
-        is that of one process with the whole batch and the generator of rank 0. Each rank puts in the vectors that it
-        has, and the sum is exact: all other terms are zero.
+        The result is the same on every rank. With several ranks, V runs over the vectors of all of them in rank order,
+        so the result equals that of one process with the whole batch and the generator of rank 0. Each rank contributes
+        the vectors that it holds to an all-reduce, whose sum is exact because all other terms are zero.
         """
         depths = flat.reshape(-1, *flat.shape[-2:])  # [D, V, C]
         first, num_vectors = rows_of_ranks(depths.shape[1], flat.device)
@@ -233,46 +236,46 @@ class VectorQuantizer(nn.Module):
 
 
 class ResidualQuantizer(nn.Module):
-    """Each depth quantizes what the depths before it left over; a vector is the sum of its codes.
+    """Residual quantizer: each depth quantizes the residual of the depths before it; a vector is the sum of its codes.
 
     Source: RQ-VAE (arXiv 2203.01941), section 3.1. Its commitment loss compares the vector with each partial sum of
-    codes; here as the mean over depths. With one codebook for all depths (RQ-VAE, DualToken) EMA statistics are those
-    of all depths together, taken once a batch.
+    codes; here it is the mean over depths. If all depths share one codebook (RQ-VAE, DualToken), its EMA statistics are
+    those of all depths together, updated once per batch.
     """
 
     def __init__(self, config: ResidualQuantizerConfig) -> None:
         """
         Raises:
-            ValueError: the codes are normalised: unit vectors cannot hold what is left over.
+            ValueError: the config asks for normalised codes; unit vectors cannot represent residuals.
         """
         super().__init__()
         if config.l2_normalised:
-            raise ValueError("a residual quantizer needs l2_normalised=false: what is left over has no fixed length")
+            raise ValueError("a residual quantizer needs l2_normalised=false: residuals have no fixed length")
         self.config, self.depth, self.shared = config, config.depth, config.shared
         self.books = nn.ModuleList(VectorQuantizer(config) for _ in range(1 if config.shared else config.depth))
 
     @property
     def codebooks(self) -> Tensor:
-        """`[1, K, C]` vectors of a codebook that all depths share, else `[D, K, C]`."""
+        """Vectors of the codes: `[1, K, C]` if all depths share them, else `[D, K, C]`."""
         every = torch.arange(self.config.codebook_size, device=self.book(0).codebook.device)
         return torch.stack([self.book(depth).lookup(every) for depth in range(len(self.books))]).detach()
 
     def book(self, depth: int) -> VectorQuantizer:
-        """The codebook of a depth, counted from 0."""
+        """Return the codebook of a depth, counted from 0."""
         book = self.books[0 if self.shared else depth]
         assert isinstance(book, VectorQuantizer)
         return book
 
     def lookup_depths(self, codes: Tensor) -> Tensor:
-        """Codes `[..., D]` int64 to the vector of each, `[..., D, C]`."""
+        """Look up codes `[..., D]` int64; returns the vector of each, `[..., D, C]`."""
         return torch.stack([self.book(depth).lookup(codes[..., depth]) for depth in range(self.depth)], dim=-2)
 
     def lookup(self, codes: Tensor) -> Tensor:
-        """Codes `[..., D]` int64 to the vectors that they add up to, `[..., C]`."""
+        """Look up codes `[..., D]` int64; returns the sums over depths, `[..., C]`."""
         return self.lookup_depths(codes).sum(-2)
 
     def forward(self, vectors: Tensor) -> Quantized:
-        """Quantize `[..., C]`; in training mode EMA codebooks also learn from the batch.
+        """Quantize vectors `[..., C]`; in training mode EMA codebooks are also updated from the batch.
 
         Raises:
             ValueError: the last axis is not `code_dim`.

@@ -1,4 +1,4 @@
-"""The kinds of image tokenizers with several codes a position: DualToken and VILA-U.
+"""The kinds of image tokenizers with several codes per position: DualToken and VILA-U.
 
 Both encode with a trained copy of the teacher's image tower. Shape legend: B batch, H W pixels, h w code grid, C
 channels, E channels of the image-text space, N books, D depth.
@@ -21,9 +21,9 @@ from models.tokenizers.transformer import AttentionProjection
 
 
 class ResidualTokenizer(ImageTokenizer):
-    """Residual books, one quantizer each; vectors hold the books side by side, in the order of `book_names`."""
+    """Residual books with one quantizer each; vectors are concatenated over books in the order of `book_names`."""
 
-    quantizes_target = False  # they quantize what their own trained tower sees
+    quantizes_target = False  # they quantize features of their own trained tower
     quantizers: nn.ModuleList
 
     @property
@@ -39,7 +39,7 @@ class ResidualTokenizer(ImageTokenizer):
         return [self.book(number).codebooks for number in range(len(self.book_names))]
 
     def book(self, number: int) -> ResidualQuantizer:
-        """The quantizer of a book."""
+        """Return the quantizer of a book."""
         quantizer = self.quantizers[number]
         assert isinstance(quantizer, ResidualQuantizer)
         return quantizer
@@ -49,7 +49,7 @@ class ResidualTokenizer(ImageTokenizer):
         return torch.cat([self.book(number).lookup(book) for number, book in enumerate(by_position)], dim=-1)
 
     def _quantized(self, features: list[Tensor]) -> Codes:
-        """`[B, h, w, C]` of each book to codes."""
+        """Quantize the features `[B, h, w, C]` of each book."""
         found = [self.book(number)(feature) for number, feature in enumerate(features)]
         return Codes(
             torch.cat([one.vectors for one in found], dim=-1),
@@ -61,9 +61,9 @@ class ResidualTokenizer(ImageTokenizer):
 class DualTokenTokenizer(ResidualTokenizer):
     """DualToken (arXiv 2503.14324, section 3.2): pixel codes of shallow features, semantic codes of deep features.
 
-    The semantic codes are decoded to the frozen teacher's features at the same layer. From a named layer the rest of
-    the trained tower and its pooling make an image's vector of them, which the pooled loss compares with the teacher's
-    and which zero-shot classification uses. Without `semantic_book` the pixel codes are all there are.
+    The semantic codes are decoded to the frozen teacher's features at the same layer. With `semantic_layer`, the rest
+    of the trained tower and its pooling turn them into an image embedding, which the pooled loss compares with the
+    teacher's and zero-shot classification uses. Without `semantic_book` there are only pixel codes.
     """
 
     book_names: tuple[str, ...] = ("semantic", "pixel")
@@ -76,7 +76,7 @@ class DualTokenTokenizer(ResidualTokenizer):
         if len(layers) != len(config.pixel_layer_weights):
             raise ValueError(
                 f"tokenizer.pixel_layers={list(layers)} and pixel_layer_weights={list(config.pixel_layer_weights)} "
-                f"differ in length; give one weight a layer"
+                f"differ in length; give one weight per layer"
             )
         self.tower = self.teacher.image_tower()
         semantic = self.teacher.feature_dim
@@ -146,11 +146,11 @@ class DualTokenTokenizer(ResidualTokenizer):
 
 
 class VilaUTokenizer(ResidualTokenizer):
-    """VILA-U (arXiv 2409.04429, section 3.1): residual codes of deep features that draw the image and match its text.
+    """VILA-U (arXiv 2409.04429, section 3.1): residual codes of deep features, for reconstruction and text alignment.
 
-    The contrastive loss teaches the codes what they mean; there is no loss on the teacher's features. One attention
-    query pools the decoded features into the teacher's image-text space. With `released_layout` the codes are of a
-    layer's features at their full width, and the rest of the tower pools them, as in VILA-U's code.
+    The codes learn semantics from the contrastive loss; there is no loss on the teacher's features. One attention query
+    pools the decoded features into the teacher's image-text space. With `released_layout` a layer's features are
+    quantized at their full width, and the rest of the tower pools them, as in VILA-U's code.
     """
 
     book_names = ("unified",)
@@ -179,7 +179,7 @@ class VilaUTokenizer(ResidualTokenizer):
         self.logit_scale = nn.Parameter(torch.tensor(math.log(10.0)))
 
     def _check_layer(self, teacher: Teacher) -> None:
-        """Raise ValueError unless the layer can be quantized at its full width and pooled from."""
+        """Raise ValueError unless the layer's features can be quantized at their full width and pooled by the tower."""
         layer, code_dim = self.config.semantic_layer, self.config.residual.code_dim
         if layer is None or not teacher.pools_from(layer):
             raise ValueError(

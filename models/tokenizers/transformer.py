@@ -1,4 +1,4 @@
-"""Small pre-norm transformer parts: blocks, the ViT from codes to semantic features, projections with attention.
+"""Small pre-norm transformer modules: a block, the decoder from codes to semantic features, attention projections.
 
 Shape legend: B batch, T tokens, C channels, h w code grid.
 """
@@ -14,18 +14,18 @@ from models.config import Config
 
 
 class SemanticDecoderConfig(Config):
-    """The ViT that maps quantized vectors back to the teacher's features (BEiT v2, section 3.1)."""
+    """The transformer that maps quantized vectors back to the teacher's features (BEiT v2, section 3.1)."""
 
     width: PositiveInt = 768
-    """Channels."""
+    """Channels of the hidden states."""
     depth: NonNegativeInt = 3
-    """Blocks."""
+    """Number of blocks."""
     heads: PositiveInt = 12
-    """Attention heads."""
+    """Number of attention heads."""
 
 
 class TransformerBlock(nn.Module):
-    """Attention and MLP, each behind a LayerNorm: `[B, T, C]` -> the same shape."""
+    """Attention and MLP, each after a LayerNorm and with a skip connection: `[B, T, C]` -> the same shape."""
 
     def __init__(self, width: int, heads: int, mlp_ratio: int = 4, *, causal: bool = False) -> None:
         super().__init__()
@@ -46,7 +46,7 @@ class TransformerBlock(nn.Module):
 
 
 class SemanticDecoder(nn.Module):
-    """Quantized vectors `[B, h, w, C_in]` -> predicted teacher features `[B, h, w, C_out]`."""
+    """Predicts teacher features `[B, h, w, C_out]` from quantized vectors `[B, h, w, C_in]`."""
 
     def __init__(self, config: SemanticDecoderConfig, in_dim: int, out_dim: int, grid: tuple[int, int]) -> None:
         super().__init__()
@@ -65,9 +65,9 @@ class SemanticDecoder(nn.Module):
 class AttentionProjection(nn.Module):
     """Attention that changes the number of channels: `[B, h, w, C_in]` -> `[B, h, w, C_out]`.
 
-    Heads have the smaller width, as many as the larger holds; shrinking averages the heads, growing puts them side by
-    side. A linear path runs beside the attention, a gated MLP of ratio 2 follows. Source: DualToken (arXiv 2503.14324)
-    section 3.2 and its released code.
+    Each head has the smaller of the two widths, and there are as many heads as fit into the larger one. To shrink,
+    heads are averaged; to grow, they are concatenated. A linear skip connection is added to the attention, and a gated
+    MLP of ratio 2 follows. Source: DualToken (arXiv 2503.14324), section 3.2, and its released code.
     """
 
     def __init__(self, in_dim: int, out_dim: int, *, mlp_norm: bool = False, causal: bool = False) -> None:
@@ -75,8 +75,8 @@ class AttentionProjection(nn.Module):
         Args:
             in_dim: channels of the input.
             out_dim: channels of the result.
-            mlp_norm: a second LayerNorm before the MLP, which the released code has.
-            causal: positions see only those before them, row by row, as behind the released code's quantizers.
+            mlp_norm: whether the MLP has a second LayerNorm before it, as in the released code.
+            causal: whether attention is causal in row-major order, as after the quantizers of the released code.
 
         Raises:
             ValueError: neither width is a multiple of the other.

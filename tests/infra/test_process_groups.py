@@ -149,5 +149,5 @@ def test_gradients_of_two_processes_are_those_of_one_with_the_whole_batch() -> N
 
 def test_a_batch_that_cannot_be_shared_equally_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("models.ranks.num_ranks", lambda: 3)
-    with pytest.raises(ValueError, match="8 rows cannot be shared by 3 processes"):
+    with pytest.raises(ValueError, match="8 rows cannot be divided equally among 3 processes"):
         own_part(8)

@@ -91,5 +91,5 @@ def test_codes_that_would_not_follow_each_other_are_refused() -> None:
     extend_tokenizer(tokenizer, (16,), (1, 1, 2, 2))
     tokenizer.add_tokens(["<another>"])
     assert extend_tokenizer(tokenizer, (16,), (1, 1, 2, 2)).num_code_tokens == 16
-    with pytest.raises(ValueError, match=r"<\|code_23\|> cannot stand where it belongs; start from a model without"):
+    with pytest.raises(ValueError, match=r"<\|code_23\|> cannot get its id; start from a model without"):
         extend_tokenizer(tokenizer, (24,), (1, 1, 2, 2))

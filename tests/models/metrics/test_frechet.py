@@ -57,7 +57,7 @@ def test_a_shift_costs_its_square() -> None:
 
 
 def test_one_image_has_no_spread() -> None:
-    with pytest.raises(ValueError, match="needs two images a set, there are 1 and 3; hold out more"):
+    with pytest.raises(ValueError, match="needs at least two images per set, but there are 1 and 3; hold out more"):
         frechet_distance(torch.zeros(1, 4), torch.zeros(3, 4))
 
 

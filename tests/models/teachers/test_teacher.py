@@ -123,7 +123,7 @@ def test_interpolations_are_known_by_word_and_by_pillows_number() -> None:
     known = {"bicubic": "bicubic", "bilinear": "bilinear", 2: "bilinear", 3: "bicubic", "random": "bicubic"}
     for name, wanted in known.items():
         assert interpolation_of(name, "x") == wanted
-    with pytest.raises(ValueError, match="the processor of 'a' resizes with 1, a teacher here with bicubic"):
+    with pytest.raises(ValueError, match="the processor of 'a' resizes with 1, but a teacher needs bicubic"):
         interpolation_of(1, "the processor of 'a'")
 
 
@@ -307,7 +307,7 @@ class TestOtherBackbones:
         import timm
 
         monkeypatch.setattr(timm, "create_model", lambda *_, **__: torch.nn.Linear(1, 1))
-        with pytest.raises(ValueError, match=r"teacher\.model\.architecture='hidden' does not show.*ResNets"):
+        with pytest.raises(ValueError, match=r"teacher\.model\.architecture='hidden' does not expose.*ResNets"):
             self.make("hidden", (0,), 64)
 
     def test_weights_of_another_network_are_refused(self, efficientnet_state: dict[str, Tensor]) -> None:

@@ -282,7 +282,7 @@ def test_dualtoken_can_take_its_semantics_from_a_named_layer(stub_teacher: Teach
     tokenizer = make(stub_teacher, kind="dualtoken", semantic_layer=1).eval()
     (level,), _ = stub_teacher.levels(images, (8, 8), (1,))
     torch.testing.assert_close(tokenizer.target_features(images), level)
-    with pytest.raises(ValueError, match="give one weight a layer"):
+    with pytest.raises(ValueError, match="give one weight per layer"):
         make(stub_teacher, kind="dualtoken", pixel_layers=(1,))
     with pytest.raises(ValueError, match="12 to 5 channels needs one to be a multiple"):
         make(stub_teacher, kind="dualtoken", residual=ResidualQuantizerConfig(codebook_size=8, code_dim=5))
