@@ -1,7 +1,7 @@
 # `make mini` and `make test` are all that a fresh machine with Python 3.11+ and a package index needs.
 
 PYTHON ?= python3
-# processes that run tests; each starts servers and Ray clusters of its own
+# number of test processes; each starts its own servers and Ray clusters
 TEST_WORKERS ?= 2
 BIN := .venv/bin
 STAMP := .venv/.installed

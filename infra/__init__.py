@@ -1,1 +1,1 @@
-"""Where things run: executors, distributed set-up, tracking, deployment files and the embedded sample data."""
+"""Execution and environment: executors, process groups, signals, allocator, deployment files and the sample data."""

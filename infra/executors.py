@@ -1,4 +1,4 @@
-"""Where mapped work runs: in this process, or as Ray Data actors. Workload code does not know which."""
+"""Executors run the work of stages, in this process and its children or on Ray; stage code does not know which."""
 
 from __future__ import annotations
 
@@ -28,80 +28,80 @@ WorkerFactory = Callable[[], Worker]
 ExecutorName = Literal["local", "ray"]
 
 TASK_RETRIES = 5
-"""How often an input is given to a new worker process after its worker died. An input that waits in a worker's queue
-while the worker dies of another one loses a try too, so this is twice what one input may need (`stages.tokenize` finds
-the image that kills its worker at the third try), and one more for bad luck."""
+"""How often an input is retried in a new worker process after its worker died. An input that waits in a worker's queue
+while another input kills the worker loses a retry too. So this is twice what one input may need (`stages.tokenize`
+finds the image that kills its worker at the third attempt), plus one for bad luck."""
 STARTS = 2
-"""How often a cluster of this machine is started before it is given up."""
+"""Number of attempts to start a local Ray cluster."""
 START_S = 120.0
-"""How long its processes may take to come up, each time. Ray's own limits, 15 s for its agent and 30 for all, are too
-short for a machine with other work: on two cores with eight busy processes a start took 46."""
+"""Seconds that Ray's processes may take to start, per attempt. Ray's own limits (15 s for its agent, 30 s for all) are
+too short on a busy machine: on two cores with eight busy processes a start took 46 s."""
 OBJECT_STORE_BYTES = 256 * 2**20
-"""Shared memory of a cluster started here; items and results are small."""
+"""Size of the object store of a local cluster, in shared memory; items and results are small."""
 
 
 class ClusterUnreachable(ConnectionError):
-    """The Ray cluster that `RAY_ADDRESS` names does not answer."""
+    """Raised if the Ray cluster at `RAY_ADDRESS` does not answer."""
 
 
 class ClusterNotStarted(OSError):
-    """No Ray cluster comes up on this machine."""
+    """Raised if no Ray cluster can be started on this machine."""
 
 
 class Executor(Protocol):
-    """Maps items over workers."""
+    """Runs the work of stages: maps items over workers, and runs process groups."""
 
     @property
     def on_this_machine(self) -> bool:
-        """Whether every worker will be on the machine of this process."""
+        """Whether all workers run on the machine of this process."""
         ...
 
     def map(
         self, factory: WorkerFactory, items: list[Item], *, num_workers: int, num_gpus: float = 0
     ) -> Iterator[Item]:
-        """Yield one result an item, as they finish, in any order.
+        """Map items over workers and yield one result per item, in the order in which they finish.
 
         An exception of the factory or of a worker ends the iteration and is raised here with its own type and message.
 
         Args:
-            factory: picklable; called once in each worker, returns the function that is called with each item.
+            factory: picklable; called once in each worker process, returns the function that is called with each item.
             items: small JSON-like dictionaries, each with everything that its worker needs to find its data.
-            num_workers: most workers at a time.
-            num_gpus: share of a GPU that each worker holds.
+            num_workers: largest number of workers at a time.
+            num_gpus: number of GPUs, or fraction of a GPU, that each worker reserves.
 
         Raises:
-            ValueError: there is no such share of a GPU, and there will be none.
-            WorkerDied: an input took down every worker that it was given to.
+            ValueError: no machine has so many GPUs, and none can join.
+            WorkerDied: an input killed every worker process that it was given to.
         """
         ...
 
     def run_together(
         self, function: Function, *, num_processes: int, num_gpus: float = 0, scratch: Path | None = None
     ) -> Any:
-        """Run one function in several processes at once, joined by `torch.distributed`; return what process 0 returns.
+        """Run a function in each process of a `torch.distributed` group; return the result of rank 0.
 
-        When one of them dies, all start again, up to `RESTARTS` times. An exception of the function ends all of them
-        and is raised here with its own type and message.
+        If a process dies, the whole group is restarted, up to `RESTARTS` times. An exception of the function ends all
+        processes and is raised here with its own type and message.
 
         Args:
-            function: picklable, without arguments.
-            num_processes: how many.
-            num_gpus: of each.
-            scratch: folder for temporary files; default the system's.
+            function: picklable function without arguments.
+            num_processes: number of processes.
+            num_gpus: number of GPUs per process.
+            scratch: folder for temporary files; by default that of the system.
 
         Raises:
-            ValueError: there are not so many GPUs, and there will be none.
-            WorkerDied: processes died again and again.
+            ValueError: there are too few GPUs, and no more can join.
+            WorkerDied: the restarts are used up.
         """
         ...
 
     def close(self) -> None:
-        """Give back what the executor started; the executor can be used again and then starts anew."""
+        """Stop what the executor has started; the executor can be used again and then starts it again."""
         ...
 
 
 class LocalExecutor:
-    """One item after the other in this process, and what runs together on this machine: without Ray."""
+    """Works without Ray: maps items one by one in this process, and runs process groups on this machine."""
 
     on_this_machine = True
 
@@ -119,20 +119,20 @@ class LocalExecutor:
         return run_here(function, num_processes, num_gpus, scratch)
 
     def close(self) -> None:
-        """Nothing was started."""
+        """Do nothing, since nothing stays running."""
 
 
 class RayExecutor:
-    """Ray Data actors: on the cluster that `RAY_ADDRESS` names (as in a submitted job), else on one started here.
+    """Runs work on the Ray cluster at `RAY_ADDRESS` (as in a submitted job), else on a local cluster that it starts.
 
-    Nothing is started or connected before the first `map` with items. A cluster started here is open only to holders of
-    a token made for this process, writes nothing to the home folder and ends with `close`.
+    It connects or starts a cluster at the first use. A cluster started here accepts only clients with a token made for
+    this process, writes nothing to the home folder and is stopped by `close`.
 
     Args:
-        num_cpus: size of a cluster started here; None takes every core.
+        num_cpus: number of cores of a cluster started here; None uses all cores.
     """
 
-    # Of the process: executors share the one cluster that a process can be in, and only one of them started it
+    # Class-wide: a process can be connected to one cluster only, which its executors share and one of them has started
     _cluster_is_ours = False
 
     def __init__(self, num_cpus: int | None = None) -> None:
@@ -183,33 +183,33 @@ class RayExecutor:
                 "or gpus_per_worker of the stage to less, or use a Ray cluster (RAY_ADDRESS)"
             )
         cpus: float = cpus_together(nodes, num_processes, num_gpus)
-        if not cpus and RayExecutor._cluster_is_ours:  # more workers than cores share them
+        if not cpus and RayExecutor._cluster_is_ours:  # more workers than cores: they share the cores
             cpus = cores / num_processes
         if not cpus:
-            logger.warning("the Ray cluster has no room for %d workers at once; waiting for machines", num_processes)
+            logger.warning("the Ray cluster cannot run %d workers at once; waiting for machines", num_processes)
             cpus = 1
         resources = {"CPU": cpus} | ({"GPU": num_gpus} if num_gpus else {})
         return run_on_ray(function, num_processes, resources, scratch, waits=not RayExecutor._cluster_is_ours)
 
     def _nodes(self, num_gpus: float) -> list[dict[str, float]]:
-        """Connect, and return the resources of each living machine.
+        """Connect to the cluster, and return the resources of each machine that is alive.
 
         Raises:
-            ValueError: none has so many GPUs, and none will join.
+            ValueError: no machine has so many GPUs, and none can join.
         """
         self._connect()
         import ray
 
         nodes: list[dict[str, float]] = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         if num_gpus and not any(node.get("GPU", 0) >= num_gpus for node in nodes):
-            lacking = f"no machine of the Ray cluster has the {num_gpus:g} GPUs that each worker is to hold"
+            lacking = f"no machine of the Ray cluster has the {num_gpus:g} GPUs that each worker reserves"
             if RayExecutor._cluster_is_ours:
-                raise ValueError(f"{lacking}; set gpus_per_worker of the stage to 0 to work without")
+                raise ValueError(f"{lacking}; set gpus_per_worker of the stage to 0 to work without GPUs")
             logger.warning("%s; waiting for one", lacking)
         return nodes
 
     def close(self) -> None:
-        """Leave the cluster; stop it if this executor started it."""
+        """Disconnect from the cluster, and stop it if this executor started it."""
         if self._started:
             import ray
 
@@ -217,13 +217,13 @@ class RayExecutor:
             self._started = RayExecutor._cluster_is_ours = False
 
     def _connect(self) -> None:
-        # Ray reads these when it is imported or first used, so they stay for the life of the process.
+        # Ray reads these variables when it is imported or first used, so they are set for the rest of the process.
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-        # Ray prints a paragraph on stdout for each dead worker; `map` says it in one line
+        # Ray prints a paragraph on stdout for each dead worker; `map` logs one line instead
         os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", ".")
         if not os.environ.get("MUSEVL_DEBUG"):
-            # Its native part logs an "error" about each actor pool of Ray Data, which is none
+            # Ray's native code logs an "error" about each actor pool of Ray Data that is not an error
             os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
         address = os.environ.get("RAY_ADDRESS")
         if address is None:
@@ -257,7 +257,7 @@ def _start_cluster(num_cpus: int | None) -> None:
     """Start a Ray cluster on this machine and connect to it.
 
     Raises:
-        ClusterNotStarted: it did not come up, whatever the reason; Ray raises anything from `Exception` down.
+        ClusterNotStarted: the start failed for any reason; Ray raises many types, plain `Exception` among them.
     """
     import ray
 
@@ -265,7 +265,7 @@ def _start_cluster(num_cpus: int | None) -> None:
         before = set(descendants())
         try:
             with _without_log_level_line(), _adapted_start():
-                # `local`, not `auto`: that joins any cluster on this machine, another run's too, and dies with it
+                # `local`, since `auto` would join any cluster on this machine, even another run's, and end with it
                 ray.init(
                     address="local",
                     num_cpus=num_cpus,
@@ -282,18 +282,18 @@ def _start_cluster(num_cpus: int | None) -> None:
             if start + 1 == STARTS:
                 raise ClusterNotStarted(
                     f"Ray does not start on this machine, after {STARTS} tries: {reason}; use `--executor local`, "
-                    "which does without it, or try again when the machine is less busy"
+                    "which does not need Ray, or try again when the machine is less busy"
                 ) from error
             logger.warning("Ray did not start (%s); trying once more", reason)
 
 
 @contextmanager
 def _adapted_start() -> Iterator[None]:
-    """What Ray's start has no settings for.
+    """Change two things about Ray's start for which it has no settings.
 
-    It waits START_S for this machine to join its own cluster, as long as the process that joins lives: 30 seconds are a
-    number in its code. And it leaves SIGTERM to whoever took it before; its native handler would print a stack, and
-    abort the process three seconds later.
+    It waits START_S seconds for this machine to join its own cluster, as long as the raylet is alive, where Ray's code
+    has 30 seconds. And the SIGTERM handler stays as it was: Ray's native handler would print a stack trace and abort
+    the process three seconds later.
     """
     from ray._private import services, utils
 
@@ -318,10 +318,10 @@ def _adapted_start() -> Iterator[None]:
 
 
 class _RayWorker:
-    """The callable class that Ray Data keeps as an actor; exceptions come back as results and so keep their type."""
+    """The callable class that Ray Data runs as an actor; it returns exceptions as results, which keeps their type."""
 
     def __init__(self, factory: WorkerFactory) -> None:
-        # Called with the first item, so that a death in it counts against an input and is not repeated for ever
+        # The factory is called with the first item, so that a death in it counts as a retry and is not repeated forever
         self._factory = factory
         self._worker: Worker | None = None
         import ray
@@ -334,7 +334,7 @@ class _RayWorker:
             if self._worker is None:
                 self._worker = self._factory()
             result = self._worker(pickle.loads(row["item"]))
-        except Exception as error:  # raised again where `map` is iterated
+        except Exception as error:  # raised again by `map` in the driver
             result = portable(error)
         return {
             "index": row["index"],
@@ -345,16 +345,16 @@ class _RayWorker:
 
 
 def _ray_dataset(factory: WorkerFactory, items: list[Item], num_actors: int, num_cpus: int, num_gpus: float) -> Any:
-    """The lazy Ray Data pipeline: one block, and so one task, an item."""
+    """Build the lazy Ray Data pipeline with one block, and so one task, per item."""
     import ray.data
 
-    # Items travel pickled: as Arrow columns they would come back with missing keys filled in and lists as arrays.
+    # Items are pickled, since Arrow columns would fill in missing keys and turn lists into arrays.
     rows = [{"index": index, "item": pickle.dumps(item)} for index, item in enumerate(items)]
     with warnings.catch_warnings():
-        # The bound on retries has no named parameter yet; without it an input that kills its worker is retried for ever
+        # The limit on retries has no named parameter yet; without it an input that kills its worker is retried forever
         warnings.filterwarnings("ignore", message=".*ray_remote_args.*")
         return ray.data.from_items(rows, override_num_blocks=len(rows)).map(
-            _RayWorker,  # type: ignore[arg-type]  # Ray takes a callable class too
+            _RayWorker,  # type: ignore[arg-type]  # Ray accepts a callable class too
             fn_constructor_args=(factory,),
             compute=ray.data.ActorPoolStrategy(size=num_actors),
             num_cpus=num_cpus,
@@ -364,10 +364,10 @@ def _ray_dataset(factory: WorkerFactory, items: list[Item], num_actors: int, num
 
 
 def build_executor(name: ExecutorName, *, num_cpus: int | None = None) -> Executor:
-    """An executor by its name on the command line.
+    """Build the executor with the given command-line name.
 
     Raises:
-        ValueError: an unknown name.
+        ValueError: the name is unknown.
     """
     if name == "ray":
         return RayExecutor(num_cpus)
@@ -377,15 +377,15 @@ def build_executor(name: ExecutorName, *, num_cpus: int | None = None) -> Execut
 
 
 def cpus_per_worker(nodes: Sequence[Mapping[str, float]], num_workers: int, num_gpus: float) -> int:
-    """How many cores, and so threads (Ray sets OMP_NUM_THREADS to it), each worker gets.
+    """Return the number of cores, and so of threads (Ray sets OMP_NUM_THREADS to it), of each worker.
 
     Args:
         nodes: resources of each machine, as Ray lists them.
-        num_workers: how many share them.
-        num_gpus: share of a GPU that each worker holds; only machines with that much count then.
+        num_workers: number of workers that share the machines.
+        num_gpus: number of GPUs that each worker reserves; only machines with at least that many count.
 
     Returns:
-        Whole cores, at least 1, and no more than the smallest machine in question has.
+        Whole cores, at least 1, and no more than the smallest of these machines has.
     """
     cores = [int(node.get("CPU", 0)) for node in nodes if node.get("GPU", 0) >= num_gpus and node.get("CPU", 0) >= 1]
     if not cores:
@@ -394,25 +394,25 @@ def cpus_per_worker(nodes: Sequence[Mapping[str, float]], num_workers: int, num_
 
 
 def cpus_together(nodes: Sequence[Mapping[str, float]], num_workers: int, num_gpus: float) -> int:
-    """The most whole cores that each of several workers can have if all are to run at once; 0 where they cannot.
+    """Return the largest number of whole cores per worker with which all workers can run at once, or 0 if they cannot.
 
     Args:
         nodes: resources of each machine, as Ray lists them.
-        num_workers: how many.
-        num_gpus: of each.
+        num_workers: number of workers.
+        num_gpus: number of GPUs per worker.
     """
 
-    def room(cores: int) -> int:
+    def capacity(cores: int) -> int:
         by_cores = (int(node.get("CPU", 0)) // cores for node in nodes)
         by_gpus = (int(node.get("GPU", 0) / num_gpus) if num_gpus else num_workers for node in nodes)
         return sum(map(min, by_cores, by_gpus))
 
     most = max((int(node.get("CPU", 0)) for node in nodes), default=0)
-    return next((cores for cores in range(most, 0, -1) if room(cores) >= num_workers), 0)
+    return next((cores for cores in range(most, 0, -1) if capacity(cores) >= num_workers), 0)
 
 
 def _check_answers(address: str) -> None:
-    """Raise ClusterUnreachable unless something listens at a HOST:PORT; Ray itself would end the process instead."""
+    """Raise ClusterUnreachable unless something listens at HOST:PORT, since Ray itself would end the process."""
     host, separator, port = address.removeprefix("ray://").rpartition(":")
     if separator and port.isdigit():
         try:
@@ -431,7 +431,7 @@ def _unreachable(address: str, error: Exception) -> ClusterUnreachable:
 
 @contextmanager
 def _without_log_level_line() -> Iterator[None]:
-    """Hold back the process's stderr meanwhile and drop Ray's remark on its log level, which it logs natively."""
+    """Buffer the process's stderr meanwhile, and drop the line about its log level that Ray's native code writes."""
     sys.stderr.flush()
     real = os.dup(2)
     with tempfile.TemporaryFile() as held:

@@ -1,8 +1,8 @@
-"""Ctrl-C and SIGTERM end a command at once: one line, exit code 128 + the signal's number, and no process left behind.
+"""Ctrl-C and SIGTERM end a command at once: one line, exit code 128 + the signal's number, no process left behind.
 
-What is done is in the store, so there is nothing to wind up: the same command goes on from there. Unwinding the stack
-would be no way to end instead. Ray and Prefect make tracebacks of an interrupt, and Prefect reports it to its server,
-which a terminal's Ctrl-C has ended too: it would repeat that call for minutes.
+Finished work is in the store, and the same command continues from there, so no clean-up is needed. Unwinding the stack
+would not work either: Ray and Prefect turn an interrupt into tracebacks, and Prefect reports it to its server, which
+the terminal's Ctrl-C has stopped as well, and would retry that call for minutes.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from pathlib import Path
 from types import FrameType
 from typing import NamedTuple
 
-GOES_ON = "the same command goes on where this one was"
-"""Advice at the end of a command whose work is kept."""
+GOES_ON = "the same command continues where this one stopped"
+"""Advice that is printed when a command is stopped whose work is kept."""
 REPORT_S = 15.0
-"""How long a flow may take to tell the server that it lives on what became of it; a server that is gone as well is
-otherwise called again for two minutes."""
+"""Seconds that a stopped flow may take to report its state to its server. If the server is gone as well, Prefect would
+otherwise retry the call for two minutes."""
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _PATIENCE_S = 5.0
-"""How long children may take to end before they are killed."""
+"""Seconds that child processes may take to end before they are killed."""
 
 _handlers: dict[int, Callable[[int, FrameType | None], None]] = {}
-"""What takes each signal; empty where no command and no flow asked for it, as in a test or a notebook."""
+"""The handler of each signal; empty unless a command or a flow has installed one, as in a test or a notebook."""
 _is_command = False
 _advice = ""
 _said = False
@@ -36,10 +36,10 @@ _at_end: list[Callable[[], object]] = []
 
 
 def end_on_signals(advice: str = "") -> None:
-    """From now on SIGINT and SIGTERM end this process and all below it. For commands, which own their process.
+    """Make SIGINT and SIGTERM end this process and all its descendants. For commands, which own their process.
 
     Args:
-        advice: what the user can do next, where there is something.
+        advice: what the user can do next, if anything.
     """
     global _advice, _is_command
     _advice, _is_command = advice, True
@@ -48,13 +48,13 @@ def end_on_signals(advice: str = "") -> None:
 
 
 def advise(advice: str) -> None:
-    """Say what the user of this command can do after it was stopped."""
+    """Set the advice that is printed when this command is stopped."""
     global _advice
     _advice = advice
 
 
 def take_back_signals() -> None:
-    """Take the signals again after a library took them (`ray.init`, a Prefect flow); none where none were taken."""
+    """Install the handlers again after a library (`ray.init`, a Prefect flow) has replaced them."""
     if threading.current_thread() is threading.main_thread():
         for number, handler in _handlers.items():
             signal.signal(number, handler)
@@ -62,12 +62,12 @@ def take_back_signals() -> None:
 
 @contextmanager
 def reported_signals(*, owned: bool) -> Iterator[None]:
-    """Let the exception that a signal raises in a flow reach the flow's server, for REPORT_S seconds; then all ends.
+    """On a signal, give the flow REPORT_S seconds to report the exception to its server, then end all processes.
 
     Args:
-        owned: whether the process is the flow's own. A notebook's is not, and lives on after Ctrl-C.
+        owned: whether the process belongs to the flow. A notebook's does not, and survives Ctrl-C.
     """
-    if threading.current_thread() is not threading.main_thread():  # where Python's signals do not arrive
+    if threading.current_thread() is not threading.main_thread():  # Python delivers signals to the main thread only
         yield
         return
     numbers = _SIGNALS if owned or _is_command else (signal.SIGTERM,)
@@ -95,10 +95,12 @@ def reported_signals(*, owned: bool) -> Iterator[None]:
 
 @contextmanager
 def done_at_end(function: Callable[[], object]) -> Iterator[None]:
-    """Have a signal in the block call a function once all processes below this one have ended: nothing is unwound.
+    """Call a function if a signal ends the process in this block, after all descendants have ended.
+
+    The stack is not unwound, so `finally` blocks do not run.
 
     Args:
-        function: must not raise.
+        function: the function, which must not raise.
     """
     _at_end.append(function)
     try:
@@ -108,8 +110,8 @@ def done_at_end(function: Callable[[], object]) -> Iterator[None]:
 
 
 def end(number: int, frame: FrameType | None = None) -> None:
-    """Say which signal came, end every process below this one, then this one with exit code 128 + `number`."""
-    with suppress(ValueError):  # of a thread other than the main one
+    """Print which signal came, end all descendants, then this process with exit code 128 + `number`."""
+    with suppress(ValueError):  # raised outside the main thread
         for ignored in _SIGNALS:
             signal.signal(ignored, signal.SIG_IGN)
     _say(number)
@@ -120,15 +122,15 @@ def end(number: int, frame: FrameType | None = None) -> None:
 
 
 def end_processes(spared: Container[int] = ()) -> None:
-    """Ask every process below this one to end, then kill those that did not.
+    """Send SIGTERM to all descendants of this process, then SIGKILL to those that have not ended.
 
     Args:
-        spared: processes that are left alone.
+        spared: processes that are not signalled.
     """
     known: dict[int, int] = {}
 
     def living() -> list[int]:
-        # One whose parent has ended is no descendant any more, and a number may be given to another process meanwhile
+        # A process whose parent has ended is no descendant any more, and a PID may have been reused meanwhile
         table = _processes()
         known.update({number: table[number].started for number in _below(table) if number not in spared})
         return [number for number, started in known.items() if number in table and table[number].started == started]
@@ -143,23 +145,23 @@ def end_processes(spared: Container[int] = ()) -> None:
 
 
 def descendants() -> list[int]:
-    """Processes below this one that have not ended, by Linux's /proc; elsewhere none are found."""
+    """Return the PIDs of all living descendants of this process, from Linux's /proc; elsewhere none are found."""
     return _below(_processes())
 
 
 class _Process(NamedTuple):
     parent: int
     started: int
-    """In clock ticks after the machine."""
+    """Start time in clock ticks since boot."""
 
 
 def _processes() -> dict[int, _Process]:
-    """All that have not ended, by number."""
+    """Return all living processes by PID."""
     found = {}
     for path in Path("/proc").glob("[0-9]*/stat"):
         try:
             state, parent, *others = path.read_text().rpartition(")")[2].split()
-        except OSError:  # it has ended meanwhile
+        except OSError:  # the process has ended meanwhile
             continue
         if state != "Z":
             found[int(path.parent.name)] = _Process(int(parent), int(others[17]))
@@ -180,7 +182,7 @@ def _below(table: dict[int, _Process]) -> list[int]:
 
 
 def program_name(process: int) -> str:
-    """The name of the program that a process runs, its first 15 letters; empty where it has ended."""
+    """Return the first 15 characters of the name of a process's program, or '' if the process has ended."""
     try:
         return Path(f"/proc/{process}/comm").read_text().rstrip("\n")
     except OSError:
@@ -193,12 +195,12 @@ def _end_later(number: int) -> None:
 
 
 def _say(number: int) -> None:
-    """Write the line, once. In a command nothing follows it: threads still log what they think of dying workers."""
+    """Print the line once. A command prints nothing after it, since threads would still log errors of dying workers."""
     global _said
     if _said:
         return
     _said = True
-    with suppress(Exception):  # it may be the very write that was interrupted, or a pipe that nobody reads
+    with suppress(Exception):  # this write may be the one that was interrupted, or go to a pipe without a reader
         sys.stdout.flush()
     advice = f"; {_advice}" if _advice else ""
     line = f"musevl: stopped by {signal.Signals(number).name}{advice}\n"
@@ -213,7 +215,7 @@ def _say(number: int) -> None:
 
 
 def _is_within_a_line() -> bool:
-    """Whether stderr may not be at the start of a line: a terminal shows `^C`, and a progress bar waits for its end."""
+    """Return whether stderr may be in the middle of a line, after the `^C` of a terminal or in a progress bar."""
     tqdm = getattr(sys.modules.get("tqdm"), "tqdm", None)
     with suppress(Exception):
         return os.isatty(2) or bool(getattr(tqdm, "_instances", None))

@@ -1,8 +1,9 @@
-"""Start a process with an allocator that keeps large buffers: about twice as fast for PyTorch on a CPU.
+"""Restarts a process with an allocator that keeps large buffers: about twice as fast for PyTorch on a CPU.
 
-By default glibc maps every large tensor afresh and gives it back at once, so each step pays for page faults again. The
-jemalloc that comes with Ray keeps them, in huge pages; where it is missing, glibc can at least be told to keep them,
-though searching its free list then takes longer and longer. Both are chosen when a process starts; hence the new start.
+By default glibc maps every large tensor anew and unmaps it when it is freed, so each step pays for page faults again.
+The jemalloc that ships with Ray keeps freed buffers in huge pages. If it is missing, glibc can be told to keep them,
+though searching its free list becomes slower over time. An allocator is chosen when a process starts, hence the
+restart.
 
     python -m infra.malloc COMMAND [ARGUMENTS]      runs any command with these settings
 """
@@ -18,29 +19,29 @@ from collections.abc import Mapping
 from pathlib import Path
 
 JEMALLOC_CONF = "dirty_decay_ms:10000,muzzy_decay_ms:-1,thp:always,metadata_thp:always,oversize_threshold:0"
-"""Give buffers back after ten seconds without use, and ask for huge pages. Never giving back was tried: free buffers
+"""Return buffers to the system after ten seconds without use, and ask for huge pages. Without the decay, free buffers
 stayed split into sizes that later ones did not fit, and training a tokenizer grew by 12 GB in 900 steps. By default
-buffers of 8 MB and more (activations in float32) are given back at once, whatever the decay: every step then paid for
-their pages again, a sixth of its time."""
+jemalloc returns buffers of 8 MB and more (activations in float32) at once, whatever the decay: every step then spent a
+sixth of its time on page faults."""
 
 JEMALLOC_PURGE = b"arena.4096.purge"
-"""The command for the freed pages of every arena: 4096 is jemalloc's MALLCTL_ARENAS_ALL."""
+"""The `mallctl` name that returns the freed pages of all arenas: 4096 is jemalloc's MALLCTL_ARENAS_ALL."""
 
 GLIBC_SETTINGS = {
     "MALLOC_MMAP_MAX_": "0",
     "MALLOC_TRIM_THRESHOLD_": "100000000000",
     "MALLOC_TOP_PAD_": "1000000000",
 }
-"""Never map a buffer on its own, give nothing back below 100 GB, grow the heap by 1 GB (of address space) at a time."""
+"""Never map a buffer on its own, return nothing below 100 GB, and grow the heap by 1 GB (address space) at a time."""
 
 MARKER = "MUSEVL_FAST_MALLOC"
-"""Environment variable: `0` switches the new start off; `1` is set by it, so that it happens once."""
+"""Environment variable: `0` switches the restart off; the restart sets `1`, so that it happens only once."""
 
 
 def missing_settings(environment: Mapping[str, str]) -> dict[str, str]:
-    """What has to be added to an environment; what the user set stays as it is, a preloaded library too.
+    """Return the variables to add to an environment; values that the user set are kept, also of LD_PRELOAD.
 
-    Empty outside Linux with glibc, and where `MUSEVL_FAST_MALLOC` is set.
+    The result is empty on systems other than Linux with glibc, and if `MUSEVL_FAST_MALLOC` is set.
     """
     if MARKER in environment or not _has_glibc():
         return {}
@@ -54,9 +55,9 @@ def missing_settings(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def reexec_with_fast_malloc() -> None:
-    """Replace this process by the same command with `missing_settings`; child processes inherit them.
+    """Re-execute the command of this process with `missing_settings`, which child processes inherit.
 
-    Call it first thing in a command, before imports that cost time. Does nothing where nothing is missing, and in an
+    Call it first in a command, before expensive imports. It does nothing if no setting is missing, and in an
     interactive interpreter.
     """
     missing = missing_settings(os.environ)
@@ -68,10 +69,10 @@ def reexec_with_fast_malloc() -> None:
 
 
 def give_back_freed_memory() -> None:
-    """Return the buffers that this process freed to the system; both allocators otherwise keep them for reuse.
+    """Return freed buffers of this process to the system; both allocators otherwise keep them for reuse.
 
-    For a process that has done its heavy work and now waits for others: jemalloc counts its ten seconds only while the
-    process allocates, so that a waiting one keeps all that it ever freed.
+    For a process that has finished its heavy work and waits for others: jemalloc measures its ten seconds only while
+    the process allocates, so a waiting process would keep all its freed memory.
     """
     gc.collect()
     library = ctypes.CDLL(None)
@@ -82,7 +83,7 @@ def give_back_freed_memory() -> None:
 
 
 def _jemalloc() -> Path | None:
-    """Ray's copy of jemalloc, found without importing Ray."""
+    """Return the path of Ray's copy of jemalloc, without importing Ray."""
     spec = importlib.util.find_spec("ray")
     folders = spec.submodule_search_locations if spec is not None else None
     candidates = [Path(folder) / "core" / "libjemalloc.so" for folder in folders or []]

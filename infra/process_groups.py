@@ -1,7 +1,7 @@
-"""One function in several processes at once, joined by torch.distributed: on this machine, or on a Ray cluster.
+"""Runs a function in a group of processes with `torch.distributed`: on this machine, or on a Ray cluster.
 
-A death of one of them ends all: their sums wait for one another. All are then started again, and the function has to
-find by itself where it was (training stages do, by their checkpoints).
+If one process dies, all are ended, because their collectives would wait for it. All are then restarted, and the
+function has to resume by itself (training stages resume from their checkpoints).
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ Function = Callable[[], Any]
 T = TypeVar("T")
 
 RESTARTS = 3
-"""How often all processes are started again after one was lost."""
+"""Number of restarts of the group after the death of a process."""
 _TIMEOUT = timedelta(hours=2)
-"""How long a process waits for the others: one may be writing a large checkpoint meanwhile."""
+"""Timeout of collectives: another process may be writing a large checkpoint."""
 
 
 class _Lost(Exception):
-    """The processes ended, and may do better when they start again.
+    """Raised if the group has ended in a way that a restart may cure.
 
     Attributes:
-        died: whether one is known to have died; otherwise one raised what a process raises whose peer is gone.
-        raised: exceptions of those that did not die.
+        died: whether a process is known to have died; otherwise one raised an error that is typical of a lost peer.
+        raised: exceptions of the processes that did not die.
     """
 
     def __init__(self, what: str, *, died: bool, raised: list[Exception]) -> None:
@@ -50,20 +50,21 @@ class _Lost(Exception):
 
 
 def run_here(function: Function, num_processes: int, num_gpus: float, scratch: Path | None = None) -> Any:
-    """Run a function in processes of this machine, which talk over its loopback interface.
+    """Run a function in a group of processes of this machine, which communicate over its loopback interface.
 
     Args:
-        function: picklable; finds `torch.distributed` ready.
-        num_processes: how many.
-        num_gpus: of each; above 0, process n takes the n-th GPU and they talk by NCCL, else by gloo.
-        scratch: folder for temporary files, swept by its owner where this process is killed; default the system's.
+        function: picklable; called after `torch.distributed` is initialised.
+        num_processes: number of processes.
+        num_gpus: number of GPUs per process; above 0, process n uses the n-th GPU and the backend is NCCL, else gloo.
+        scratch: folder for temporary files, which its owner cleans up if this process is killed; by default that of
+            the system.
 
     Returns:
-        What the function returns in process 0.
+        The result of the function in rank 0.
 
     Raises:
-        ValueError: there are fewer GPUs.
-        WorkerDied: processes died again and again.
+        ValueError: there are too few GPUs.
+        WorkerDied: the restarts are used up.
         Exception: whatever the function raised.
     """
     if num_gpus:
@@ -83,16 +84,16 @@ def run_on_ray(
 ) -> Any:
     """Run a function in workers of Ray Train, on the cluster that this process is connected to.
 
-    Args:
-        function: picklable; finds `torch.distributed` ready.
-        num_processes: how many.
-        resources: of each, by Ray's names; with a GPU they talk by NCCL, else by gloo.
-        scratch: as in `run_here`.
-        waits: whether machines may yet join the cluster, so that it is worth waiting for room.
+    Returns and raises the same as `run_here`.
 
-    Returns, raises: as `run_here`.
+    Args:
+        function: picklable; called after `torch.distributed` is initialised.
+        num_processes: number of processes.
+        resources: Ray resources of each process; the backend is NCCL if they include a GPU, else gloo.
+        scratch: folder for temporary files, as in `run_here`.
+        waits: whether machines may still join the cluster, so that waiting for resources is worthwhile.
     """
-    # Otherwise a worker starts in a folder of Ray's, where a config's relative paths lead nowhere
+    # Otherwise a worker's working directory is a folder of Ray, where relative paths of a config do not exist
     os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
     return _outliving_deaths(lambda: _run_on_ray_once(function, num_processes, resources, scratch, waits))
 
@@ -103,19 +104,19 @@ def _outliving_deaths(run_once: Callable[[], Any]) -> Any:
             return run_once()
         except _Lost as lost:
             if restart < RESTARTS:
-                logger.warning("%s; all workers start again from the last checkpoint", lost)
+                logger.warning("%s; all workers restart from the last checkpoint", lost)
             elif lost.raised and not lost.died:
                 raise lost.raised[0] from None
             else:
                 raise WorkerDied(
-                    f"{lost}, after {RESTARTS} new starts (out of memory?); give each worker more memory or a "
-                    "smaller part of the batch. The same command goes on from the last checkpoint"
+                    f"{lost}, after {RESTARTS} restarts (out of memory?); give each worker more memory or a "
+                    "smaller part of the batch. The same command resumes from the last checkpoint"
                 ) from None
     raise AssertionError("the last round returns or raises")
 
 
 def _may_be_of_a_lost_peer(error: Exception) -> bool:
-    """What collectives raise when another process is gone: NCCL's own type, or gloo's plain RuntimeError."""
+    """Return whether a collective may have raised this because a peer is gone: NCCL's type, or gloo's RuntimeError."""
     from torch.distributed import DistError
 
     return type(error) is RuntimeError or isinstance(error, DistError)
@@ -143,7 +144,7 @@ def _run_here_once(function: Function, num_processes: int, num_gpus: float, scra
         except (ProcessRaisedException, ProcessExitedException):
             raised = [pickle.loads(path.read_bytes()) for path in sorted(folder.glob("raised-*"))]
             _raise_unless_of_a_lost_peer(raised)
-            # torch ends the others with SIGTERM
+            # torch has ended the other processes with SIGTERM
             codes = [process.exitcode or 0 for process in started.processes]
             dead = [rank for rank, code in enumerate(codes) if code < 0 and code != -signal.SIGTERM]
             if not dead and raised:
@@ -156,8 +157,8 @@ def _run_here_once(function: Function, num_processes: int, num_gpus: float, scra
 
 @contextmanager
 def _interrupts_blocked() -> Iterator[None]:
-    """Keep a terminal's Ctrl-C from processes started meanwhile, which would print a traceback of their imports."""
-    resource_tracker.ensure_running()  # by itself it would start with the first process, and unblock what it blocks
+    """Block SIGINT in processes started meanwhile, so that Ctrl-C does not print tracebacks of their imports."""
+    resource_tracker.ensure_running()  # it would otherwise start with the first process and unblock the signal
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
@@ -166,7 +167,7 @@ def _interrupts_blocked() -> Iterator[None]:
 
 
 def _be_a_process(rank: int, num_processes: int, with_gpu: bool, folder: Path, function: bytes) -> None:
-    # Python's own handler would wait for a collective to return; torch sends this when the driver is gone
+    # Python's handler would wait for a collective to return; torch sends SIGINT when the driver is gone
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     import torch
@@ -208,8 +209,8 @@ def _run_on_ray_once(
 
     temporary = tempfile.TemporaryDirectory(prefix="musevl-train-", dir=scratch)
     with temporary as folder, _first_workers_stderr() as stderr:
-        # Failures are looked at here: Ray would also repeat those that have a reason. It does start anew where a
-        # machine is taken away, or is not there yet.
+        # Failures are handled here, since Ray would also retry errors of the function. It does restart the group
+        # itself if a machine is preempted or has not joined yet.
         retries = {"max_failures": 0, "controller_failure_limit": -1 if waits else RESTARTS}
         trainer = TorchTrainer(
             _be_a_ray_worker,
@@ -233,17 +234,17 @@ def _run_on_ray_once(
             what = f"worker {dead[0]} died" if dead else f"a worker failed ({_first_line(raised)})"
             raise _Lost(what, died=bool(dead), raised=raised) from None
         except TrainingFailedError as error:
-            raise _Lost(f"the workers could not work ({_first_line([error])})", died=True, raised=[]) from None
+            raise _Lost(f"the workers could not be run ({_first_line([error])})", died=True, raised=[]) from None
 
 
 def _in_a_thread(function: Callable[[], T]) -> T:
-    """Call it in another thread: in the main one Ray Train takes over SIGINT, ends the process with 0, and keeps it."""
+    """Call a function in another thread: in the main thread Ray Train installs a SIGINT handler that exits with 0."""
     future: Future[T] = Future()
 
     def call() -> None:
         try:
             future.set_result(function())
-        except BaseException as error:  # raised again where the result is asked for
+        except BaseException as error:  # raised again by `future.result()`
             future.set_exception(error)
 
     threading.Thread(target=call, daemon=True).start()
@@ -255,7 +256,7 @@ def _first_line(errors: list[Exception]) -> str:
 
 
 def _is_lost(failure: Exception) -> bool:
-    """Whether a worker died; Ray Train has types of its own for one that does not answer, or not in time."""
+    """Return whether a worker died; Ray Train has its own exceptions for workers that do not answer in time."""
     from ray.train.v2._internal.exceptions import RayTrainError
 
     return isinstance(failure, RayTrainError) or is_worker_death(failure)
@@ -279,7 +280,7 @@ def _be_a_ray_worker(config: dict[str, Any]) -> Any:
 
 
 class _DistantStderr(io.TextIOBase):
-    """The driver's stderr, in a worker: what is written to it goes there through a queue."""
+    """A stderr for workers that forwards what is written to it to the driver's stderr through a queue."""
 
     def __init__(self, queue: Any, is_terminal: bool) -> None:
         self._queue, self._is_terminal = queue, is_terminal
@@ -290,7 +291,7 @@ class _DistantStderr(io.TextIOBase):
     def write(self, text: str) -> int:
         from ray.exceptions import RayError
 
-        with suppress(RayError):  # a line that nobody sees is no reason to stop
+        with suppress(RayError):  # a lost line is no reason to stop
             self._queue.put(text)
         return len(text)
 
@@ -300,7 +301,7 @@ class _DistantStderr(io.TextIOBase):
 
 @contextmanager
 def _first_workers_stderr() -> Iterator[_DistantStderr]:
-    """A stderr for the first worker, so that its progress is seen where the stage was started."""
+    """Provide a stderr for the worker of rank 0 that is shown by the driver, where the stage was started."""
     import ray
     from ray.exceptions import RayError
     from ray.util.queue import Empty, Queue

@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
-# Makes or updates the environment in .venv: uv, torch, what requirements.lock lists, and the project itself.
+# Creates or updates the environment in .venv: uv, torch, the packages of requirements.lock, and the project itself.
 #
-# PYTHON picks the interpreter (3.11 or newer). Where pip is configured for a mirror, a certificate or a folder of
-# wheels (PIP_INDEX_URL, PIP_CERT, PIP_FIND_LINKS or pip's own configuration file), uv is told the same; UV_* variables
-# that are set already win; UV_TORCH_BACKEND=cpu (cu130, ...) picks a build of torch instead of the one for this machine.
+# PYTHON selects the interpreter (3.11 or newer). If pip is configured with a mirror, a certificate or a folder of
+# wheels (PIP_INDEX_URL, PIP_CERT, PIP_FIND_LINKS or pip's own configuration file), uv gets the same settings; UV_*
+# variables that are already set take precedence; UV_TORCH_BACKEND=cpu (cu130, ...) selects a build of torch instead of
+# the one that fits this machine.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -65,7 +66,7 @@ has_local_wheel() { # has_local_wheel torch==2.13.0: in a folder of UV_FIND_LINK
   return 1
 }
 
-install_torch() { # a local wheel, else the build for this machine's driver (CPU without one), else the index's own
+install_torch() { # a local wheel, else the build for this machine's driver (without one: CPU), else the index's own
   local torch torchvision
   torch=$(pinned torch)
   torchvision=$(pinned torchvision)
@@ -97,7 +98,7 @@ main() {
   fi
   install_torch
   say "requirements.lock"
-  # The lock is complete, so nothing is resolved again; torch stays as it is.
+  # The lock file is complete, so nothing is resolved again; torch is not changed.
   uv_install --no-deps -r requirements.lock
   uv_install --no-deps --no-build-isolation --editable .
   say "torch, torchvision and transformers together"

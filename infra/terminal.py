@@ -1,7 +1,7 @@
-"""Text from elsewhere on a terminal or in a log: it is shown, and does nothing.
+"""Safe output of untrusted text to a terminal or a log.
 
-Captions, URLs, names of hosts, answers of models and messages of libraries may hold what a terminal obeys (colours,
-moving the cursor, the title of the window, the clipboard) or what changes the order in which it is read.
+Captions, URLs, host names, answers of models and messages of libraries may contain control sequences that a terminal
+obeys (colours, cursor movement, window title, clipboard) or characters that change the reading order.
 """
 
 from __future__ import annotations
@@ -15,18 +15,19 @@ from contextlib import contextmanager
 from typing import TextIO
 
 _SPELLED_OUT = {"Cc", "Cf", "Cs", "Zl", "Zp"}
-"""Unicode categories: control, format (which bidirectional overrides are among), surrogate, line and paragraph ends."""
+"""Unicode categories that are escaped: control, format (bidirectional overrides), surrogate, line and paragraph
+ends."""
 _SHOWN = "\u200c\u200d"
-"""Joiners, which emoji and Persian and Indian words are written with; they change the shape of their neighbours."""
+"""Joiners, which are not escaped: emoji and Persian and Indian words need them to shape their neighbours."""
 
 
 def printable(text: str, longest: int | None = None, *, lines: bool = False) -> str:
-    r"""Spell out control and format characters: `\x1b`, `\u202e`.
+    r"""Escape control and format characters, as `\x1b` and `\u202e`.
 
     Args:
-        text: of any source.
-        longest: most characters of it, the last of which says that there were more; None for all.
-        lines: whether `\n` and tabs are kept, for text that our own code has put into lines.
+        text: untrusted text.
+        longest: length at which the text is truncated, with an ellipsis as its last character; None for no limit.
+        lines: whether `\n` and tabs are kept, for text that our own code has divided into lines.
     """
     if longest is not None and len(text) > longest:
         text = text[: longest - 1] + "…"
@@ -42,7 +43,7 @@ def printable(text: str, longest: int | None = None, *, lines: bool = False) -> 
 
 
 def say(text: object, *, file: TextIO | None = None) -> None:
-    """Print text of several lines, with what a terminal would obey, or could not show, spelled out."""
+    """Print text of one or more lines, with control characters and what the stream cannot encode escaped."""
     stream = sys.stdout if file is None else file
     shown = printable(str(text), lines=True)
     encoding = getattr(stream, "encoding", None) or "utf-8"
@@ -51,7 +52,7 @@ def say(text: object, *, file: TextIO | None = None) -> None:
 
 @contextmanager
 def said_if_slow(text: str) -> Iterator[None]:
-    """Say on stderr what the block does, should it take longer: five seconds on a terminal, half a minute in a log."""
+    """Print a text on stderr if the block takes longer than five seconds (terminal) or half a minute (log)."""
     timer = threading.Timer(5.0 if sys.stderr.isatty() else 30.0, say, [text], {"file": sys.stderr})
     timer.daemon = True
     timer.start()
@@ -62,12 +63,12 @@ def said_if_slow(text: str) -> Iterator[None]:
 
 
 class LogFormatter(logging.Formatter):
-    """A message a line, spelled out as by `printable`; tracebacks below it keep their lines."""
+    """Formats each record as one line, escaped as by `printable`; tracebacks below it keep their lines."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:
         record.message = printable(record.message)
         return super().formatMessage(record)
 
     def format(self, record: logging.LogRecord) -> str:
-        """Return the line, and what follows it."""
+        """Return the line and the traceback that follows it."""
         return printable(super().format(record), lines=True)

@@ -1,13 +1,13 @@
-"""Makes torchvision importable in an environment whose build of torch its compiled operators do not fit.
+"""Makes torchvision importable in an environment whose build of torch does not fit torchvision's compiled operators.
 
-The package index has only a CUDA build of torchvision. Beside a CPU build of torch its operators do not load, and
-`import torchvision` fails with "operator torchvision::nms does not exist". With it fail timm, open_clip, lpips and
-transformers, which imports torchvision where it is installed. None of them calls such an operator; torchvision
-only describes two of them when it is imported. So it is enough to declare those two.
+The package index has only a CUDA build of torchvision. With a CPU build of torch its operators do not load, and
+`import torchvision` fails with "operator torchvision::nms does not exist". Then timm, open_clip, lpips and
+transformers, which imports torchvision if it is installed, fail as well. None of them calls such an operator;
+torchvision only registers metadata for two of them when it is imported. So it is enough to declare those two.
 
-`python infra/torchvision_ops.py` finds out whether that is needed, and only then copies this file into the environment
-beside a `.pth` file, through which every Python process of the environment knows it, also one without any code of ours.
-It costs no import of torch: it waits for torchvision.
+`python infra/torchvision_ops.py` checks whether that is needed, and only then copies this file into the environment,
+with a `.pth` file that activates it in every Python process of the environment, even one without code of this project.
+It does not import torch; it acts when torchvision is imported.
 """
 
 from __future__ import annotations
@@ -19,26 +19,26 @@ from types import ModuleType
 from typing import Any
 
 _NAME = "_torchvision_ops"
-"""Of the copy in the environment."""
+"""Module name of the copy in the environment."""
 _WAITS_FOR = "torchvision.extension"
-"""The module that loads the compiled operators; those that describe them are imported after it."""
+"""The module that loads the compiled operators; the modules with their metadata are imported after it."""
 _SCHEMAS = {
     "nms": "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
     "qnms": "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
 }
 _libraries: list[Any] = []
-"""A torch.library.Library withdraws its declarations when it is collected."""
+"""Keeps libraries alive: a torch.library.Library withdraws its declarations when it is garbage-collected."""
 
 _WITHOUT_US = f"import sys; sys.meta_path[:] = [f for f in sys.meta_path if getattr(f, '__module__', 0) != {_NAME!r}]; "
 _CHECKS = {
     "import torchvision": "torchvision",
     "from transformers import AutoImageProcessor, AutoModelForCausalLM, Qwen2ForCausalLM": "transformers",
 }
-"""What must work in a plain Python process of the environment, and what it is about."""
+"""Statements that must work in a plain Python process of the environment, and the package that each one tests."""
 
 
 def declare_missing(extension: ModuleType) -> None:
-    """Declare the operators that torchvision describes, unless its compiled ones are there.
+    """Declare the operators for which torchvision registers metadata, unless the compiled ones have been loaded.
 
     Args:
         extension: the module `torchvision.extension`.
@@ -55,7 +55,7 @@ def declare_missing(extension: ModuleType) -> None:
 
 
 class _Finder:
-    """Finds that one module as usual, and has declared what is missing once it is loaded."""
+    """Import hook that finds `torchvision.extension` as usual and calls `declare_missing` after it is loaded."""
 
     @staticmethod
     def find_spec(fullname: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
@@ -75,17 +75,17 @@ class _Finder:
 
 
 def wait_for_torchvision() -> None:
-    """What the `.pth` file calls when a process starts."""
+    """Install the import hook; the `.pth` file calls this when a process starts."""
     sys.meta_path.insert(0, _Finder)
 
 
 def main() -> int:
-    """Install the hook into this interpreter's environment, or remove one that is not needed, and check the result.
+    """Install the hook into this interpreter's environment, or remove it if it is not needed, and check the result.
 
     Returns:
-        0, or 1 after one line on stderr where torchvision or transformers do not work in the environment.
+        0, or 1 after one line on stderr if torchvision or transformers do not work in the environment.
     """
-    import sysconfig  # here and not above: this file is read at the start of every process
+    import sysconfig  # imported here because this file is loaded at the start of every process
     from pathlib import Path
 
     folder = Path(sysconfig.get_paths()["purelib"])
@@ -108,7 +108,7 @@ def main() -> int:
 
 
 def _failure(code: str) -> str:
-    """The last line that a fresh interpreter says where it cannot run some code; empty where it can."""
+    """Return the last line of stderr of a new interpreter that runs some code, or '' if it succeeds."""
     import subprocess
 
     ended = subprocess.run([sys.executable, "-I", "-c", code], capture_output=True, text=True, check=False)

@@ -1,4 +1,4 @@
-"""What goes wrong in worker processes, and how it travels home."""
+"""Errors of worker processes, and how they are passed to the driver."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ import traceback
 
 
 class WorkerFailed(RuntimeError):
-    """An exception in a worker that cannot travel between processes as itself; the message names its type."""
+    """Stands for an exception of a worker that cannot be pickled; the message names its type."""
 
 
 class WorkerDied(RuntimeError):
-    """Worker processes died again and again; the message says how often and what was left to do."""
+    """Raised if worker processes keep dying; the message says how often and what was left to do."""
 
 
 def portable(error: Exception) -> Exception:
-    """The exception with its traceback as a note, or a WorkerFailed where it does not survive pickling."""
+    """Return the exception with its traceback as a note, or a WorkerFailed if it does not survive pickling."""
     error.add_note("in the worker:\n" + "".join(traceback.format_exception(error)))
     try:
         pickle.loads(pickle.dumps(error))
-    except Exception:  # whatever a foreign class's pickling may raise
+    except Exception:  # the pickling of a third-party class may raise anything
         failed = WorkerFailed(f"{type(error).__name__}: {error}")
         for note in error.__notes__:
             failed.add_note(note)
@@ -28,7 +28,7 @@ def portable(error: Exception) -> Exception:
 
 
 def is_worker_death(error: BaseException | None) -> bool:
-    """Whether the death of one of Ray's actors is among an exception and its causes."""
+    """Return whether an exception or one of its causes is the death of a Ray actor or worker."""
     from ray.exceptions import ActorDiedError, ActorUnavailableError, WorkerCrashedError
 
     while error is not None:

@@ -1,6 +1,6 @@
-"""Embedded sample data: openly licensed emoji in four drawing styles, as URL list plus a loopback server.
+"""Embedded sample data: openly licensed emoji in four drawing styles, with a URL list and a loopback server.
 
-``emoji.csv`` lists the images with captions; one zip a style holds the pixels; README.md names authors and licences.
+``emoji.csv`` lists the images with captions; one zip per style holds the images; README.md names authors and licences.
 """
 
 from pathlib import Path
@@ -15,11 +15,11 @@ STYLES: tuple[str, ...] = ("noto", "twemoji", "openmoji", "fluent")
 """Names of the drawing styles; each has a ``<style>.zip``."""
 
 URL_PREFIX: str = "sample://"
-"""Start of the URLs in the list; `infra.sample_data.server.resolve` turns them into HTTP ones."""
+"""Scheme of the URLs in the list; `infra.sample_data.server.resolve` turns them into HTTP URLs."""
 
 
 def archive_path(style: str) -> Path:
-    """The zip of `style`, whether or not it has been built.
+    """Return the path of the zip of `style`, whether or not it has been built.
 
     Raises:
         ValueError: `style` is not one of `STYLES`.

@@ -1,7 +1,7 @@
 """Builds the sample data from npm packages: ``python -m infra.sample_data.build``.
 
-Needs ``npm`` and, to draw OpenMoji's SVG files, ``pip install resvg_py==0.5.0``. With the same versions of Pillow
-(and so libwebp) and resvg the output is the same to the byte; the data in the repository is the output of one such run.
+Needs ``npm`` and, to render OpenMoji's SVG files, ``pip install resvg_py==0.5.0``. With the same versions of Pillow
+(and so libwebp) and resvg the output is identical byte for byte; the data in the repository is the output of one run.
 """
 
 import argparse
@@ -53,7 +53,7 @@ UNLICENSED_FLUENT = re.compile(r"(?:family|couple with heart|kiss)(?::|$)|.* hol
 
 @dataclass(frozen=True, kw_only=True)
 class Concept:
-    """One emoji and where each style draws it."""
+    """One emoji and its source image in each style."""
 
     codepoint: str  # as in file names: lowercase hex, joined by hyphens
     name: str  # short name, see `captions.concept_name`
@@ -66,7 +66,7 @@ def fetch(style: str, folder: Path) -> Path:
     """Download and unpack the package of `style` below `folder`; returns the package's root.
 
     Raises:
-        ValueError: the archive is not the pinned one.
+        ValueError: the archive does not have the pinned checksum.
         subprocess.CalledProcessError: npm failed.
     """
     package, pinned = PACKAGES[style]
@@ -85,15 +85,15 @@ def fetch(style: str, folder: Path) -> Path:
 
 
 def plain_key(codepoint: str) -> str:
-    """A code point sequence without variation selectors, which the sets use differently, in lowercase."""
+    """Return a code point sequence in lowercase without variation selectors, which the sets use differently."""
     return "-".join(part for part in codepoint.lower().split("-") if part != "fe0f")
 
 
 def find_concepts(roots: dict[str, Path]) -> list[Concept]:
-    """Base emoji (no skin tones, no country flags) drawn in at least `MIN_STYLES` styles, in order of name.
+    """Return base emoji (no skin tones, no country flags) that at least `MIN_STYLES` styles draw, in order of name.
 
     Raises:
-        ValueError: two emoji end up with one name.
+        ValueError: two emoji have the same name.
     """
     files = {
         style: {plain_key(path.stem): path for path in sorted((roots[style] / IMAGE_FOLDERS[style]).iterdir())}
@@ -129,10 +129,10 @@ def find_concepts(roots: dict[str, Path]) -> list[Concept]:
 
 
 def open_source(path: Path) -> Image.Image:
-    """A source image as RGBA; SVG files are drawn at four times `IMAGE_SIZE`.
+    """Open a source image as RGBA; SVG files are rendered at four times `IMAGE_SIZE`.
 
     Raises:
-        ImportError: an SVG file, and resvg_py is not installed.
+        ImportError: it is an SVG file, and resvg_py is not installed.
     """
     if path.suffix != ".svg":
         return Image.open(path).convert("RGBA")
@@ -145,7 +145,7 @@ def open_source(path: Path) -> Image.Image:
 
 
 def flatten(image: Image.Image) -> Image.Image:
-    """An RGBA image on a white square of its longer side, then Lanczos to `IMAGE_SIZE`: RGB, nothing cropped."""
+    """Centre an RGBA image on a white square of its longer side, and resize it to `IMAGE_SIZE` with Lanczos; RGB."""
     side = max(image.size)
     canvas = Image.new("RGBA", (side, side), "white")
     canvas.alpha_composite(image, ((side - image.width) // 2, (side - image.height) // 2))
@@ -154,14 +154,14 @@ def flatten(image: Image.Image) -> Image.Image:
 
 
 def encode(image: Image.Image, quality: int) -> bytes:
-    """`image` as lossy WebP with sharp YUV."""
+    """Encode `image` as lossy WebP with sharp YUV."""
     buffer = io.BytesIO()
     image.save(buffer, "WEBP", quality=quality, method=6, use_sharp_yuv=True)
     return buffer.getvalue()
 
 
 def zip_bytes(files: dict[str, bytes]) -> bytes:
-    """An uncompressed zip of `files` by name: sorted, with fixed times and modes, so the same bytes each time."""
+    """Build an uncompressed zip of `files` by name, sorted, with fixed times and modes: the same bytes each time."""
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:
         for name in sorted(files):
@@ -173,7 +173,7 @@ def zip_bytes(files: dict[str, bytes]) -> bytes:
 
 
 def list_bytes(concepts: Iterable[Concept]) -> bytes:
-    """The URL list as CSV, sorted by URL."""
+    """Return the URL list as CSV, sorted by URL."""
     rows = []
     for concept in concepts:
         held_out = held_out_style(concept.name, tuple(concept.images))
@@ -197,7 +197,7 @@ def list_bytes(concepts: Iterable[Concept]) -> bytes:
 
 
 def highest_fitting(fits: Callable[[int], bool], start: int) -> int:
-    """The highest quality in 1..100 that fits, searched from `start` (sizes grow with quality).
+    """Return the highest quality in 1..100 that fits, searched from `start`; sizes grow with quality.
 
     Raises:
         ValueError: not even quality 1 fits.
@@ -215,7 +215,7 @@ def highest_fitting(fits: Callable[[int], bool], start: int) -> int:
 
 
 def build_archives(concepts: list[Concept], max_bytes: int, start: int) -> tuple[int, dict[str, bytes]]:
-    """The zips by style at the highest WebP quality whose total is at most `max_bytes`, and that quality."""
+    """Build the zips with the highest WebP quality whose total is at most `max_bytes`; return both."""
     pixels = {
         style: {f"{c.codepoint}.webp": flatten(open_source(c.images[style])) for c in concepts if style in c.images}
         for style in STYLES
@@ -236,7 +236,7 @@ def build_archives(concepts: list[Concept], max_bytes: int, start: int) -> tuple
 
 
 def other_bytes() -> int:
-    """Bytes of what lies beside the built files: code, licences and the README."""
+    """Return the size in bytes of the other files of the folder: code, licences and the README."""
     built = {"emoji.csv", *(f"{style}.zip" for style in STYLES)}
     paths = (path for path in SAMPLE_FOLDER.rglob("*") if path.is_file() and "__pycache__" not in path.parts)
     return sum(path.stat().st_size for path in paths if path.name not in built)

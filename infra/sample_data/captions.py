@@ -1,8 +1,8 @@
 """Concept names, captions and the train/test split of the sample data: pure functions of text.
 
-The caption rule: "<article> <concept> in <style> style". There is no article where the head of the name (what comes
-before the first preposition) is plural or a mass noun, where the name is a proper one (zodiac signs) or where it
-starts with "no", "people" or the like; "an" before a vowel sound; "a" otherwise.
+The caption rule: "<article> <concept> in <style> style". There is no article if the head of the name (the word
+before the first preposition) is plural or a mass noun, if the name is a proper one (zodiac signs), or if it starts
+with "no", "people" or a similar word; otherwise it is "an" before a vowel sound and "a" elsewhere.
 """
 
 import hashlib
@@ -11,7 +11,7 @@ import unicodedata
 from collections.abc import Sequence
 
 SPLIT_SEED = "musevl-emoji-1"
-"""Part of the hash that draws the test style of a concept; another value gives another split."""
+"""Part of the hash that selects the test style of a concept; another value gives another split."""
 
 _SPOKEN = {"#": " hash ", "*": " asterisk ", "&": " and "}
 _PREPOSITIONS = re.compile(r" (?:with|without|of|on|in|for|behind|showing|over) ")
@@ -69,7 +69,7 @@ def concept_name(short_name: str) -> str:
 
 
 def article(concept: str, subcategory: str) -> str:
-    """The article of a concept, by the rule at the top of this module: "a", "an" or an empty string."""
+    """Return the article of a concept by the rule at the top of this module: "a", "an" or an empty string."""
     head = _PREPOSITIONS.split(concept)[0].split()[-1]
     is_plural = len(head) > 1 and head.endswith("s") and not _SINGULAR_IN_S.search(head)
     if _NO_ARTICLE_START.match(concept):
@@ -80,12 +80,12 @@ def article(concept: str, subcategory: str) -> str:
 
 
 def caption(concept: str, subcategory: str, style: str) -> str:
-    """The caption of one image, e.g. "a fox in noto style"."""
+    """Return the caption of one image, e.g. "a fox in noto style"."""
     return f"{article(concept, subcategory)} {concept} in {style} style".strip()
 
 
 def held_out_style(concept: str, styles: Sequence[str], seed: str = SPLIT_SEED) -> str:
-    """The one style of `concept` that is held out: a draw that depends on the concept, the styles and the seed alone.
+    """Return the style of `concept` that is held out, drawn from `styles` by a hash of the concept and the seed.
 
     Raises:
         ValueError: `styles` is empty.

@@ -19,14 +19,14 @@ _HOST = "127.0.0.1"
 
 
 def resolve(url: str, base_url: str) -> str:
-    """`url` as it can be fetched: ``sample://emoji/...`` becomes ``<base_url>/emoji/...``, any other is left alone."""
+    """Turn ``sample://emoji/...`` into ``<base_url>/emoji/...``; other URLs are returned unchanged."""
     if not url.startswith(URL_PREFIX):
         return url
     return f"{base_url.rstrip('/')}/{url.removeprefix(URL_PREFIX)}"
 
 
 def load_images() -> dict[str, bytes]:
-    """All images in memory (about 8 MB), by request path: ``/emoji/<style>/<name>.webp``.
+    """Load all images into memory (about 8 MB), by request path: ``/emoji/<style>/<name>.webp``.
 
     Raises:
         FileNotFoundError: a style's zip is missing; the message names the command that builds it.
@@ -76,7 +76,7 @@ class _HttpServer(ThreadingHTTPServer):
 
 
 class SampleServer:
-    """The sample images on ``http://127.0.0.1:PORT``, from a daemon thread, while the context is open.
+    """Serves the sample images on ``http://127.0.0.1:PORT`` from a daemon thread while the context is open.
 
     Args:
         port: TCP port; 0 takes a free one, so that several servers can run side by side.
@@ -88,7 +88,7 @@ class SampleServer:
 
     @property
     def base_url(self) -> str:
-        """``http://127.0.0.1:PORT``, without a slash at the end.
+        """The server's URL ``http://127.0.0.1:PORT``, without a trailing slash.
 
         Raises:
             RuntimeError: the server is not running.
@@ -98,11 +98,11 @@ class SampleServer:
         return f"http://{_HOST}:{self._server.server_address[1]}"
 
     def resolve(self, url: str) -> str:
-        """`url` with ``sample://`` turned into this server's address; other URLs are left alone."""
+        """Turn a ``sample://`` URL into one of this server; other URLs are returned unchanged."""
         return resolve(url, self.base_url)
 
     def __enter__(self) -> Self:
-        """Load the images and start to serve.
+        """Load the images and start the server.
 
         Raises:
             FileNotFoundError: the sample data has not been built.

@@ -84,7 +84,7 @@ def named_full_disk(scratch: Path, store: str) -> Iterator[None]:
         full = min(folders, key=lambda folder: shutil.disk_usage(folder).free)
         raise DiskFull(
             f"no space left on the disk of {full} ({shutil.disk_usage(full).free / 1e6:.1f} MB free): {folders[full]}; "
-            "the same command then goes on where this one was"
+            "the same command then continues where this one stopped"
         ) from error
 
 

@@ -64,7 +64,7 @@ def test_a_signal_ends_the_run_and_its_server(
         for left in _group(run.pid):
             os.kill(left, signal.SIGKILL)
     last = log.read_text().strip().splitlines()[-1]
-    assert last == f"musevl: stopped by {number.name}; the same command goes on where this one was"
+    assert last == f"musevl: stopped by {number.name}; the same command continues where this one stopped"
 
 
 @pytest.mark.slow
@@ -80,7 +80,7 @@ def test_a_server_that_lives_on_is_told_of_the_signal(
     assert any("stage download: making" in line for line in run.stderr)
     run.send_signal(signal.SIGTERM)
     assert run.communicate(timeout=60)[1] == (
-        "musevl: stopped by SIGTERM; the same command goes on where this one was\n"
+        "musevl: stopped by SIGTERM; the same command continues where this one stopped\n"
     )
     assert run.returncode == 128 + signal.SIGTERM
     runs = httpx.post(f"{prefect_server}/flow_runs/filter", json={}).raise_for_status().json()
@@ -111,8 +111,8 @@ stages.pipeline.command.run_standalone(sys.argv.pop())
     ("program", "argument", "advice"),
     [
         (MUSEVL, "ask", ""),
-        (MUSEVL, "run", "; the same command goes on where this one was"),
-        (STAGE, "tokenize", "; the same command goes on where this one was"),
+        (MUSEVL, "run", "; the same command continues where this one stopped"),
+        (STAGE, "tokenize", "; the same command continues where this one stopped"),
     ],
     ids=["musevl ask", "musevl run", "python -m stages.tokenize"],
 )

@@ -63,7 +63,7 @@ def _ranks() -> list[object]:
 
 def test_deaths_without_end_are_an_error_that_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(process_groups, "RESTARTS", 1)
-    with pytest.raises(WorkerDied, match="died of SIGKILL, after 1 new starts.*more memory.*last checkpoint"):
+    with pytest.raises(WorkerDied, match="died of SIGKILL, after 1 restarts.*more memory.*last checkpoint"):
         LocalExecutor().run_together(_die, num_processes=2)
 
 

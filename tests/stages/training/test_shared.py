@@ -139,7 +139,7 @@ def test_a_run_whose_worker_or_driver_is_killed_and_one_on_ray_end_with_one_dige
     os.kill(_workers_of(process)[1], signal.SIGKILL)
     _, errors = process.communicate(timeout=_GIVE_UP_S)
     assert process.returncode == 0, errors
-    assert "all workers start again from the last checkpoint" in errors
+    assert "all workers restart from the last checkpoint" in errors
     assert "resuming at step" in errors
     found = find_artifact("train_tokenizer", recipe, store)
     assert found is not None and found.digest == expected.digest
