@@ -1,1 +1,1 @@
-"""Content-addressed artifacts, the tables in them, and their readers and writers. No torch, no Ray."""
+"""The content-addressed artifact store, and readers and writers of the tables in artifacts. Imports no torch or Ray."""

@@ -1,4 +1,4 @@
-"""Blobs: files stored under the sha256 of their bytes, and read back only if they still have it."""
+"""Blobs: files stored under the sha256 of their bytes, which is checked when they are read."""
 
 import hashlib
 import logging
@@ -26,8 +26,8 @@ class Blobs:
     """Reads and writes blobs of one object store.
 
     Args:
-        objects: where the blobs are.
-        cache: of the blobs that are downloaded; a local store uses none.
+        objects: the store that holds the blobs.
+        cache: local cache of downloaded blobs; a local store does not use it.
     """
 
     def __init__(self, objects: ObjectStore, cache: Cache) -> None:
@@ -35,7 +35,7 @@ class Blobs:
         self._cache = cache
 
     def put_file(self, local_path: str | Path, path: str) -> FileEntry:
-        """Store a complete local file; DamagedObject when it changes meanwhile."""
+        """Store a complete local file under the name `path`; raise DamagedObject if it changes meanwhile."""
         source = Path(local_path)
         before = source.stat()
         entry = FileEntry(path=path, size=before.st_size, sha256=sha256_file(source))
@@ -51,26 +51,27 @@ class Blobs:
         return entry
 
     def put_bytes(self, data: bytes, path: str) -> FileEntry:
-        """Store bytes."""
+        """Store bytes under the name `path`."""
         entry = FileEntry(path=path, size=len(data), sha256=sha256_bytes(data))
         if not self._is_stored(entry):
             self._objects.put(blob_key(entry.sha256), data)
         return entry
 
     def read_bytes(self, entry: FileEntry) -> bytes:
-        """Return a blob's bytes; ObjectMissing or DamagedObject when they are not what `entry` says."""
+        """Return a blob's bytes; raise ObjectMissing or DamagedObject if they do not match `entry`."""
         data = self._objects.read(blob_key(entry.sha256))
         if len(data) != entry.size or sha256_bytes(data) != entry.sha256:
             raise self._damaged(entry)
         return data
 
     def fetch(self, entry: FileEntry) -> Path:
-        """Return a local, checked, read-only file with the blob's bytes; it must not be changed.
+        """Return a local, read-only file with the blob's checked bytes; it must not be changed.
 
-        Keep the returned object for as long as the file is wanted: the cache of an S3 store holds it by that.
+        Keep a reference to the returned path object while the file is in use: the cache of an S3 store keeps the file
+        as long as that object exists.
 
         Raises:
-            ObjectMissing, DamagedObject: the blob is not there, or is not what `entry` says.
+            ObjectMissing, DamagedObject: the blob does not exist, or does not match `entry`.
         """
         key = blob_key(entry.sha256)
         own = self._objects.local_path(key)
@@ -83,27 +84,27 @@ class Blobs:
         return own
 
     def copy_to(self, entry: FileEntry, target: Path) -> None:
-        """Copy a blob to the file `target`, which appears only if its bytes are right."""
+        """Copy a blob to the file `target`, which is created by an atomic rename after its checksum is verified."""
         source = self.fetch(entry)
         with atomic_path(target) as private:
             if copy_and_hash(source, private) != entry.sha256:
                 raise self._damaged(entry)
 
     def missing(self, entries: Iterable[FileEntry]) -> list[FileEntry]:
-        """Return the entries whose blob is absent or has another size."""
+        """Return the entries whose blob does not exist or has another size."""
         listed = list(entries)
         sizes = self._objects.map(lambda entry: self._objects.size(blob_key(entry.sha256)), listed)
         return [entry for entry, size in zip(listed, sizes, strict=True) if size != entry.size]
 
     def problem(self, entry: FileEntry) -> str | None:
-        """Re-hash a blob; return None when it is right, else what is wrong with it."""
+        """Verify a blob's checksum; return None if it matches, else what is wrong with it."""
         key = blob_key(entry.sha256)
         size = self._objects.size(key)
         if size is None and self._objects.is_remote:
             return "missing"
         if size is not None and size != entry.size:
             return f"damaged: {size} bytes instead of {entry.size}"
-        try:  # also where a local store has no file of that name: a link is damage
+        try:  # also if a local store has no regular file of that name: a link counts as damage
             found = self._sha256_of(key)
         except ObjectMissing:
             return "missing"
@@ -112,9 +113,9 @@ class Blobs:
         return None if found == entry.sha256 else f"damaged: its bytes have the sha256 {found}"
 
     def _is_stored(self, entry: FileEntry) -> bool:
-        """Say whether a blob is there and right, and make it young again for the garbage collection.
+        """Return whether an intact blob exists, and update its modification time for the garbage collection.
 
-        Its bytes are read: a blob that was damaged is stored again now that the right bytes are at hand.
+        Its bytes are read, so that a damaged blob is stored again while the correct bytes are at hand.
         """
         key = blob_key(entry.sha256)
         if (problem := self.problem(entry)) is None:

@@ -1,9 +1,10 @@
-"""The local copies of an S3 store's blobs: bounded, hashed before they are handed out, kept while they are in use.
+"""The local cache of an S3 store's blobs: bounded in size, with checksums, and without eviction of files in use.
 
-`cas/sha256/ab/...` holds the copies, which the processes of a machine share. Each process that reads has a folder
-`held/ID/` of hard links to what it was handed, where it also downloads to, and a lock on `held/ID.lock` for as long as
-it lives. A copy with a single link is in nobody's use, and the least recently used of those go when the cache is full.
-A link outlives its copy, so it does not matter in which order two processes take their steps, or where one is killed.
+`cas/sha256/ab/...` holds the copies, which all processes of a machine share. Each reading process has a folder
+`held/ID/` with hard links to the copies that it uses, to which it also downloads, and holds a lock on `held/ID.lock`
+while it is alive. A copy with a single link is not in use; when the cache is full, the least recently used of these are
+evicted. A hard link stays valid when its copy is removed, so the processes need no further synchronisation, and may be
+killed at any point.
 """
 
 import logging
@@ -25,9 +26,9 @@ logger = logging.getLogger(__name__)
 LIMIT_VARIABLE = "MUSEVL_CACHE_GB"
 DEFAULT_LIMIT_GB = 50.0
 RELEASE_AFTER_S = 600
-"""A path may live on as text in the hands of a library: its file stays for so long after it was last handed out."""
+"""Seconds for which a file is kept after its last use, because a library may hold its path as a string."""
 _LOOK_EVERY = 0.05
-"""Part of the limit that a process downloads before it looks again at what all of them hold."""
+"""Fraction of the limit that a process downloads before it measures the size of the cache again."""
 _COPIES, _HELD = "cas", "held"
 
 
@@ -39,7 +40,7 @@ def default_cache_dir() -> Path:
 
 
 def cache_limit_bytes() -> int:
-    """Return how much the cache may hold: MUSEVL_CACHE_GB, or 50 GB; ValueError when that is no size."""
+    """Return the size limit of the cache: MUSEVL_CACHE_GB, or 50 GB; raise ValueError if that is no size."""
     text = os.environ.get(LIMIT_VARIABLE) or str(DEFAULT_LIMIT_GB)
     try:
         return int(_at_least_zero(float(text)) * 1e9)
@@ -48,37 +49,38 @@ def cache_limit_bytes() -> int:
 
 
 class HeldPath(PosixPath):
-    """A path whose file stays in the cache for as long as this very object is referred to."""
+    """A path whose file stays in the cache as long as this object exists."""
 
     holder: "_Holder"
 
 
 class Cache:
-    """Copies of blobs in a local folder.
+    """Local copies of blobs.
 
     Args:
-        folder: of the user's own; made when it is first needed.
-        limit_bytes: how much it may hold beside what is in use.
+        folder: folder of the cache, which belongs to the user; created when it is first needed.
+        limit_bytes: size limit; files in use are kept even beyond it.
     """
 
     def __init__(self, folder: Path, limit_bytes: int) -> None:
         self._folder = folder
         self._limit = limit_bytes
         self.checked = CheckedFiles()
-        """What this process has hashed; whoever downloads hashes by it, so that nothing is hashed twice."""
+        """Checksums that this process has verified; `download` functions use it too, so that no file is hashed
+        twice."""
         self._holder: _Holder | None = None
         self._lock = threading.Lock()
         self._unseen = limit_bytes
-        """Bytes that were downloaded since the cache was last looked at; enough to look at the start."""
+        """Bytes downloaded since the size of the cache was measured; initially so large that it is measured at once."""
         self._warned = False
 
     def fetch(self, key: str, entry: FileEntry, download: Callable[[Path], None]) -> Path:
-        """Return a read-only file with the blob's bytes; it stays for as long as the returned object.
+        """Return a read-only file with the blob's bytes, which is kept as long as the returned object exists.
 
         Args:
-            key: of the blob, a path of its own within the cache.
+            key: key of the blob, which is also its relative path in the cache.
             entry: size and sha256 of the blob.
-            download: writes the blob to a path and raises unless it is what `entry` says.
+            download: writes the blob to a path, and raises if it does not match `entry`.
         """
         for path in (key, f"{_HELD}/ID"):
             refuse_links(self._folder, path, "the cache")
@@ -86,7 +88,7 @@ class Cache:
         held = self._held_path(copy.name)
         if _link(copy, held):
             if self.checked.right(held, entry):
-                # The time of reading alone: by that of change a file that was checked is known again.
+                # Update the access time only: the modification time identifies files that were verified.
                 os.utime(held, ns=(time.time_ns(), held.stat().st_mtime_ns))
                 return held
             logger.warning("the copy of %s in the cache was damaged (%s); it is downloaded again", entry.path, copy)
@@ -106,7 +108,7 @@ class Cache:
             return self._holder.path(name)
 
     def _make_room(self, incoming: int) -> None:
-        """Remove what was not used for longest, as far as `incoming` more bytes would go over the limit."""
+        """Evict the least recently used copies as far as `incoming` more bytes would exceed the limit."""
         with self._lock:
             self._unseen += incoming
             if self._unseen < self._limit * _LOOK_EVERY:
@@ -130,10 +132,10 @@ class Cache:
 
 
 class _Holder:
-    """The folder of one process, and the lock that says that it lives; both last as long as any path handed out.
+    """The folder of one process and the lock that shows that the process is alive, kept while any of its paths exists.
 
     Args:
-        folder: of all holders.
+        folder: the parent folder of all holders.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -143,11 +145,11 @@ class _Holder:
         self._held = HeldFolder(folder)
 
     def is_valid(self) -> bool:
-        """Say whether this process may use it: not after a fork, nor once somebody has emptied the cache."""
+        """Return whether this process may use it: not after a fork, and not after the cache was emptied."""
         return self._pid == os.getpid() and self._held.is_there()
 
     def path(self, name: str) -> HeldPath:
-        """Return the path of that name, the same object for as long as anybody refers to it."""
+        """Return the path with that name, the same object as long as it is referenced."""
         held = self._paths.get(name)
         if held is None:
             held = HeldPath(self._held.path / name)
@@ -156,16 +158,16 @@ class _Holder:
         return held
 
     def release(self, before: float) -> None:
-        """Remove the files that nobody refers to and that were last handed out, or written to, before that time."""
+        """Remove the files whose paths are not referenced and that were last used or written before a time."""
         for copy in _copies(self._held.path):
             if copy.path.name not in self._paths and copy.used < before:
                 copy.path.unlink(missing_ok=True)
 
 
 def _link(source: Path, target: Path) -> bool:
-    """Make `target` another name of `source`; True when it is there, False when neither is.
+    """Make `target` a hard link to `source`; return True if `target` exists afterwards, False if neither exists.
 
-    A symbolic link in the place of `source` is removed: what it points to is not the cache's.
+    If `source` is a symbolic link it is removed, since its target does not belong to the cache.
     """
     if source.is_symlink():
         source.unlink(missing_ok=True)
@@ -203,6 +205,6 @@ def _copies(folder: Path) -> Iterator[_Copy]:
 
 
 def _at_least_zero(number: float) -> float:
-    if not number >= 0:  # not a number is neither
+    if not number >= 0:  # also true for NaN
         raise ValueError(number)
     return number

@@ -1,6 +1,6 @@
-"""Code tables: what a tokenizer made of the images, as Parquet that any reader opens.
+"""Code tables: the codes that a tokenizer made of images, as Parquet files that any reader can open.
 
-Columns: key, text columns, and `codes`, a fixed-size list of the smallest unsigned integer that fits. The schema
+The columns are key, text columns, and `codes`, a fixed-size list of the smallest unsigned integer that fits. The schema
 metadata holds the rest as JSON under `musevl`. Shapes: B samples, N books, D depth (residual levels), h w code grid.
 """
 
@@ -28,20 +28,20 @@ _RESERVED_COLUMNS = ("key", "codes")
 
 @dataclass(frozen=True)
 class CodeTableInfo:
-    """What must be known to use the codes; equal in all shards of a table."""
+    """What a reader must know to use the codes; it is the same in all shards of a table."""
 
     code_shape: tuple[int, int, int, int]
-    """Of one sample: N books, D depth, h, w."""
+    """Shape of one sample's codes: N books, D depth, h rows, w columns."""
     codebook_names: tuple[str, ...]
-    """One a book."""
+    """Name of each book."""
     codebook_sizes: tuple[int, ...]
-    """Entries of each book; its codes, at every depth, are below."""
+    """Number of entries of each book; codes of all depths are smaller than that."""
     tokenizer_digest: str
     """Artifact digest of the tokenizer that made the codes."""
     transform: dict[str, Any]
-    """How images were preprocessed; JSON."""
+    """The image transform as JSON."""
     schema_version: int = SCHEMA_VERSION
-    """Of this layout."""
+    """Version of this layout."""
 
     def __post_init__(self) -> None:
         if len(self.code_shape) != 4 or min(self.code_shape) < 1:
@@ -66,7 +66,7 @@ class CodeTableInfo:
 
     @property
     def bits_per_image(self) -> float:
-        """What the codes of one image can say at most: log2 of its codebook for each code."""
+        """Upper bound of the information in one image's codes: the sum of log2 of the codebook size over all codes."""
         return prod(self.code_shape[1:]) * sum(log2(size) for size in self.codebook_sizes)
 
     def to_bytes(self) -> bytes:
@@ -84,7 +84,7 @@ class CodeTableInfo:
 
     @classmethod
     def from_bytes(cls, data: bytes) -> "CodeTableInfo":
-        """Read what `to_bytes` wrote; ValueError when it is something else."""
+        """Read the JSON of `to_bytes`; raise ValueError if it is something else."""
         try:
             value = json.loads(data)
             books, depth, height, width = value["code_shape"]
@@ -106,11 +106,11 @@ class CodeTable:
 
     info: CodeTableInfo
     keys: list[str]
-    """B sample keys."""
+    """Keys of the B samples."""
     columns: dict[str, list[str | None]]
-    """Text columns by name, B values each."""
+    """Text columns by name, with B values each."""
     codes: npt.NDArray[np.unsignedinteger[Any]]
-    """[B, N, D, h, w]"""
+    """Codes `[B, N, D, h, w]`."""
 
 
 def write_code_shard(
@@ -120,17 +120,17 @@ def write_code_shard(
     columns: dict[str, list[str | None]],
     codes: npt.NDArray[np.integer[Any]],
 ) -> None:
-    """Write one shard of a code table; equal arguments give equal bytes, and the file appears whole.
+    """Write one shard of a code table by an atomic rename; equal arguments give equal bytes.
 
     Args:
-        path: of the Parquet file.
-        info: the same for all shards of a table.
-        keys: B sample keys, no two alike.
-        columns: text columns, B values each.
-        codes: [B, N, D, h, w], any integer type.
+        path: path of the Parquet file.
+        info: metadata of the table, the same for all its shards.
+        keys: unique keys of the B samples.
+        columns: text columns by name, with B values each.
+        codes: `[B, N, D, h, w]` codes of any integer type.
 
     Raises:
-        ValueError: lengths or shapes disagree, a code lies outside its codebook, a key comes twice.
+        ValueError: lengths or shapes disagree, a code lies outside its codebook, or a key occurs twice.
     """
     _check_rows(path, keys, columns, len(codes))
     _check_codes(path, info, codes)
@@ -146,14 +146,14 @@ def write_code_shard(
 
 
 def check_written(path: str | Path, keys: Sequence[str], codes: npt.NDArray[np.integer[Any]]) -> None:
-    """Read a shard back and compare; DamagedObject unless its file gives the keys and codes that were written."""
+    """Read a shard back and raise DamagedObject unless it has the keys and codes that were written."""
     table = read_code_table([path])
     if table.keys != list(keys) or not np.array_equal(table.codes, codes):
         raise DamagedObject(f"{path} does not give back the {len(keys)} rows that were written; check disk and memory")
 
 
 def read_info(path: str | Path) -> CodeTableInfo:
-    """Read what is known of a shard without its rows; ValueError when the file is no shard of a code table."""
+    """Read the metadata of a shard; raise ValueError if the file is not a shard of a code table."""
     metadata = pq.read_schema(path).metadata or {}
     if _METADATA_KEY not in metadata:
         raise ValueError(
@@ -167,14 +167,14 @@ def read_info(path: str | Path) -> CodeTableInfo:
 
 
 def code_files(folder: str | Path, what: str) -> list[Path]:
-    """The Parquet files of a folder of codes, sorted.
+    """Return the Parquet files of a folder of codes, sorted.
 
     Args:
-        folder: local.
-        what: how a message names it.
+        folder: a local folder.
+        what: name of the folder in the message.
 
     Raises:
-        ValueError: there are none.
+        ValueError: the folder has no Parquet file.
     """
     found = sorted(Path(folder).glob("*.parquet")) if str(folder) else []
     if not found:
@@ -186,11 +186,11 @@ def code_files(folder: str | Path, what: str) -> list[Path]:
 
 
 def read_code_table(paths: Iterable[str | Path]) -> CodeTable:
-    """Read shards into one table, rows in the order of `paths`.
+    """Read shards into one table, with the rows in the order of `paths`.
 
     Raises:
-        ValueError: there are no shards, their infos or columns differ, the codes are none of the shape that the info
-            says, or a code lies outside its codebook.
+        ValueError: there are no shards, their metadata or columns differ, the codes do not have the shape that the
+            metadata says, or a code lies outside its codebook.
     """
     shards = list(paths)
     if not shards:
@@ -211,7 +211,7 @@ def read_code_table(paths: Iterable[str | Path]) -> CodeTable:
         if tables[-1].column_names != tables[0].column_names:
             raise ValueError(f"{path} has columns {tables[-1].column_names}, {shards[0]} {tables[0].column_names}")
     try:
-        table = pa.concat_tables(tables, promote_options="default")  # a text column may be empty in one of them
+        table = pa.concat_tables(tables, promote_options="default")  # a text column may be empty in one shard
     except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"{shards[0]} and the other shards have columns of different types: {reason}") from error
@@ -224,10 +224,10 @@ def read_code_table(paths: Iterable[str | Path]) -> CodeTable:
 
 
 def _codes_of(values: pa.Array, info: CodeTableInfo, path: str | Path) -> npt.NDArray[Any]:
-    """Codes `[B, N, D, h, w]` of lists, flat as tokenize writes them, or nested as pandas does.
+    """Convert lists, flat as tokenize writes them or nested as pandas does, to codes `[B, N, D, h, w]`.
 
     Raises:
-        ValueError: a list is missing or has another length than the shape says, or it holds no numbers.
+        ValueError: a list is missing or does not fit the shape, or it does not hold integers.
     """
     nested: list[int] = []
     while pa.types.is_list(kind := values.type) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
@@ -256,7 +256,7 @@ def _squeezed(shape: Sequence[int]) -> list[int]:
 
 
 def check_tokenizer(info: CodeTableInfo, expected_digest: str) -> None:
-    """Raise TokenizerMismatch, which names both digests, unless the codes were made by the tokenizer expected."""
+    """Raise TokenizerMismatch, which names both digests, unless the codes were made by the expected tokenizer."""
     if info.tokenizer_digest != expected_digest:
         raise TokenizerMismatch(
             f"the code table was made by tokenizer {info.tokenizer_digest}, but this run uses tokenizer "

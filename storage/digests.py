@@ -1,4 +1,4 @@
-"""Digests: sha256 of bytes, of files and of JSON values in one canonical spelling."""
+"""Digests: the sha256 of bytes, of files, and of JSON values in canonical form."""
 
 import hashlib
 import json
@@ -10,15 +10,16 @@ CHUNK_BYTES = 1 << 20
 
 
 def canonical_json(value: Any) -> bytes:
-    """Spell a JSON value in exactly one way, so that equal values have equal digests.
+    """Serialise a JSON value in its canonical form, so that equal values have equal digests.
 
-    Keys are sorted by code point, there is no white space, text is UTF-8 and not escaped beyond what JSON asks for.
+    Keys are sorted by code point, there is no white space, and text is UTF-8, escaped only where JSON requires it.
 
     Args:
-        value: None, bool, int, finite float, str, list, or dict with str keys, nested at will.
+        value: None, bool, int, finite float, str, list, or dict with str keys, nested to any depth.
 
     Raises:
-        ValueError: for anything else (tuples, paths, NaN, infinity, lone surrogates ...); names the place in the value.
+        ValueError: the value contains anything else (a tuple, a path, NaN, infinity, a lone surrogate, ...); the
+            message names the place in the value.
     """
     _check_json(value, "$")
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
@@ -36,13 +37,13 @@ def sha256_bytes(data: bytes) -> str:
 
 
 def sha256_file(path: str | Path) -> str:
-    """Return the sha256 of a local file as 64 hexadecimal digits, reading it in pieces."""
+    """Return the sha256 of a local file as 64 hexadecimal digits, reading it in chunks."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def is_sha256(text: object) -> bool:
-    """Say whether `text` is a sha256 as this package spells it: 64 lower-case hexadecimal digits."""
+    """Return whether `text` is a sha256 as this package writes it: 64 lower-case hexadecimal digits."""
     return isinstance(text, str) and len(text) == 64 and set(text) <= set("0123456789abcdef")
 
 

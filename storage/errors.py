@@ -1,11 +1,11 @@
-"""What can go wrong in the store, each failure under its own name."""
+"""Exceptions of the store, one class per kind of failure."""
 
 
 class StoreError(Exception):
-    """The store cannot do what was asked; the message says what, where and the remedy."""
+    """Base class: the store cannot do what was asked; the message says what, where and the remedy."""
 
     def __str__(self) -> str:
-        # KeyError, a base of one subclass, would print the repr of the message.
+        # KeyError, a base of FileNotInManifest, would print the repr of the message.
         return " ".join(str(part) for part in self.args)
 
 

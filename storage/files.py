@@ -1,4 +1,4 @@
-"""Local files: written whole under a private name, then given their final one."""
+"""Atomic writes of local files: they are written under a temporary name and then renamed."""
 
 import hashlib
 import os
@@ -16,15 +16,16 @@ TEMPORARY_PREFIX = ".musevl-tmp-"
 
 
 def temporary_name() -> str:
-    """Return a fresh file name that every listing of the store ignores."""
+    """Return a new temporary file name, which all listings of the store ignore."""
     return TEMPORARY_PREFIX + uuid.uuid4().hex
 
 
 @contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
-    """Yield a private path beside `path`; its file takes the name `path` when the block ends without an exception.
+    """Yield a temporary path next to `path`; its file is renamed to `path` when the block ends without an exception.
 
-    The file is fsynced first. When the block raises, the private file (or folder) is removed and `path` is untouched.
+    The file is fsynced before the rename. If the block raises, the temporary file (or folder) is removed and `path` is
+    untouched.
     """
     final = Path(path)
     final.parent.mkdir(parents=True, exist_ok=True)
@@ -39,13 +40,13 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
 
 
 class CheckedFiles:
-    """Files whose bytes this process has hashed: each once, for as long as its size and time of change stay."""
+    """Files whose checksum this process has verified, which is done once as long as size and modification time stay."""
 
     def __init__(self) -> None:
         self._states: dict[str, tuple[int, int]] = {}
 
     def right(self, path: Path, entry: FileEntry) -> bool:
-        """Say whether a file has the bytes of `entry`; FileNotFoundError when it is not there."""
+        """Return whether a file has the size and sha256 of `entry`; raise FileNotFoundError if it does not exist."""
         stat = path.stat()
         state = (stat.st_size, stat.st_mtime_ns)
         if self._states.get(entry.sha256) == state:
@@ -57,9 +58,9 @@ class CheckedFiles:
 
 
 def copy_and_hash(source: str | Path | int, target: str | Path | int) -> str:
-    """Copy a local file in pieces, fsync the copy and return the sha256 of the bytes that were copied.
+    """Copy a local file in chunks, fsync the copy and return the sha256 of the copied bytes.
 
-    Both are paths or open descriptors; descriptors are closed.
+    Source and target are paths or open descriptors; descriptors are closed.
     """
     sha256 = hashlib.sha256()
     with open(source, "rb") as reader, open(target, "wb") as writer:
@@ -72,12 +73,12 @@ def copy_and_hash(source: str | Path | int, target: str | Path | int) -> str:
 
 
 def refuse_links(folder: Path, path: str, what: str) -> None:
-    """Raise StoreError where a folder on the way from `folder` to `folder/path` is a symbolic link.
+    """Raise StoreError if a folder on the path from `folder` to `folder/path` is a symbolic link.
 
     Args:
-        folder: may be a link itself, which is its owner's choice.
-        path: relative POSIX path of a file below it.
-        what: the folder is, for the message.
+        folder: the base folder; it may be a link itself, which is its owner's choice.
+        path: relative POSIX path of a file below `folder`.
+        what: name of the base folder in the message.
     """
     for parent in reversed(Path(path).parents[:-1]):
         if (folder / parent).is_symlink():
@@ -88,7 +89,7 @@ def refuse_links(folder: Path, path: str, what: str) -> None:
 
 
 def fsync_path(path: str | Path) -> None:
-    """Flush a file or a folder to the disk."""
+    """Flush a file or a folder to disk with fsync."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -97,7 +98,7 @@ def fsync_path(path: str | Path) -> None:
 
 
 def remove_quietly(path: Path) -> None:
-    """Remove a file or folder if it is there."""
+    """Remove a file or folder if it exists."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:

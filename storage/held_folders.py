@@ -1,7 +1,7 @@
-"""Folders that last as long as the process that made them, and are found and removed when it died.
+"""Temporary folders that belong to a process, and are removed by another process if it has died.
 
-Beside each stands a lock file, held by an exclusive lock that the kernel gives back however a process ends. A process
-number would say less: another process may have it by now, or the folder be of another machine.
+Each has a lock file next to it with an exclusive lock, which the kernel releases however the process ends. A PID would
+not do: it may have been reused, or the folder may belong to a process of another machine.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ _swept: set[tuple[Path, str]] = set()
 
 @contextmanager
 def scratch_folder(prefix: str) -> Iterator[Path]:
-    """Yield a new private folder in MUSEVL_SCRATCH, else where temporary files are kept; removed at the end.
+    """Yield a new private folder in MUSEVL_SCRATCH, by default the system's temporary folder; remove it at the end.
 
-    Those that processes of this machine left behind when they were killed go first, once in the life of a process.
+    The first call in a process also removes the folders of killed processes of this machine.
     """
     parent = Path(os.environ.get(SCRATCH_VARIABLE) or tempfile.gettempdir())
     parent.mkdir(parents=True, exist_ok=True)
-    # The names tell this machine's from others', whose locks may not be seen here where several share the folder
+    # Names contain the host, because locks of other machines that share the folder may not be visible here
     prefix = f"{prefix}{hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]}-"
     if (parent, prefix) not in _swept:
         _swept.add((parent, prefix))
@@ -45,18 +45,18 @@ def scratch_folder(prefix: str) -> Iterator[Path]:
 
 
 def remove_scratch(folder: Path) -> None:
-    """Remove a folder of `scratch_folder` when its process is about to end, and those of dead processes beside it."""
+    """Remove a folder of `scratch_folder` whose process is about to end, and those of dead processes next to it."""
     shutil.rmtree(folder, ignore_errors=True)
     Path(f"{folder}{_LOCK}").unlink(missing_ok=True)
     remove_dead(folder.parent, folder.name[: -len(uuid.uuid4().hex)])
 
 
 class HeldFolder:
-    """A new private folder, and the lock that says that its owner lives.
+    """A new private folder, and the lock that shows that its owner is alive.
 
     Args:
-        parent: must exist.
-        prefix: of its name.
+        parent: parent folder, which must exist.
+        prefix: prefix of the folder's name.
     """
 
     def __init__(self, parent: Path, prefix: str = "") -> None:
@@ -66,36 +66,36 @@ class HeldFolder:
             self._file = open(self._lock_path, "xb")  # noqa: SIM115 - closed, and so unlocked, with this object
             try:
                 fcntl.flock(self._file, fcntl.LOCK_EX)
-            except OSError:  # a file system without locks: what nobody can tell from a dead one's is never removed
+            except OSError:  # no locks on this file system, so the folder will never be removed by others
                 self._lock_path.unlink(missing_ok=True)
                 break
-            if self._lock_path.exists():  # else another process took it for a dead one's before it was locked
+            if self._lock_path.exists():  # otherwise another process removed it before it was locked
                 break
             self._file.close()
         self.path.mkdir(mode=0o700)
 
     def is_there(self) -> bool:
-        """Whether nobody has removed it."""
+        """Return whether the folder still exists."""
         return self.path.exists()
 
     def remove(self) -> None:
-        """Remove the folder with all that is in it; what cannot be removed is left."""
+        """Remove the folder with its content; files that cannot be removed are left."""
         shutil.rmtree(self.path, ignore_errors=True)
         self._lock_path.unlink(missing_ok=True)
         self._file.close()
 
 
 def remove_dead(parent: Path, prefix: str = "") -> None:
-    """Remove the folders of processes that have ended: this user's, and no links.
+    """Remove the folders of this user's processes that have ended; links are not followed.
 
     Args:
-        parent: of the folders; need not exist.
-        prefix: of their names.
+        parent: parent folder of the folders; it need not exist.
+        prefix: prefix of their names.
     """
     with suppress(OSError):
         for entry in list(os.scandir(parent)):
             if re.fullmatch(f"{re.escape(prefix)}[0-9a-f]{{32}}{_LOCK}", entry.name):
-                with suppress(OSError):  # it is held, or another process was faster
+                with suppress(OSError):  # it is locked, or another process was faster
                     _remove_unless_held(parent, entry.name)
 
 

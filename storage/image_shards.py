@@ -1,4 +1,4 @@
-"""Image shards: tars in the WebDataset layout (KEY.webp, KEY.txt, KEY.json), the same bytes for the same samples."""
+"""Image shards: deterministic tar files in the WebDataset layout (KEY.webp, KEY.txt, KEY.json)."""
 
 import io
 import json
@@ -18,28 +18,29 @@ _JSON_EXTENSION = "json"
 
 @dataclass(frozen=True)
 class ImageSample:
-    """One image with its text."""
+    """One image with its caption and metadata."""
 
     key: str
-    """Name of the sample: relative POSIX path without dots (WebDataset cuts names at the first one) or white space."""
+    """Name of the sample: a relative POSIX path without dots (WebDataset cuts names at the first one) or white
+    space."""
     image: bytes
     """The encoded image, as stored."""
     extension: str
-    """Of the image, lower case without a dot: `webp`, `png`, `jpg`."""
+    """File extension of the image in lower case without a dot: `webp`, `png`, `jpg`."""
     text: str
-    """The caption; '' when there is none."""
+    """The caption; '' if there is none."""
     json: dict[str, Any]
-    """Whatever else is known of the sample."""
+    """Other metadata of the sample."""
 
 
 def write_image_shard(path: str | Path, samples: Iterable[ImageSample]) -> int:
-    """Write samples to one tar file, in the order given, with no times or owners; it appears whole or not at all.
+    """Write samples to one tar file in the given order, without times or owners, by an atomic rename.
 
     Returns:
-        How many samples were written.
+        The number of samples written.
 
     Raises:
-        ValueError: a key or an extension that WebDataset would misread, or a key that comes twice.
+        ValueError: WebDataset would misread a key or an extension, or a key occurs twice.
     """
     seen: set[str] = set()
     with atomic_path(path) as private, tarfile.open(private, "w", format=tarfile.PAX_FORMAT) as tar:
@@ -59,7 +60,7 @@ def read_image_shard(path: str | Path) -> Iterator[ImageSample]:
         path: a tar whose members of one sample follow each other; text and json may be absent.
 
     Raises:
-        ValueError: the file is no complete tar, or a sample has no image or several.
+        ValueError: the file is not a complete tar, or a sample has no image or several.
     """
     key, members = "", dict[str, bytes]()
     _check_end(path)
@@ -86,7 +87,7 @@ def _sample_members(tar: tarfile.TarFile) -> Iterator[tuple[str, str, tarfile.Ta
     """Yield the files of a shard in order: key of the sample, extension without a dot, member."""
     for member in tar:
         folder, slash, name = member.name.rpartition("/")
-        if member.isfile() and not name.startswith("."):  # macOS puts `._NAME` beside each file
+        if member.isfile() and not name.startswith("."):  # macOS adds a `._NAME` for each file
             stem, _, extension = name.partition(".")
             yield folder + slash + stem, extension, member
 
@@ -105,7 +106,7 @@ def _sample(path: str | Path, key: str, members: dict[str, bytes]) -> ImageSampl
 
 
 def _check_end(path: str | Path) -> None:
-    # tarfile takes a file that is cut between two members for a shorter one; a complete tar ends with two zero blocks.
+    # tarfile does not notice truncation between two members, but a complete tar ends with two zero blocks.
     data_end = 2 * tarfile.BLOCKSIZE
     with open(path, "rb") as file:
         file.seek(max(0, file.seek(0, io.SEEK_END) - data_end))
@@ -114,7 +115,7 @@ def _check_end(path: str | Path) -> None:
 
 
 def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
-    # A new TarInfo has time 0, owner 0 and mode 0o644: nothing of this machine.
+    # A new TarInfo has time 0, owner 0 and mode 0o644, which do not depend on the machine.
     info = tarfile.TarInfo(name)
     info.size = len(data)
     tar.addfile(info, io.BytesIO(data))

@@ -1,8 +1,8 @@
-"""Files outside the store, local or on S3: found, read, and known by their content.
+"""Input files outside the store, local or on S3, and the digests of their content.
 
-An input counts by its bytes, never by where it lies. Reading terabytes at every look-up would be no way to find that
-out, so the sha256 of a file is remembered beside what its file system says of it (size and time of change, or the ETag
-of an object); a file whose stamp is the same is not read again, as git does with its index.
+An input is identified by its bytes, never by its path. Since reading terabytes at every cache look-up would take too
+long, the sha256 of a file is remembered with a stamp of its file system (size and modification time, or the ETag of an
+object); a file whose stamp is unchanged is not read again, as in the index of git.
 """
 
 from __future__ import annotations
@@ -32,22 +32,22 @@ from storage.digests import CHUNK_BYTES, digest_of
 
 _MAGIC = "*?["
 _FRESH_SECONDS = 2.0
-"""A file that changed so recently may change again within the clock's resolution: its digest is not remembered."""
+"""The digest of a file that changed so recently is not remembered: it may change again without a new stamp."""
 _CLUTTER = ("thumbs.db", "ehthumbs.db", "desktop.ini")
 _READ_TOGETHER = 16
 _BATCH = 256
-"""Files whose bytes are held at a time."""
+"""Number of files whose bytes are held in memory at a time."""
 
 
 class InputFiles:
     """One file, the files of a folder, or those that a pattern such as `s3://bucket/train-*.tar` matches.
 
-    A path that exists is that path, whatever its name holds, and so is each folder on the way to a pattern: `[`, `*`
-    and `?` are a pattern only where nothing of that name is there.
+    A path that exists is taken literally, and so is each existing folder at the start of a pattern: `[`, `*` and `?`
+    form a pattern only if nothing of that name exists.
 
     Args:
-        path: local or with a protocol.
-        what: how messages name it, for example `download.files.path`.
+        path: a local path, or a URL with a protocol.
+        what: name of the input in messages, for example `download.files.path`.
 
     Raises:
         ValueError: the protocol is unknown or its package is missing.
@@ -56,7 +56,7 @@ class InputFiles:
     def __init__(self, path: str, what: str) -> None:
         self._what, self._path = what, path
         try:
-            # else fsspec takes `a::b` for a chain of protocols
+            # fsspec would read `a::b` as a chain of protocols
             local = "::" in path and "://" not in path
             self._fs, root = (fsspec.filesystem("file"), _absolute(path)) if local else url_to_fs(path)
         except (ValueError, ImportError) as error:
@@ -66,24 +66,24 @@ class InputFiles:
         self._found: _Found | None = None
 
     def again(self) -> InputFiles:
-        """The same path, looked at anew."""
+        """Return a new object for the same path, which lists the files again."""
         return InputFiles(self._path, self._what)
 
     @property
     def folder(self) -> str:
-        """The folder that names start from: absolute where it is local, without a protocol."""
+        """The folder that names are relative to: without a protocol, and absolute if it is local."""
         return self._locate().folder
 
     def names(self) -> list[str]:
-        """Paths of the files below the folder (or the fixed part of the pattern), sorted.
+        """Return the sorted paths of the files, relative to the folder (or to the fixed part of the pattern).
 
         Raises:
-            ValueError: there are none.
+            ValueError: there are no files.
         """
         return sorted(self._stamps())
 
     def one(self, expected: str) -> str:
-        """The name of the only file.
+        """Return the name of the only file.
 
         Raises:
             ValueError: there are several or none; the message says what was `expected`.
@@ -98,11 +98,11 @@ class InputFiles:
         return name in self._stamps()
 
     def open(self, name: str) -> Any:
-        """A binary, seekable file."""
+        """Open a file as a binary, seekable stream."""
         return self._fs.open(self._full(name), "rb")
 
     def read(self, name: str, max_bytes: int = -1) -> bytes:
-        """The bytes of one file, or the first `max_bytes` of them.
+        """Return the bytes of one file, or the first `max_bytes` of them.
 
         Raises:
             OSError: it cannot be read.
@@ -111,14 +111,14 @@ class InputFiles:
             return bytes(file.read(max_bytes))
 
     def read_all(self, names: Sequence[str]) -> Iterator[bytes]:
-        """The bytes of small files in this order; object stores are asked for many at a time."""
-        # not fsspec's `cat`, which takes a name with a bracket for a pattern
+        """Yield the bytes of small files in this order; many are read at a time, which matters for object stores."""
+        # fsspec's `cat` would read a name with a bracket as a pattern
         with ThreadPoolExecutor(_READ_TOGETHER) as pool:
             for start in range(0, len(names), _BATCH):
                 yield from pool.map(self.read, names[start : start + _BATCH])
 
     def digest(self, names: Sequence[str] | None = None) -> str:
-        """One digest of names and contents of these files (default: all); a file that is not there counts as absent.
+        """Return one digest of the names and contents of these files (default: all); a missing file counts as None.
 
         Raises:
             OSError: a file cannot be read.
@@ -127,7 +127,7 @@ class InputFiles:
         return digest_of([list(pair) for pair in zip(chosen, self.sha256s(chosen), strict=True)])
 
     def sha256s(self, names: Sequence[str]) -> list[str | None]:
-        """The sha256 of these files; None for one that is not there.
+        """Return the sha256 of each of these files; None for a file that does not exist.
 
         Raises:
             OSError: a file cannot be read.
@@ -154,9 +154,9 @@ class InputFiles:
         return f"{self.folder}/{name}"
 
     def _locate(self) -> _Found:
-        """What the path stands for, by what is there."""
+        """Determine whether the path is a file, a folder or a pattern, by what exists."""
         if self._found is None:
-            self._fs.invalidate_cache()  # listings of S3 are remembered for the life of the process
+            self._fs.invalidate_cache()  # fsspec otherwise keeps listings of S3 for the life of the process
             parts = self._root.split("/")
             if (kind := self._kind()) is not None:
                 is_folder = kind == "directory"
@@ -169,14 +169,14 @@ class InputFiles:
         return self._found
 
     def _kind(self) -> str | None:
-        """What is there under the path as it is spelled; None where nothing is."""
+        """Return the type of the entry at the literal path, or None if there is none."""
         try:
             return str(self._fs.info(self._root)["type"])
         except (FileNotFoundError, NotADirectoryError):
             return None
 
     def _stamps(self) -> dict[str, str | None]:
-        """Stamp of every file by name; None where the file system says nothing by which to know a change."""
+        """Return the stamp of every file by name; None if the file system gives nothing that shows a change."""
         if self._listed is None:
             try:
                 folder, found = self.folder, self._find()
@@ -200,14 +200,14 @@ class InputFiles:
         else:
             depth = None if "**" in at.pattern or not at.pattern else at.pattern.count("/") + 1
             found = self._fs.find(at.folder, maxdepth=depth, detail=True)
-            if at.pattern:  # not fsspec's `glob`, to which the brackets of the folder would be a pattern too
+            if at.pattern:  # fsspec's `glob` would read brackets in the folder's name as a pattern too
                 matches = re.compile(glob_translate(at.pattern)).match
                 found = {path: info for path, info in found.items() if matches(path[len(at.folder) + 1 :])}
         found = {path: self._followed(path, info) for path, info in found.items() if not path.endswith("/")}
         return {path: info for path, info in found.items() if info["type"] == "file"}
 
     def _followed(self, path: str, info: dict[str, Any]) -> dict[str, Any]:
-        """What a symbolic link leads to: a listing describes the link, a question by name its target."""
+        """Return the entry of a link's target, since a listing describes the link itself."""
         if not info.get("islink"):
             return info
         target: dict[str, Any] = self._fs.info(path)
@@ -223,17 +223,17 @@ class InputFiles:
 
 @dataclass(frozen=True)
 class _Found:
-    """What a path stands for."""
+    """The folder, and the pattern in it if any, that a path stands for."""
 
     folder: str
-    """That names start from."""
+    """The folder that names are relative to."""
     is_folder: bool = False
     pattern: str = ""
-    """Names within the folder; '' where the path itself is there."""
+    """Pattern of names within the folder; '' if the path itself exists."""
 
 
 def read_input(path: str, what: str, expected: str) -> bytes:
-    """The bytes of one file outside the store.
+    """Return the bytes of one file outside the store.
 
     Raises:
         ValueError: it cannot be read; the message says `what` and what was `expected`.
@@ -246,18 +246,19 @@ def read_input(path: str, what: str, expected: str) -> bytes:
 
 
 def is_clutter(name: str) -> bool:
-    """Whether a file is what an operating system or a program leaves beside those of its user: macOS' `._NAME` and
-    `__MACOSX/`, `.DS_Store`, `Thumbs.db`, hidden files and folders.
+    """Return whether a file was created by an operating system or a program rather than the user.
+
+    Examples are `._NAME` and `__MACOSX/` of macOS, `.DS_Store`, `Thumbs.db`, and hidden files and folders.
     """
     parts = name.split("/")
     return any(part.startswith(".") or part == "__MACOSX" for part in parts) or parts[-1].lower() in _CLUTTER
 
 
 def decompressed(file: Any) -> Any:
-    """A binary file without its compression, which its first bytes show and its name need not.
+    """Return a binary file decompressed, by a compression that is recognised by its first bytes and not its name.
 
     Raises:
-        ValueError: it is compressed in a way that is not read.
+        ValueError: the kind of compression is not supported.
     """
     start = file.read(_LONGEST_MARK)
     file.seek(0)
@@ -277,7 +278,7 @@ _COMPRESSIONS: dict[bytes, Callable[[Any], Any]] = {
 }
 _LONGEST_MARK = max(map(len, _COMPRESSIONS))
 COMPRESSION_ERRORS = (EOFError, zlib.error, lzma.LZMAError)
-"""What a damaged compressed file raises while it is read, beside OSError."""
+"""Exceptions besides OSError that are raised while a damaged compressed file is read."""
 
 
 def _absolute(path: str) -> str:
@@ -294,7 +295,7 @@ def _stamp(info: dict[str, Any]) -> str | None:
 
 @contextmanager
 def _remembered() -> Iterator[sqlite3.Connection]:
-    """The digests that were worked out before, in the user's cache folder; removing the file costs only time."""
+    """Open the database of known digests in the user's cache folder; it can be removed at the cost of hashing again."""
     path = Path(default_cache_dir()) / "input-digests.sqlite"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

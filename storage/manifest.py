@@ -1,4 +1,4 @@
-"""What an artifact is: a manifest, the list of its files with size and sha256 and what made them."""
+"""Manifests of artifacts: the list of an artifact's files with sizes and checksums, and how they were made."""
 
 import json
 from dataclasses import dataclass, fields
@@ -10,14 +10,14 @@ from storage.errors import DamagedObject, FileNotInManifest
 
 @dataclass(frozen=True)
 class FileEntry:
-    """One file: its name in the artifact and the bytes that it stands for."""
+    """One file of an artifact: its name, and the size and checksum of its bytes."""
 
     path: str
     """Relative POSIX path within the artifact."""
     size: int
-    """Bytes."""
+    """Size in bytes."""
     sha256: str
-    """64 lower-case hexadecimal digits."""
+    """The sha256 of the bytes, as 64 lower-case hexadecimal digits."""
 
     def __post_init__(self) -> None:
         check_relative_path(self.path)
@@ -27,12 +27,12 @@ class FileEntry:
             raise ValueError(f"file {self.path!r}: sha256 is {self.sha256!r}; give 64 lower-case hexadecimal digits")
 
     def to_json(self) -> dict[str, Any]:
-        """Return the entry as it stands in manifests and receipts."""
+        """Return the entry as JSON, as in manifests and receipts."""
         return {"path": self.path, "size": self.size, "sha256": self.sha256}
 
     @classmethod
     def from_json(cls, value: Any) -> "FileEntry":
-        """Read an entry of a manifest or a receipt; ValueError when it has other fields."""
+        """Read an entry of a manifest or a receipt; raise ValueError if it has other fields."""
         if not isinstance(value, dict) or set(value) != {"path", "size", "sha256"}:
             raise ValueError(f"{value!r} is no file entry; it needs exactly path, size and sha256")
         return cls(path=value["path"], size=value["size"], sha256=value["sha256"])
@@ -40,24 +40,24 @@ class FileEntry:
 
 @dataclass(frozen=True)
 class Manifest:
-    """An artifact. Equal manifests have equal bytes and so equal digests; the order of `files` does not matter."""
+    """Describes an artifact. Equal manifests have equal bytes and digests; the order of `files` does not matter."""
 
     kind: str
-    """What the files are, for example `code_table`."""
+    """Kind of the artifact, for example `code_table`."""
     schema_version: int
-    """Version of the layout that this kind of artifact has."""
+    """Version of the layout of this kind of artifact."""
     stage: str
     """Name of the stage that made it."""
     config: dict[str, Any]
-    """The normalised config that affects the result."""
+    """The part of the normalised config that affects the result."""
     inputs: dict[str, str]
-    """Digest of each input artifact, by the name of the stage that feeds it."""
+    """Digest of each input artifact, by the name of the stage that made it."""
     files: tuple[FileEntry, ...]
-    """Kept sorted by path."""
+    """The files, sorted by path."""
     metrics: dict[str, Any]
-    """Numbers of the result; JSON."""
+    """Metrics of the result, as JSON."""
     metadata: dict[str, Any]
-    """Whatever else readers need; JSON. Never times, hosts or paths."""
+    """Whatever else readers need, as JSON; never times, hosts or paths."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "files", tuple(sorted(self.files, key=lambda entry: entry.path)))
@@ -82,7 +82,7 @@ class Manifest:
         return value | {"files": [entry.to_json() for entry in self.files]}
 
     def to_bytes(self) -> bytes:
-        """Return the one spelling of this manifest; ValueError when a field is not JSON."""
+        """Return the manifest as canonical JSON; raise ValueError if a field is not JSON."""
         return canonical_json(self.to_json())
 
     @property
@@ -92,15 +92,15 @@ class Manifest:
 
     @property
     def size(self) -> int:
-        """Bytes of all files together."""
+        """Total size of all files in bytes."""
         return sum(entry.size for entry in self.files)
 
     @classmethod
     def from_bytes(cls, data: bytes) -> "Manifest":
-        """Read what `to_bytes` wrote.
+        """Read a manifest from the bytes of `to_bytes`.
 
         Raises:
-            DamagedObject: when `data` is not a manifest in its canonical spelling.
+            DamagedObject: `data` is not a manifest in canonical JSON.
         """
         try:
             value = json.loads(data)
@@ -113,7 +113,7 @@ class Manifest:
         return manifest
 
     def file(self, path: str) -> FileEntry:
-        """Return the entry of one file; FileNotInManifest lists what there is."""
+        """Return the entry of one file; raise FileNotInManifest, which lists the files, if there is no such file."""
         for entry in self.files:
             if entry.path == path:
                 return entry

@@ -1,4 +1,4 @@
-"""The tables that artifacts hold, their schemas and checks, and one deterministic way to write Parquet."""
+"""The schemas and checks of the tables in artifacts, and deterministic writing of Parquet."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,8 +27,8 @@ IMAGE_METADATA_SCHEMA = pa.schema(
         pa.field("shard", pa.string()),
     ]
 )
-"""One row a URL, failures included. Width and height in pixels, sha256 and size of the stored image. String columns of
-the data set (concept, category, style, split ...) may follow."""
+"""One row per URL, failures included: width and height in pixels, and sha256 and size of the stored image. String
+columns of the data set (concept, category, style, split ...) may follow."""
 
 METRICS_SCHEMA = pa.schema(
     [
@@ -43,12 +43,12 @@ METRICS_SCHEMA = pa.schema(
         pa.field("settings", pa.string(), nullable=False),
     ]
 )
-"""One row per model, benchmark, split and metric. `settings` is canonical JSON with all that a comparison needs: crop,
-image format, guidance convention and scale, sampling."""
+"""One row per model, benchmark, split and metric. `settings` is canonical JSON with everything that a comparison needs:
+crop, image format, guidance convention and scale, sampling."""
 
 
 def image_metadata_table(rows: Sequence[dict[str, Any]], extra_columns: Sequence[str] = ()) -> pa.Table:
-    """Build an image metadata table from rows; a column that a row lacks is null there.
+    """Build an image metadata table from rows; missing columns of a row are null.
 
     Raises:
         ValueError: a row has a column that is neither in the schema nor in `extra_columns`, or a check fails.
@@ -86,7 +86,7 @@ def validate_image_metadata(table: pa.Table) -> None:
 
 
 def validate_metrics(table: pa.Table) -> None:
-    """Raise ValueError unless `table` has exactly the metrics schema and no two rows say the same thing."""
+    """Raise ValueError unless `table` has exactly the metrics schema and no two rows measure the same thing."""
     _check_leading_columns(table, METRICS_SCHEMA, "metrics")
     if table.num_columns != len(METRICS_SCHEMA):
         raise ValueError(f"metrics: extra columns {table.column_names[len(METRICS_SCHEMA) :]}; put them into settings")
@@ -94,9 +94,9 @@ def validate_metrics(table: pa.Table) -> None:
 
 
 def write_table(table: pa.Table, path: str | Path) -> None:
-    """Write a table to one Parquet file whose bytes depend on its schema and rows alone.
+    """Write a table to one Parquet file, whose bytes depend on its schema and rows alone, by an atomic rename.
 
-    How the table is chunked in memory and what pandas left in its metadata make no difference. The file appears whole.
+    The bytes do not depend on the chunks of the table in memory or on metadata that pandas has left.
     """
     metadata = {key: value for key, value in (table.schema.metadata or {}).items() if key != b"pandas"}
     plain = table.replace_schema_metadata(dict(sorted(metadata.items())) or None).combine_chunks()
@@ -115,7 +115,7 @@ def write_table(table: pa.Table, path: str | Path) -> None:
 
 
 def read_table(path: str | Path, columns: Sequence[str] | None = None) -> pa.Table:
-    """Read one Parquet file, or some columns of it; the name of its folder adds nothing."""
+    """Read one Parquet file, or some columns of it; no columns are derived from the folder's name."""
     with pq.ParquetFile(path) as file:
         if columns is not None and (unknown := sorted(set(columns) - set(file.schema_arrow.names))):
             raise ValueError(f"{path} has no columns {unknown}; it has {file.schema_arrow.names}")

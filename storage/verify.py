@@ -1,4 +1,4 @@
-"""Re-hash what the store holds and set damaged bytes aside, so that the next run rebuilds them."""
+"""Verification of the store's content: damaged objects are moved to quarantine, so that the next run rebuilds them."""
 
 import logging
 import uuid
@@ -23,25 +23,25 @@ _MISSING = "missing; the next run of its stage rebuilds it"
 
 @dataclass(frozen=True)
 class Problem:
-    """Something that is not as it was written."""
+    """An object that is damaged or missing."""
 
     digest: str
-    """The artifact's digest; '' for an action record, a plan, a receipt and their files."""
+    """Digest of the artifact; '' for an action record, a plan, a receipt and their files."""
     path: str
-    """The file in the artifact, 'manifest' for that; the record's key, followed by the file's path where it is one."""
+    """Path of the file in the artifact, or 'manifest'; for records the key, followed by the path of the file if any."""
     reason: str
-    """What is wrong and what was done about it."""
+    """What is wrong, and what was done about it."""
 
 
 class Verifier:
-    """Reads every byte that it is asked about, once, and collects what is wrong.
+    """Reads every byte that it is asked to check, once, and collects the problems.
 
-    Damage is set aside where the store can be written, and stays where it is otherwise.
+    Damaged objects are moved to quarantine if the store is writable; otherwise they stay where they are.
 
     Args:
         objects: the store's objects.
         blobs: the store's blobs.
-        on_file: called after each file, also after one that was read before under another name.
+        on_file: called after each file, even if its blob was read before under another name.
     """
 
     def __init__(self, objects: ObjectStore, blobs: Blobs, on_file: Callable[[FileEntry], object]) -> None:
@@ -49,12 +49,12 @@ class Verifier:
         self._on_file = on_file
         self._blobs = blobs
         self._known: dict[str, str | None] = {}
-        """What is wrong with a blob, by sha256: blobs that artifacts share are read once."""
+        """The problem of each blob, or None, by sha256, so that blobs that artifacts share are read once."""
         self.problems: list[Problem] = []
         self._num_without_checksum = 0
 
     def check_store(self, actions: Mapping[str, str | None], pins: Iterable[str]) -> None:
-        """Check all that a garbage collection keeps, but for checkpoints, which are checked when they are loaded.
+        """Check everything that a garbage collection keeps, except checkpoints, which are checked when they are loaded.
 
         Args:
             actions: digest of each action's artifact by action key, None where the record is unreadable.
@@ -62,7 +62,7 @@ class Verifier:
         """
         for action_key, digest in actions.items():
             if digest is None:
-                # It stays where it is: as long as it does, the garbage collection knows that something is missing.
+                # It is not moved: as long as it is there, the garbage collection knows that something is missing.
                 self._report(f"actions/{action_key}.json", "damaged: no action record; the next run writes it again")
         waiting = deque(sorted({*pins, *(digest for digest in actions.values() if digest is not None)}))
         seen: set[str] = set()
@@ -135,12 +135,12 @@ class Verifier:
     def _record(
         self, key: str, read: Callable[[dict[str, Any]], _Read], damaged: Callable[[str], None]
     ) -> _Read | None:
-        """What `read` makes of a record; None where it is gone, or damaged, which is said with the reason."""
+        """Parse a record with `read`; return None if it is gone or damaged, and report damage to `damaged`."""
         try:
             data = self._objects.read(key)
             found = read(parse_record(data))
         except ObjectMissing:
-            return None  # removed since it was listed
+            return None  # removed since the keys were listed
         except (ValueError, DamagedObject) as error:
             damaged(str(error))
             return None
@@ -150,9 +150,9 @@ class Verifier:
     def _check_files(self, record: str, files: Iterable[FileEntry], *, finished: bool) -> None:
         for entry in files:
             if entry.sha256 in self._known:
-                continue  # said of the artifact that has it too
+                continue  # already reported for an artifact that has it too
             reason = self._check(entry)
-            # A finished stage may have no more use for a shard, which the garbage collection has then taken.
+            # The garbage collection removes shards that a finished stage no longer needs.
             if reason is not None and not (finished and reason == _MISSING):
                 self._report(f"{record} {entry.path}", reason)
 
@@ -176,7 +176,7 @@ class Verifier:
         return reason
 
     def _set_aside(self, key: str, then: str) -> str:
-        """Move what is damaged out of the way; say where to, and what happens next."""
+        """Move a damaged object to quarantine; return a text that says where it is and what happens next."""
         try:
             return f"moved to {quarantine(self._objects, key)}, {then}"
         except StoreError as error:
@@ -184,7 +184,7 @@ class Verifier:
 
 
 def quarantine(objects: ObjectStore, key: str) -> str:
-    """Move an object out of the way; return its new key."""
+    """Move an object to quarantine; return its new key."""
     new_key = f"quarantine/{key.rpartition('/')[2]}-{uuid.uuid4().hex[:8]}"
     objects.move(key, new_key)
     return new_key

@@ -1,1 +1,1 @@
-"""Objects under keys, in a folder or in an S3 bucket."""
+"""Object stores: bytes under keys, in a local folder or an S3 bucket."""

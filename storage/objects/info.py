@@ -1,14 +1,14 @@
-"""What a listing says of an object."""
+"""The entry of an object in a listing."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class ObjectInfo:
-    """One object."""
+    """Key, size and age of one object."""
 
     key: str
     size: int
-    """Bytes."""
+    """Size in bytes."""
     modified: float
-    """When it was written, seconds since the epoch."""
+    """Time of the last write, in seconds since the epoch."""

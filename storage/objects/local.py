@@ -1,7 +1,7 @@
-"""Objects in a local folder: a private file, fsynced, then linked (create-only) or renamed to its final name.
+"""Objects in a local folder: a temporary file is fsynced, then hard-linked (create-only) or renamed to its final name.
 
-Nothing below the folder is reached through a symbolic link, so that whatever somebody puts there, nothing outside is
-read, changed or deleted: folders are opened one after another without following, and files are named relative to
+Symbolic links below the folder are never followed, so that nothing outside it is read, changed or deleted, whatever
+the folder contains: folders are opened one after another without following links, and files are accessed relative to
 them. The folder itself may be a link, which is its owner's choice.
 """
 
@@ -22,12 +22,12 @@ _FILE_MODE = 0o444
 _LINK_ATTEMPTS = 20
 _FOLDER_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 _READ_FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-"""Not blocking, since opening a pipe would wait for its writer."""
+"""Non-blocking, since opening a pipe would wait for its writer."""
 _WRITE_FLAGS = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 class LocalBackend:
-    """Keys are paths under one folder. `tmp/` holds unfinished files; it may be emptied while nothing runs."""
+    """Backend whose keys are paths in one folder; `tmp/` holds unfinished files and may be emptied if nothing runs."""
 
     is_remote = False
 
@@ -35,7 +35,7 @@ class LocalBackend:
         self.root = root
 
     def check_exists(self) -> None:
-        """Raise StoreError unless the folder is there."""
+        """Raise StoreError unless the folder exists."""
         try:
             with self._folder(""):
                 return
@@ -46,7 +46,7 @@ class LocalBackend:
             ) from error
 
     def check_access(self) -> None:
-        """Make the folder if needed; StoreError unless files can be created and linked in it."""
+        """Create the folder if needed; raise StoreError unless files can be created and hard-linked in it."""
         probe, linked = temporary_name(), temporary_name()
         made = False
         try:
@@ -67,7 +67,7 @@ class LocalBackend:
             raise StoreError(f"cannot write to the store folder {self.root}: {error.strerror}; {remedy}") from error
 
     def create(self, key: str, data: bytes) -> bool:
-        """Create the object; False when it exists."""
+        """Create the object; return False if it exists already."""
         with self._private_file() as (folder, name):
             self._write(folder, name, data)
             return self._publish(folder, name, key, _link)
@@ -79,7 +79,7 @@ class LocalBackend:
             self._publish(folder, name, key, _replace)
 
     def put_file(self, key: str, local_path: Path, sha256: str | None) -> None:
-        """Create the object from a file, or replace it."""
+        """Create or replace the object with the content of a file."""
         with self._private_file() as (folder, name):
             copied = copy_and_hash(local_path, os.open(name, _WRITE_FLAGS, 0o600, dir_fd=folder))
             if sha256 is not None and copied != sha256:
@@ -92,21 +92,21 @@ class LocalBackend:
         copy_and_hash(self._open(key), local_path)
 
     def read(self, key: str) -> bytes:
-        """Return the object's bytes; FileNotFoundError when it is missing, DamagedObject when it is no file."""
+        """Return the object's bytes; FileNotFoundError if it is missing, DamagedObject if it is no regular file."""
         with self.open(key) as file:
             return file.read()
 
     def open(self, key: str) -> BinaryIO:
-        """Open the object for reading; FileNotFoundError when it is missing, DamagedObject when it is no file."""
+        """Open the object for reading; FileNotFoundError if it is missing, DamagedObject if it is no regular file."""
         return open(self._open(key), "rb")
 
     def size(self, key: str) -> int | None:
-        """Return the object's size in bytes, None when it is missing or no file."""
+        """Return the object's size in bytes, or None if it is missing or no regular file."""
         found = self._stat(key)
         return found.st_size if found is not None and stat.S_ISREG(found.st_mode) else None
 
     def touch(self, key: str) -> bool:
-        """Make the object as young as if it were written now; False where it is gone, or another user's."""
+        """Set the object's modification time to now; return False if it is missing or belongs to another user."""
         try:
             with self._folder_of(key) as (folder, name):
                 os.utime(name, dir_fd=folder, follow_symlinks=False)
@@ -115,12 +115,12 @@ class LocalBackend:
         return True
 
     def modified(self, key: str) -> float | None:
-        """Return when the object was written, in seconds since the epoch, None when it is missing."""
+        """Return the object's modification time in seconds since the epoch, or None if it is missing."""
         found = self._stat(key)
         return None if found is None else found.st_mtime
 
     def list(self, prefix: str) -> list[str]:
-        """Return the keys that begin with `prefix`, in no order."""
+        """Return the keys that begin with `prefix`, in any order."""
         start = prefix.rpartition("/")[0]
         try:
             with self._folder(start):
@@ -129,13 +129,13 @@ class LocalBackend:
             return []
 
     def details(self, prefix: str) -> Iterator[ObjectInfo]:
-        """Yield the objects whose keys begin with `prefix`, in no order; one that vanishes meanwhile is left out."""
+        """Yield the objects whose keys begin with `prefix`, in any order; one that vanishes meanwhile is left out."""
         for key in self.list(prefix):
             if (found := self._stat(key)) is not None:
                 yield ObjectInfo(key, found.st_size, found.st_mtime)
 
     def unfinished(self) -> Iterator[ObjectInfo]:
-        """Yield the files in the folder of unfinished ones, in no order."""
+        """Yield the files in the folder of unfinished files, in any order."""
         try:
             with self._folder(TEMPORARY_FOLDER) as folder:
                 names = os.listdir(folder)
@@ -147,13 +147,13 @@ class LocalBackend:
                 yield ObjectInfo(key, found.st_size, found.st_mtime)
 
     def delete(self, key: str) -> None:
-        """Remove the object if it is there; where it is a link, the link."""
+        """Remove the object if it exists; if it is a link, remove the link."""
         try:
             with self._folder_of(key) as (folder, name):
                 os.unlink(name, dir_fd=folder)
         except FileNotFoundError:
             pass
-        # Empty folders go too, as far as they are empty; _publish copes with one that vanishes under it.
+        # Remove parent folders that are empty now; _publish handles a folder that vanishes meanwhile.
         while "/" in key:
             key = key.rpartition("/")[0]
             try:
@@ -163,20 +163,20 @@ class LocalBackend:
                 return
 
     def move(self, key: str, new_key: str) -> None:
-        """Give the object another key."""
+        """Rename the object."""
         with self._folder_of(key) as (folder, name):
             self._publish(folder, name, new_key, _replace)
 
     def local_path(self, key: str) -> Path | None:
-        """Return where the object lies as a local file; `size` says whether one is there."""
+        """Return the path of the object as a local file; `size` tells whether it exists."""
         return self.root / key
 
     def _walk(self, folder: str) -> Iterator[str]:
-        """Yield the keys in a folder; a part that cannot be listed is an error, for the list decides what is kept."""
+        """Yield the keys in a folder; raise if a part cannot be listed, since the list decides what is deleted."""
         try:
             entries = list(os.scandir(self.root / folder))
         except FileNotFoundError:
-            return  # removed since it was listed
+            return  # removed since its parent was listed
         for entry in entries:
             key = f"{folder}/{entry.name}" if folder else entry.name
             if entry.is_dir(follow_symlinks=False):
@@ -189,7 +189,7 @@ class LocalBackend:
 
     @contextmanager
     def _folder(self, folder: str, *, make: bool = False) -> Iterator[int]:
-        """Yield a descriptor of a folder of the store, reached without following a link below its root."""
+        """Yield a descriptor of a folder of the store, opened without following links below the store's root."""
         if make:
             self.root.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(self.root, _FOLDER_FLAGS)
@@ -214,7 +214,7 @@ class LocalBackend:
 
     @contextmanager
     def _folder_of(self, key: str, *, make: bool = False) -> Iterator[tuple[int, str]]:
-        """Yield a descriptor of the folder that an object lies in, and the object's name there."""
+        """Yield a descriptor of the folder that contains an object, and the object's name there."""
         parent, _, name = key.rpartition("/")
         with self._folder(parent, make=make) as folder:
             yield folder, name
@@ -245,7 +245,7 @@ class LocalBackend:
 
     @contextmanager
     def _private_file(self) -> Iterator[tuple[int, str]]:
-        """Yield a descriptor of the folder of unfinished files and a fresh name there, gone at the end of the block."""
+        """Yield a descriptor of the folder of unfinished files and a new name there; remove that file at the end."""
         with self._folder(TEMPORARY_FOLDER, make=True) as folder:
             name = temporary_name()
             try:
@@ -271,7 +271,7 @@ class LocalBackend:
             except FileExistsError:
                 return False
             except FileNotFoundError:
-                # Another process removed the folder, empty until now, between mkdir and link.
+                # Another process has removed the empty folder between mkdir and link.
                 if attempt == _LINK_ATTEMPTS - 1 or not _exists(folder, name):
                     raise
         raise AssertionError("unreachable")

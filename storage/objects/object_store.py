@@ -1,4 +1,4 @@
-"""Named byte strings in a folder or a bucket, with the one promise that the store is built on: create-only writes."""
+"""The object store interface over a folder or a bucket; the store relies on its atomic create-only writes."""
 
 import builtins
 from collections.abc import Callable, Iterable, Iterator
@@ -21,15 +21,15 @@ _REMOTE_THREADS = 16
 
 
 class ObjectStore:
-    """Objects by key under one URI.
+    """Reads and writes objects by key under one URI.
 
     Args:
         uri: a local path, `file:///path`, or `s3://bucket/prefix`.
-        options: for S3, passed to `s3fs.S3FileSystem`, for example `endpoint_url`; credentials and endpoint come
-            from the standard AWS variables otherwise. A local folder takes none.
+        options: for S3, passed to `s3fs.S3FileSystem`, for example `endpoint_url`; by default credentials and endpoint
+            come from the standard AWS variables. A local folder takes no options.
 
     Raises:
-        ValueError: an unknown kind of URI. Nothing is read or written before the first call of a method.
+        ValueError: the kind of URI is not supported. Nothing is read or written before the first method call.
     """
 
     def __init__(self, uri: str, **options: Any) -> None:
@@ -56,26 +56,26 @@ class ObjectStore:
 
     @property
     def is_remote(self) -> bool:
-        """Whether objects lie behind a network, so that they must be downloaded and calls should overlap."""
+        """Whether objects are accessed over a network, so that they have to be downloaded and calls should overlap."""
         return self._backend.is_remote
 
     @property
     def endpoint(self) -> str:
-        """What serves the objects: the S3 endpoint, or 'local'."""
+        """The S3 endpoint that serves the objects, or 'local'."""
         return self._backend.endpoint if isinstance(self._backend, S3Backend) else "local"
 
     def check_exists(self) -> None:
-        """Raise StoreError, on one line, unless there is a folder, or something under the prefix; writes nothing."""
+        """Raise StoreError unless the folder exists, or an object under the prefix; writes nothing."""
         self._backend.check_exists()
 
     def check_access(self) -> None:
-        """Raise StoreError, on one line, unless the folder can be written to or the bucket answers."""
+        """Raise StoreError unless the folder is writable or the bucket answers."""
         self._backend.check_access()
 
     def check_writes(self) -> None:
-        """Raise StoreError, on one line, unless objects can be written, and by one writer alone where that is asked.
+        """Raise StoreError unless objects can be written, and create-only writes are exclusive.
 
-        A bucket keeps a note that this was probed through an endpoint; it is written anew each time.
+        In a bucket, a small object records for each endpoint that this was probed; it is rewritten each time.
         """
         self.check_access()
         if not self.is_remote:
@@ -90,7 +90,7 @@ class ObjectStore:
                 raise not_writable(self.uri, error) from error
 
     def probe_conditional_create(self) -> None:
-        """Raise StoreError unless create-only writes hold; writes and removes one small object."""
+        """Raise StoreError unless create-only writes are exclusive; writes and removes one small object."""
         if isinstance(self._backend, S3Backend):
             self._backend.probe_conditional_create()
         else:
@@ -104,8 +104,8 @@ class ObjectStore:
             data: at least one byte.
 
         Returns:
-            True if this call created it, False if it was there. An object that this very call created, though the
-            service's answer was lost, counts as created.
+            True if this call created it, False if it existed. It also returns True if this call created the object but
+            the service's answer was lost.
         """
         if not data:
             raise ValueError(f"cannot create {key!r} without bytes; conditional puts need at least one")
@@ -120,19 +120,19 @@ class ObjectStore:
             self._backend.put(key, data)
 
     def put_file(self, key: str, local_path: str | Path, *, sha256: str | None = None) -> None:
-        """Store a local file; an object of that key is replaced.
+        """Store a local file; an object with that key is replaced.
 
         Args:
             key: relative POSIX path.
             local_path: a complete file.
-            sha256: of the file; where given, a local store refuses to publish a copy that differs.
+            sha256: checksum of the file; if given, a local store refuses to publish a copy that differs.
         """
         _check_key(key)
         with self._explained("store", key):
             self._backend.put_file(key, Path(local_path), sha256)
 
     def get_file(self, key: str, local_path: str | Path) -> None:
-        """Copy an object to a local file (not atomically); raises as `read` does."""
+        """Copy an object to a local file (not atomically); raises the same as `read`."""
         _check_key(key)
         with self._explained("read", key):
             self._backend.get_file(key, Path(local_path))
@@ -141,8 +141,8 @@ class ObjectStore:
         """Return an object's bytes.
 
         Raises:
-            ObjectMissing: it is not there.
-            DamagedObject: in its place is a symbolic link, or something else that is no file.
+            ObjectMissing: there is no such object.
+            DamagedObject: it is a symbolic link or something else that is no regular file.
         """
         _check_key(key)
         with self._explained("read", key):
@@ -150,60 +150,61 @@ class ObjectStore:
 
     @contextmanager
     def open(self, key: str) -> Iterator[BinaryIO]:
-        """Open an object for reading in pieces; raises as `read` does."""
+        """Open an object for reading in chunks; raises the same as `read`."""
         _check_key(key)
         with self._explained("read", key), self._backend.open(key) as stream:
             yield stream
 
     def size(self, key: str) -> int | None:
-        """Return an object's size in bytes, None when it is not there or no file."""
+        """Return an object's size in bytes, or None if it is missing or no regular file."""
         _check_key(key)
         with self._explained("look at", key):
             return self._backend.size(key)
 
     def touch(self, key: str) -> bool:
-        """Make an object as young as if it were written now; False where it is gone and must be written again."""
+        """Set an object's modification time to now; return False if it is missing and must be written again."""
         _check_key(key)
         with self._explained("renew", key):
             return self._backend.touch(key)
 
     def modified(self, key: str) -> float | None:
-        """Return when an object was written, in seconds since the epoch, None when it is not there."""
+        """Return an object's modification time in seconds since the epoch, or None if it is missing."""
         _check_key(key)
         with self._explained("look at", key):
             return self._backend.modified(key)
 
     def list(self, prefix: str) -> list[str]:
-        """Return the keys that begin with `prefix`, sorted; unfinished files never appear.
+        """Return the keys that begin with `prefix`, sorted, without unfinished files.
 
-        Nor do names that no object can have (unprintable, with a backslash): such a file is not the store's.
+        Names that no object can have (unprintable, with a backslash) are left out too, since the store has not written
+        them.
 
         Raises:
-            StoreError: a part of the list cannot be read; never a list that is too short.
+            StoreError: a part of the list cannot be read; an incomplete list is never returned.
         """
         _check_prefix(prefix)
         with self._explained("list", prefix or "."):
             return sorted(key for key in self._backend.list(prefix) if _is_plain(key))
 
     def details(self, prefix: str) -> builtins.list[ObjectInfo]:
-        """Return the objects whose keys begin with `prefix`, sorted, with size and age."""
+        """Return the objects whose keys begin with `prefix`, sorted by key, with size and modification time."""
         _check_prefix(prefix)
         with self._explained("list", prefix or "."):
             return sorted(filter(_is_own, self._backend.details(prefix)), key=lambda item: item.key)
 
     def unfinished(self) -> builtins.list[ObjectInfo]:
-        """Return the files that a writer left behind half-way, or is still at; a bucket has none."""
+        """Return the unfinished files that a writer has left behind or is still writing; a bucket has none."""
         with self._explained("list", TEMPORARY_FOLDER):
             return sorted(filter(_is_own, self._backend.unfinished()), key=lambda item: item.key)
 
     def delete_any(self, key: str) -> None:
-        """Remove an object, or an unfinished file, if it is there."""
+        """Remove an object or an unfinished file if it exists."""
         check_relative_path(key)
         with self._explained("delete", key):
             self._backend.delete(key)
 
     def delete(self, key: str) -> None:
-        """Remove an object if it is there."""
+        """Remove an object if it exists."""
         _check_key(key)
         with self._explained("delete", key):
             self._backend.delete(key)
@@ -215,19 +216,19 @@ class ObjectStore:
         self.map(self.delete, self.list(prefix))
 
     def move(self, key: str, new_key: str) -> None:
-        """Give an object another key; ObjectMissing when it is not there."""
+        """Rename an object; raise ObjectMissing if it does not exist."""
         _check_key(key)
         _check_key(new_key)
         with self._explained("move", key):
             self._backend.move(key, new_key)
 
     def local_path(self, key: str) -> Path | None:
-        """Return an object's own local file, None for a bucket."""
+        """Return the local file of an object, or None for a bucket."""
         _check_key(key)
         return self._backend.local_path(key)
 
     def map(self, function: Callable[[_Item], _Result], items: Iterable[_Item]) -> builtins.list[_Result]:
-        """Apply `function` to each item, in threads where each call waits for a network; results in order."""
+        """Apply `function` to each item, in threads if the store is remote; results are in the order of the items."""
         if not self.is_remote:
             return [function(item) for item in items]
         with ThreadPoolExecutor(_REMOTE_THREADS) as pool:

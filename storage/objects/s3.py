@@ -16,13 +16,13 @@ from storage.objects.s3_retries import QUICK_ATTEMPTS, one_line, s3_error, stead
 
 _READ_BYTES = 8 << 20
 _WRITER = "musevl-writer"
-"""Metadata of a created object: which call made it."""
+"""Metadata key of a created object: the identifier of the call that created it."""
 _DEFAULT_OPTIONS: dict[str, Any] = {
     "use_listings_cache": False,
     "config_kwargs": {
         "connect_timeout": 10,
         "read_timeout": 30,
-        "retries": {"total_max_attempts": 1, "mode": "standard"},  # `steadily` tries again
+        "retries": {"total_max_attempts": 1, "mode": "standard"},  # `steadily` retries
     },
 }
 
@@ -30,7 +30,7 @@ _Result = TypeVar("_Result")
 
 
 class S3Backend:
-    """Keys lie under one prefix of one bucket; a put is visible whole or not at all, by S3's own promise."""
+    """Backend whose keys are under one prefix of a bucket. S3 guarantees that puts are atomic."""
 
     is_remote = True
 
@@ -48,7 +48,7 @@ class S3Backend:
         return named or os.environ.get("AWS_ENDPOINT_URL") or "the default AWS endpoint"
 
     def check_exists(self) -> None:
-        """Raise StoreError unless the bucket answers and holds something under the prefix."""
+        """Raise StoreError unless the bucket answers and has an object under the prefix."""
         prefix = self._path("").removeprefix(f"{self._bucket}/")
         found = self._opened("list_objects_v2", Prefix=prefix, MaxKeys=1)
         if not found.get("KeyCount"):
@@ -62,7 +62,7 @@ class S3Backend:
         self._opened("head_bucket")
 
     def _opened(self, method: str, **arguments: Any) -> Any:
-        """The answer to the first call of a bucket."""
+        """Call a method of the bucket for the first time, and explain a failure."""
         try:
             return self._steadily(
                 "open", "", lambda: self._fs.call_s3(method, Bucket=self._bucket, **arguments), QUICK_ATTEMPTS
@@ -81,7 +81,7 @@ class S3Backend:
             holds = first and not second and self.read(key) == b"first"
             self.delete(key)
         except Exception as error:
-            with suppress(Exception):  # the first reason counts
+            with suppress(Exception):  # the first error is reported
                 self.delete(key)
             if isinstance(error, PermissionError):
                 raise not_writable(f"s3://{self._base}", error) from error
@@ -96,10 +96,10 @@ class S3Backend:
             )
 
     def create(self, key: str, data: bytes) -> bool:
-        """Create the object; False when it exists.
+        """Create the object; return False if it exists already.
 
-        A put whose answer is lost may have been done all the same; the next try then finds the object there. Each call
-        therefore signs its object with a number of its own, and knows it again.
+        A put whose answer is lost may have succeeded, and its retry then finds the object. Therefore each call writes a
+        unique identifier into the object's metadata, by which it recognises its own object.
         """
         writer = uuid.uuid4().hex
 
@@ -113,7 +113,7 @@ class S3Backend:
                 code, status = s3_error(error)
                 if code == "PreconditionFailed" or status == 412:
                     return False
-                if status == 409:  # another conditional put is under way: wait a little and ask again who won
+                if status == 409:  # another conditional put is in progress: retry later to see which one succeeded
                     raise ConnectionError(one_line(error)) from error
                 raise
 
@@ -124,13 +124,13 @@ class S3Backend:
         self._steadily("put", key, lambda: self._fs.pipe_file(self._path(key), data))
 
     def put_file(self, key: str, local_path: Path, sha256: str | None) -> None:
-        """Create the object from a file, or replace it; the caller checks that the file held still."""
+        """Create or replace the object with the content of a file; the caller checks that the file did not change."""
 
         def put() -> None:
             try:
                 self._fs.put_file(str(local_path), self._path(key))
             except FileNotFoundError as error:
-                # The answer that ends an upload in parts was lost, and s3fs gave up an upload that is done
+                # The answer that completes a multipart upload was lost, and s3fs aborted the completed upload
                 if s3_error(error)[0] == "NoSuchUpload":
                     raise ConnectionError(one_line(error)) from error
                 raise
@@ -142,22 +142,22 @@ class S3Backend:
         self._steadily("get", key, lambda: self._fs.get_file(self._path(key), str(local_path)))
 
     def read(self, key: str) -> bytes:
-        """Return the object's bytes; FileNotFoundError when it is missing."""
+        """Return the object's bytes; raise FileNotFoundError if it is missing."""
         return self._steadily("get", key, lambda: cast(bytes, self._fs.cat_file(self._path(key))))
 
     def open(self, key: str) -> BinaryIO:
-        """Open the object for reading; FileNotFoundError when it is missing."""
+        """Open the object for reading; raise FileNotFoundError if it is missing."""
         size = self.size(key)
         if size is None:
             raise FileNotFoundError(key)
         return cast(BinaryIO, io.BufferedReader(_RangeReader(self, key, size), _READ_BYTES))
 
     def read_range(self, key: str, start: int, end: int) -> bytes:
-        """Return the object's bytes from `start` to before `end`."""
+        """Return the object's bytes from `start` (inclusive) to `end` (exclusive)."""
         return self._steadily("get", key, lambda: cast(bytes, self._fs.cat_file(self._path(key), start=start, end=end)))
 
     def size(self, key: str) -> int | None:
-        """Return the object's size in bytes, None when it is missing."""
+        """Return the object's size in bytes, or None if it is missing."""
         try:
             info = self._steadily("head", key, lambda: self._fs.info(self._path(key), refresh=True))
         except FileNotFoundError:
@@ -165,17 +165,17 @@ class S3Backend:
         return int(info["size"]) if info["type"] == "file" else None
 
     def touch(self, key: str) -> bool:
-        """Make the object as young as if it were written now, by a copy onto itself; False where it is gone."""
+        """Set the object's modification time to now by copying it onto itself; return False if it is missing."""
         path = self._path(key)
         try:
-            # S3 refuses a copy that changes nothing; "REPLACE" makes it one that changes the metadata.
+            # S3 refuses a copy that changes nothing; "REPLACE" makes it change the metadata.
             self._steadily("copy", key, lambda: self._fs.cp_file(path, path, MetadataDirective="REPLACE"))
         except FileNotFoundError:
             return False
         return True
 
     def modified(self, key: str) -> float | None:
-        """Return when the object was written, in seconds since the epoch, None when it is missing."""
+        """Return the object's modification time in seconds since the epoch, or None if it is missing."""
         try:
             info = self._steadily("head", key, lambda: self._fs.info(self._path(key), refresh=True))
         except FileNotFoundError:
@@ -183,38 +183,38 @@ class S3Backend:
         return float(info["LastModified"].timestamp()) if info["type"] == "file" else None
 
     def list(self, prefix: str) -> list[str]:
-        """Return the keys that begin with `prefix`, in no order."""
+        """Return the keys that begin with `prefix`, in any order."""
         return [item.key for item in self.details(prefix)]
 
     def details(self, prefix: str) -> Iterator[ObjectInfo]:
-        """Yield the objects whose keys begin with `prefix`, in no order."""
+        """Yield the objects whose keys begin with `prefix`, in any order."""
         found = self._steadily("list", prefix, lambda: self._fs.find(self._base, prefix=prefix, detail=True))
         for path, info in found.items():
             if info["type"] == "file":
                 yield ObjectInfo(path[len(self._base) + 1 :], int(info["size"]), info["LastModified"].timestamp())
 
     def unfinished(self) -> Iterator[ObjectInfo]:
-        """Yield nothing: a bucket shows no object before it is complete."""
+        """Yield nothing, since a bucket shows only complete objects."""
         return iter(())
 
     def delete(self, key: str) -> None:
-        """Remove the object if it is there."""
+        """Remove the object if it exists."""
         self._steadily("delete", key, lambda: self._fs.rm_file(self._path(key)))
 
     def move(self, key: str, new_key: str) -> None:
-        """Give the object another key."""
+        """Rename the object."""
         self._steadily("copy", key, lambda: self._fs.cp_file(self._path(key), self._path(new_key)))
         self.delete(key)
 
     def local_path(self, key: str) -> Path | None:
-        """Return None: objects in a bucket are no local files."""
+        """Return None, since objects in a bucket are not local files."""
         return None
 
     def _path(self, key: str) -> str:
         return f"{self._base}/{key}"
 
     def _writer_of(self, key: str) -> str | None:
-        """The number of the `create` call that made the object; None where it is gone or was made otherwise."""
+        """Return the identifier of the `create` call that made the object, or None if there is none."""
         key_in_bucket = self._path(key).removeprefix(f"{self._bucket}/")
         try:
             head = self._steadily(
@@ -233,13 +233,13 @@ class S3Backend:
         # A forked child must not use its parent's connections.
         if self._filesystem_pid != os.getpid():
             self._filesystem = fsspec.filesystem("s3", **self._options)
-            self._filesystem.retries = 1  # `steadily` tries again
+            self._filesystem.retries = 1  # `steadily` retries
             self._filesystem_pid = os.getpid()
         return self._filesystem
 
 
 class _RangeReader(io.RawIOBase):
-    """An object's bytes in ranges, each one asked for again where it fails."""
+    """Reads an object by range requests, with retries of each."""
 
     def __init__(self, backend: S3Backend, key: str, size: int) -> None:
         self._backend, self._key, self._size, self._position = backend, key, size, 0
@@ -248,7 +248,7 @@ class _RangeReader(io.RawIOBase):
         return True
 
     def readall(self) -> bytes:
-        """The rest in one range; the inherited way would ask for 8 KiB at a time."""
+        """Read the rest in one request; the inherited method would request 8 KiB at a time."""
         data = self._backend.read_range(self._key, self._position, self._size) if self._position < self._size else b""
         self._position += len(data)
         return data
@@ -262,7 +262,7 @@ class _RangeReader(io.RawIOBase):
 
 
 def not_writable(uri: str, error: PermissionError) -> StoreError:
-    """What is said where credentials may not write to a bucket."""
+    """Return the error for credentials that may not write to a bucket."""
     return StoreError(
         f"cannot write to the store {uri}: {one_line(error)}; use credentials that may write and delete there (what "
         "only reads, such as `musevl artifacts ls`, works with these)"

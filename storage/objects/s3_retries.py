@@ -1,7 +1,7 @@
-"""Calls of an S3 service that outlast its bad moments: 500, 503 SlowDown, time-outs, connections that break.
+"""Retries with exponential back-off of S3 calls: 500, 503 SlowDown, time-outs, broken connections.
 
-This is the one place that tries again. botocore and s3fs have loops of their own, which between them retry some of
-these and not others, and which multiply; both are switched off (`objects_s3`).
+All retries happen here. The retry loops of botocore and s3fs, which each cover only some of these failures and would
+multiply, are switched off (`storage.objects.s3`).
 """
 
 import logging
@@ -13,9 +13,9 @@ from typing import TypeVar
 logger = logging.getLogger(__name__)
 
 ATTEMPTS = 7
-"""How often a call is made before its failure is final: 6 to 19 s of waiting, longer than a usual hiccup."""
+"""Number of attempts before a failure is final: 6 to 19 s of back-off in total, longer than a usual disruption."""
 QUICK_ATTEMPTS = 3
-"""The same at the start, where a wrong address is likelier than a hiccup."""
+"""Number of attempts of the first call, when a wrong address is more likely than a disruption."""
 FIRST_BACKOFF_S = 0.2
 _LONGEST_BACKOFF_S = 10.0
 _TRANSIENT_CODES = {
@@ -34,15 +34,15 @@ _Result = TypeVar("_Result")
 
 
 def steadily(what: str, call: Callable[[], _Result], *, attempts: int | None = None) -> _Result:
-    """Call until it works, a bounded number of times, waiting longer each time.
+    """Retry a call with exponential back-off until it succeeds or the attempts are used up.
 
     Args:
-        what: the call, for the log.
-        call: may be repeated: a repetition after a lost answer must do no harm.
-        attempts: how often at most; default ATTEMPTS.
+        what: description of the call for the log.
+        call: the call, which must be idempotent, as its answer may be lost.
+        attempts: largest number of attempts; default ATTEMPTS.
 
     Raises:
-        Exception: what the last attempt raised, or the first one that no repetition would mend.
+        Exception: the error of the last attempt, or the first error that is not transient.
     """
     attempts = ATTEMPTS if attempts is None else attempts
     for attempt in range(1, attempts):
@@ -57,7 +57,7 @@ def steadily(what: str, call: Callable[[], _Result], *, attempts: int | None = N
 
 
 def is_transient(error: BaseException) -> bool:
-    """Say whether the same call may work a moment later."""
+    """Return whether an error is transient, so that a retry may succeed."""
     import botocore.exceptions as botocore_errors
     from botocore.parsers import ResponseParserError
 
@@ -77,17 +77,17 @@ def is_transient(error: BaseException) -> bool:
 
 
 def is_transport_error(error: BaseException) -> bool:
-    """Say whether an exception comes from the S3 client rather than from a mistake in the calling code."""
+    """Return whether an exception comes from the S3 client rather than from a mistake in the calling code."""
     return type(error).__module__.partition(".")[0] in ("botocore", "aiobotocore", "aiohttp")
 
 
 def s3_error(error: BaseException) -> tuple[str, int]:
-    """Return S3's error code and the HTTP status behind an exception of s3fs ('' and 0 when there is none)."""
+    """Return S3's error code and HTTP status of an exception of s3fs ('' and 0 if there is none)."""
     response = getattr(error, "response", None) or getattr(error.__cause__, "response", None) or {}
     code = response.get("Error", {}).get("Code", "")
     return code, int(response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
 
 
 def one_line(error: BaseException) -> str:
-    """Return an exception's message on one line, with its type where the message alone says little."""
+    """Return an exception's type and message on one line."""
     return " ".join(f"{type(error).__name__}: {error}".split())
