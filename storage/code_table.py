@@ -157,7 +157,7 @@ def read_info(path: str | Path) -> CodeTableInfo:
     metadata = pq.read_schema(path).metadata or {}
     if _METADATA_KEY not in metadata:
         raise ValueError(
-            f"{path} is no code table: its schema metadata lacks 'musevl'; give files that tokenize or "
+            f"{path} is not a code table: its schema metadata lacks 'musevl'; give files that tokenize or "
             f"storage.code_table.write_code_shard wrote (docs/tokenizers.md, codes of another project)"
         )
     try:
@@ -269,7 +269,7 @@ def _check_rows(path: str | Path, keys: Sequence[str], columns: dict[str, list[s
     if len(set(lengths.values())) != 1:
         raise ValueError(f"{path}: keys, columns and codes have different lengths: {lengths}")
     if len(set(keys)) != len(keys):
-        raise ValueError(f"{path}: {len(keys) - len(set(keys))} keys come twice; give each sample its own key")
+        raise ValueError(f"{path}: {len(keys) - len(set(keys))} keys occur twice; give each sample its own key")
     if taken := sorted(set(columns) & set(_RESERVED_COLUMNS)):
         raise ValueError(f"{path}: text columns {taken} have reserved names; rename them")
 

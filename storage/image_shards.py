@@ -128,7 +128,7 @@ def _check(sample: ImageSample, seen: set[str]) -> None:
             f"sample key {sample.key!r} has a dot or white space, which WebDataset misreads; replace it by '_'"
         )
     if sample.key in seen:
-        raise ValueError(f"sample key {sample.key!r} comes twice in one shard; give each sample its own key")
+        raise ValueError(f"sample key {sample.key!r} occurs twice in one shard; give each sample its own key")
     extension = sample.extension
     if not extension.isascii() or not extension.isalnum() or extension != extension.lower():
         raise ValueError(f"sample {sample.key!r}: extension {extension!r} is not one; write it like 'webp'")

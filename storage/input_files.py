@@ -217,7 +217,9 @@ class InputFiles:
                 "folder, or put its files there"
             )
         if target["type"] != "file":
-            raise ValueError(f"{self._what}={self._path!r} holds the link {path}, which leads to no file; mend it")
+            raise ValueError(
+                f"{self._what}={self._path!r} holds the link {path}, which leads to no file; repair or remove it"
+            )
         return target
 
 

@@ -149,7 +149,7 @@ def test_rows_that_do_not_fit_together_are_refused(tmp_path: Path) -> None:
     bad: list[tuple[list[str], dict[str, list[str | None]], Any, str]] = [
         (["a"], {}, codes, "different lengths"),
         (["a", "b"], {"caption": ["x"]}, codes, "different lengths"),
-        (["a", "a"], {}, codes, "keys come twice"),
+        (["a", "a"], {}, codes, "keys occur twice"),
         (["a", "b"], {"codes": ["x", "y"]}, codes, "reserved"),
         (["a", "b"], {}, codes[:, :1], "of shape"),
         (["a", "b"], {}, codes.astype(np.float32), "give integers"),
@@ -167,7 +167,7 @@ def test_another_tokenizer_is_refused_and_both_are_named() -> None:
 
 def test_a_parquet_file_that_is_no_code_table_is_refused(tmp_path: Path) -> None:
     pd.DataFrame({"key": ["a"]}).to_parquet(tmp_path / "t")
-    with pytest.raises(ValueError, match="is no code table"):
+    with pytest.raises(ValueError, match="is not a code table"):
         read_info(tmp_path / "t")
     with pytest.raises(ValueError, match="at least one"):
         read_code_table([])
