@@ -1,4 +1,4 @@
-"""What is counted of a shard's rows: in its receipt, and over all shards in the artifact's metrics."""
+"""Counts of a shard's rows for its receipt, and their totals over all shards for the artifact's metrics."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from storage.manifest import FileEntry
 _COUNTED = ("status", "errors", "filters", "hosts", "failed_hosts", "splits")
 _DETAILS = re.compile(r" \([^()]*\)$")
 _SHOWN = 20
-"""Reasons and hosts that the metrics name; the metadata tables have them all."""
+"""Largest number of reasons and hosts in the metrics; the metadata tables have all."""
 _LONGEST_EXAMPLE = 200
 _TOLD, _LONGEST_TOLD = 3, 80
-"""Reasons in a message, and characters of an example there."""
+"""Largest number of reasons in a message, and of characters of an example there."""
 
 
 def receipt_of(files: Sequence[FileEntry], metadata: Iterable[dict[str, Any]]) -> dict[str, Any]:
-    """The receipt of a shard: its files, how often each thing is there in its metadata, and `examples` of reasons."""
+    """Build the receipt of a shard: its files, counts of its metadata, and examples for each reason."""
     counted: dict[str, Counter[str]] = {name: Counter() for name in _COUNTED}
     examples: dict[str, list[str]] = {}
     for row in metadata:
@@ -46,10 +46,10 @@ def receipt_of(files: Sequence[FileEntry], metadata: Iterable[dict[str, Any]]) -
 
 
 class Totals:
-    """Counts over shards. Receipts are added as they are read, and not kept: with their hosts they take much memory.
+    """Totals of the counts over shards. Receipts are not kept, because their hosts take much memory.
 
     Args:
-        receipts: to begin with.
+        receipts: the first receipts to add.
     """
 
     def __init__(self, receipts: Iterable[Mapping[str, Any]] = ()) -> None:
@@ -59,18 +59,18 @@ class Totals:
             self.add(receipt)
 
     def __getitem__(self, name: str) -> Counter[str]:
-        """One of the counts of a receipt, over all shards."""
+        """Return one of the counts of a receipt, summed over all shards."""
         return self._counts[name]
 
     def add(self, receipt: Mapping[str, Any]) -> None:
-        """Count a shard."""
+        """Add the counts of a shard."""
         for name, counts in self._counts.items():
             counts.update(receipt[name])
         for reason, examples in receipt["examples"].items():
             _add_examples(self._examples.setdefault(reason, []), examples)
 
     def take_back(self, receipt: Mapping[str, Any]) -> None:
-        """Count a shard no longer. It stays an example of what failed: it comes again, with more that is left out."""
+        """Subtract the counts of a shard, which is added again with more rows filtered; its examples stay."""
         for name, counts in self._counts.items():
             counts.subtract(receipt[name])
             for thing in receipt[name]:
@@ -78,7 +78,7 @@ class Totals:
                     del counts[thing]
 
     def reasons(self, *names: str) -> str:
-        """The most frequent reasons among some counts (`errors`, `filters`), each with examples, for a message."""
+        """Return the most frequent reasons of some counts (`errors`, `filters`), each with examples, for a message."""
         counts = sum((self[name] for name in names), Counter[str]())
         said = []
         for reason, count in counts.most_common(_TOLD):
@@ -88,16 +88,16 @@ class Totals:
 
     @property
     def num_rows(self) -> int:
-        """Rows of these shards."""
+        """Number of rows of these shards."""
         return self["status"].total()
 
     @property
     def num_failed(self) -> int:
-        """Rows that should have given an image and did not."""
+        """Number of rows without an image that were not filtered."""
         return self.num_rows - self["status"][OK] - self["status"][FILTERED]
 
     def metrics(self) -> dict[str, Any]:
-        """Metrics of the artifact: rows by status, and the most frequent reasons and hosts of failures."""
+        """Return the artifact's metrics: rows by status, and the most frequent reasons and hosts of failures."""
         hosts, failed = self["hosts"], _most(self["failed_hosts"])
         return {
             "num_rows": self.num_rows,
@@ -118,7 +118,7 @@ def _add_examples(known: list[str], more: Iterable[str]) -> None:
 
 
 def host_of(url: str) -> str:
-    """Host of a URL; '' for what is no address on a network."""
+    """Return the host of a URL, or '' if it is no HTTP URL."""
     try:
         parts = urlsplit(url)
         return (parts.hostname or "") if parts.scheme in ("http", "https") else ""
@@ -127,10 +127,10 @@ def host_of(url: str) -> str:
 
 
 def reason_of(status: str, error: str | None) -> str:
-    """Why a row failed, without the details that differ from one image to the next."""
+    """Return the cause of a failed row without the details of the single image."""
     return f"{status}: {_DETAILS.sub('', error or '')}"
 
 
 def _most(counts: Counter[str]) -> list[tuple[str, int]]:
-    """The most frequent ones; equal counts in alphabetic order, so that no worker's speed decides."""
+    """Return the most frequent entries; ties are in alphabetic order, independent of the workers' speed."""
     return sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:_SHOWN]

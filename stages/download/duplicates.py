@@ -1,6 +1,6 @@
-"""Each image once: who came first in the list stays, whichever worker was faster.
+"""Removal of duplicate images: the first one in the list stays, independent of the workers' speed.
 
-It runs when every shard is there, over the shards' metadata alone; only shards that lose an image are written again.
+It runs after all shards are finished, on their metadata alone; only shards that lose an image are rewritten.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ NEAR = "looks like an image before it"
 
 @dataclass(frozen=True)
 class ShardFiles:
-    """The two files of a shard."""
+    """The image file and the metadata file of a shard."""
 
     images: FileEntry
     metadata: FileEntry
 
 
 def find_duplicates(store: Store, shards: Sequence[ShardFiles], filters: FilterConfig) -> dict[int, dict[int, str]]:
-    """Rows to leave out: reason by row number, by index of the shard.
+    """Find duplicate rows; returns the reason by row number, by index of the shard.
 
     Args:
-        store: holds the shards.
-        shards: in the list's order.
-        filters: which kinds of duplicates are not wanted.
+        store: the store with the shards.
+        shards: the shards in the list's order.
+        filters: the kinds of duplicates to find.
     """
     columns = ["status", "sha256", *([PERCEPTUAL_HASH] if filters.near_duplicate_bits is not None else [])]
     places, digests, hashes = [], [], []
@@ -66,19 +66,19 @@ def find_duplicates(store: Store, shards: Sequence[ShardFiles], filters: FilterC
 
 
 def near_duplicates(hashes: np.ndarray, max_bits: int) -> np.ndarray:
-    """Which hashes differ in at most `max_bits` bits from one that came before and is none of these itself.
+    """Mark each hash that differs in at most `max_bits` bits from an earlier hash that is not marked itself.
 
-    Two hashes of 64 bits that differ in `max_bits` agree in at least one of `max_bits + 1` pieces, so only those that
-    share a piece are compared.
+    Two 64-bit hashes that differ in `max_bits` bits are equal in at least one of `max_bits + 1` pieces, so only hashes
+    that share a piece are compared.
 
     Args:
         hashes: uint64 `[N]`.
-        max_bits: of 64.
+        max_bits: largest number of different bits, of 64.
 
     Returns:
         bool `[N]`.
     """
-    # a value that came before is alike to it, or to what that one is alike to; so only first ones are searched for
+    # a repeated value duplicates its first occurrence or what that one duplicates, so only first ones are searched
     first = np.sort(np.unique(hashes, return_index=True)[1])
     alike = np.ones(len(hashes), bool)
     alike[first] = _near_a_kept_one(hashes[first], max_bits)
@@ -86,20 +86,20 @@ def near_duplicates(hashes: np.ndarray, max_bits: int) -> np.ndarray:
 
 
 def _near_a_kept_one(values: np.ndarray, max_bits: int) -> np.ndarray:
-    """`near_duplicates` of different values: bool `[N]`.
+    """Compute `near_duplicates` for distinct values; bool `[N]`.
 
-    All values of a bucket are known beforehand, so that those which are kept fill a room of it in one array, where
-    numpy compares them all at once.
+    The sizes of all buckets are known beforehand, so that the kept values of each bucket are stored in a slice of one
+    array, where numpy compares them all at once.
     """
     pieces = _pieces(max_bits + 1)
-    buckets = np.empty((len(values), len(pieces)), np.int64)  # [N, P]: in which bucket a value is, by each piece
-    room = np.zeros(0, np.int64)
+    buckets = np.empty((len(values), len(pieces)), np.int64)  # [N, P]: the bucket of a value for each piece
+    sizes = np.zeros(0, np.int64)
     for index, (shift, mask) in enumerate(pieces):
         keys = (values >> np.uint64(shift)) & np.uint64(mask)
         _, numbers, counts = np.unique(keys, return_inverse=True, return_counts=True)
-        buckets[:, index] = numbers + len(room)
-        room = np.concatenate([room, counts])
-    starts = (np.cumsum(room) - room).tolist()
+        buckets[:, index] = numbers + len(sizes)
+        sizes = np.concatenate([sizes, counts])
+    starts = (np.cumsum(sizes) - sizes).tolist()
     ends = list(starts)
     kept = np.empty(buckets.size, np.uint64)
     alike = np.zeros(len(values), bool)
@@ -119,9 +119,9 @@ def _near_a_kept_one(values: np.ndarray, max_bits: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class LeaveOut:
-    """Writes a shard again without some of its images; an item has its files and the rows with their reasons.
+    """Rewrites a shard without some of its images; an item has its files and the rows with their reasons.
 
-    A result has the receipts of the shard `before` and `after`.
+    The result has the receipts of the shard `before` and `after`.
     """
 
     store: Store
@@ -150,12 +150,12 @@ class LeaveOut:
 
 
 def _words(digests: Sequence[str], words: int) -> np.ndarray:
-    """Hexadecimal digits as uint64 `[N, words]`."""
+    """Convert hexadecimal digits to uint64 `[N, words]`."""
     return np.frombuffer(bytes.fromhex("".join(digests)), ">u8").astype(np.uint64).reshape(len(digests), words)
 
 
 def _repeated(values: np.ndarray) -> np.ndarray:
-    """Which rows of `[N, words]` are equal to one that came before."""
+    """Mark the rows of `[N, words]` that equal an earlier row."""
     _, first = np.unique(values, axis=0, return_index=True)
     repeated = np.ones(len(values), bool)
     repeated[first] = False
@@ -163,9 +163,9 @@ def _repeated(values: np.ndarray) -> np.ndarray:
 
 
 def _pieces(count: int) -> list[tuple[int, int]]:
-    """Shift and mask of `count` pieces that make up the bits of a hash, or of one that all hashes share.
+    """Return shift and mask of `count` pieces that make up the bits of a hash, or of one empty piece that all share.
 
-    The latter where the pieces are so short that most hashes share one: then comparing all with all takes less.
+    The latter if the pieces are so short that most hashes share one; then comparing all pairs takes less time.
     """
     ends = [HASH_BITS * index // count for index in range(count + 1)]
     widths = [end - start for start, end in pairwise(ends)]

@@ -1,4 +1,4 @@
-"""Which rows are wanted: by their caption, by the image's shape, and each image only once. All are off by default."""
+"""Filters of rows by caption, image shape and duplicates. All are off by default."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 PERCEPTUAL_HASH = "perceptual_hash"
-"""Column of the metadata with the 64 bits as hexadecimal digits, where near duplicates are looked for."""
+"""Metadata column with the 64-bit hash as hexadecimal digits, if near duplicates are filtered."""
 HASH_BITS = 64
 
 Script = Literal[
@@ -22,33 +22,34 @@ Script = Literal[
     "GURMUKHI", "HANGUL", "HEBREW", "HIRAGANA", "KANNADA", "KATAKANA", "KHMER", "LAO", "LATIN", "MALAYALAM",
     "MONGOLIAN", "MYANMAR", "SINHALA", "TAMIL", "TELUGU", "THAI", "TIBETAN",
 ]  # fmt: skip
-"""The first word of a letter's Unicode name: CJK for Chinese characters."""
+"""The first word of letters' Unicode names; CJK stands for Chinese characters."""
 
 
 class FilterConfig(Config):
-    """Rows that are left out; each stays in the metadata with `status: filtered` and the reason."""
+    """Conditions on rows; a row that fails one stays in the metadata with `status: filtered` and the reason."""
 
     min_side: PositiveInt | None = None
-    """Shortest side of an image, pixels."""
+    """Smallest length of an image's shortest side, in pixels."""
     max_aspect_ratio: Annotated[float, Field(ge=1)] | None = None
-    """Longest side over shortest side."""
+    """Largest ratio of an image's longest to its shortest side."""
     min_caption_characters: PositiveInt | None = None
-    """Length of a caption without white space at its ends."""
+    """Smallest length of a caption, without surrounding white space."""
     max_caption_characters: PositiveInt | None = None
-    """Length of a caption without white space at its ends."""
+    """Largest length of a caption, without surrounding white space."""
     caption_scripts: tuple[Script, ...] = ()
-    """Scripts that captions are written in, as Unicode names them: `[LATIN]`, `[CJK, HIRAGANA, KATAKANA]`."""
+    """Permitted scripts of captions by their Unicode names: `[LATIN]`, `[CJK, HIRAGANA, KATAKANA]`; empty permits
+    all."""
     min_script_fraction: Fraction = 0.8
-    """Part of a caption's letters that must be of `caption_scripts`; a caption without letters has none of them."""
+    """Smallest fraction of a caption's letters that belong to `caption_scripts`; without letters it is 0."""
     exact_duplicates: bool = False
-    """Leave out images whose bytes came before in the list."""
+    """Whether to leave out images whose bytes equal those of an earlier row."""
     near_duplicate_bits: Annotated[int, Field(ge=0, lt=HASH_BITS)] | None = None
-    """Leave out images whose perceptual hash (64 bits, `imagehash.phash`) differs in at most so many bits from that of
-    an image that came before and was kept. A few bits find rescaled and recompressed copies."""
+    """Leave out images whose perceptual hash (64 bits, `imagehash.phash`) differs in at most this many bits from that
+    of an earlier image that was kept; `null` keeps them. A few bits find rescaled and recompressed copies."""
 
 
 def caption_problem(caption: str, filters: FilterConfig) -> str:
-    """Why a caption is not wanted, '' where it is."""
+    """Return why a caption is filtered, or ''."""
     length = len(caption.strip())
     if filters.min_caption_characters is not None and length < filters.min_caption_characters:
         return f"caption shorter than {filters.min_caption_characters} characters"
@@ -60,20 +61,20 @@ def caption_problem(caption: str, filters: FilterConfig) -> str:
 
 
 def script_fraction(text: str, scripts: tuple[str, ...]) -> float:
-    """Part of the letters of a text that belong to some scripts; 0 where there are no letters."""
+    """Return the fraction of a text's letters that belong to the scripts; 0 if it has no letters."""
     letters = [character for character in unicodedata.normalize("NFKC", text) if character.isalpha()]
     of_script = sum(not _scripts_of(letter).isdisjoint(scripts) for letter in letters)
     return of_script / len(letters) if letters else 0.0
 
 
 def _scripts_of(letter: str) -> set[str]:
-    """By its Unicode name; the mark of a long vowel belongs to both Japanese syllabaries, that of repetition to CJK."""
+    """Return a letter's scripts by its Unicode name; the long-vowel mark has both kana, the iteration mark has CJK."""
     first = unicodedata.name(letter, "").split(" ")[0]
     return {"CJK"} if first == "IDEOGRAPHIC" else {first, *first.split("-")}
 
 
 def image_problem(width: int, height: int, filters: FilterConfig) -> str:
-    """Why an image of this size is not wanted, '' where it is."""
+    """Return why an image of this size is filtered, or ''."""
     shortest, longest = sorted((width, height))
     if filters.min_side is not None and shortest < filters.min_side:
         return f"shortest side below {filters.min_side} pixels"
@@ -83,7 +84,7 @@ def image_problem(width: int, height: int, filters: FilterConfig) -> str:
 
 
 def perceptual_hash(image: Image.Image) -> str:
-    """`imagehash.phash` of an RGB image as it is seen: upright, transparent parts over white."""
+    """Return `imagehash.phash` of a decoded RGB image (upright, transparency over white) as hexadecimal digits."""
     import imagehash
 
     bits: np.ndarray = imagehash.phash(image.convert("L")).hash

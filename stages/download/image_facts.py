@@ -1,4 +1,4 @@
-"""What the bytes of an image say of it, found by decoding it: strangers made them, and some bring a decoder down."""
+"""Inspection of untrusted images by decoding them, optionally in a child process, since some crash a decoder."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ DIED = "the process that decoded it died of it"
 
 @dataclass(frozen=True)
 class ImageFacts:
-    """Of a good image."""
+    """Properties of a successfully decoded image."""
 
     width: int
     height: int
     extension: str
-    """`jpg`, `png`, ..."""
+    """File extension of the image's format: `jpg`, `png`, ..."""
     perceptual_hash: str | None
-    """None where it was not asked for."""
+    """Perceptual hash as hexadecimal digits; None if it was not requested."""
 
 
 Inspect = Callable[[bytes], ImageFacts | Failure]
@@ -35,11 +35,11 @@ Inspect = Callable[[bytes], ImageFacts | Failure]
 
 @dataclass(frozen=True)
 class Inspector:
-    """Called with an image's bytes, decodes it to its last row."""
+    """Decodes an image completely from its bytes and returns its properties, or why it is unusable."""
 
     limits: Limits
     hashed: bool
-    """Whether the perceptual hash is wanted."""
+    """Whether the perceptual hash is computed."""
 
     def __call__(self, data: bytes) -> ImageFacts | Failure:
         try:
@@ -52,10 +52,10 @@ class Inspector:
 
 @contextmanager
 def apart(factory: Callable[[], Inspect]) -> Iterator[Inspect]:
-    """The same in a child process; an image that brings it down again and again is undecodable.
+    """Run an inspector in a child process; an image that kills the process `TRIES` times is undecodable.
 
     Args:
-        factory: picklable; makes the inspector in the child.
+        factory: picklable; builds the inspector in the child process.
     """
     with ChildProcess(factory) as child:
 

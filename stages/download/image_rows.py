@@ -1,4 +1,4 @@
-"""What becomes of one input: a row of metadata, and an image where it is good."""
+"""The result of one input: a row of metadata and, if the image is usable, the image."""
 
 from __future__ import annotations
 
@@ -23,22 +23,22 @@ from storage.digests import sha256_bytes
 
 @dataclass(frozen=True)
 class DescribedRow:
-    """A row of metadata, and the image that goes with it."""
+    """A row of metadata and its image."""
 
     metadata: dict[str, Any]
     image: bytes | None
-    """None unless the status is `ok`."""
+    """The image's bytes; None unless the status is `ok`."""
     extension: str = ""
-    """Of the image: `jpg`, `png`, ..."""
+    """File extension of the image: `jpg`, `png`, ..."""
 
 
 def without_image(row: Row, key: str, shard: str, failure: Failure) -> DescribedRow:
-    """The row of an input that gave none."""
+    """Build the row of an input that gave no image."""
     return DescribedRow(_blank(row, key, shard) | {"status": failure.status, "error": failure.reason}, None)
 
 
 def unwanted_caption(row: Row, filters: FilterConfig) -> Failure | None:
-    """Why a row is left out before anything is fetched for it; None also where its source knows better why."""
+    """Return why a row is left out for its caption before it is fetched, or None; known failures take precedence."""
     reason = caption_problem(row["caption"], filters)
     if reason:
         return Failure(FILTERED, reason)
@@ -50,15 +50,15 @@ def unwanted_caption(row: Row, filters: FilterConfig) -> Failure | None:
 def describe(
     row: Row, key: str, shard: str, fetched: Fetched | None, inspect: Inspect, filters: FilterConfig
 ) -> DescribedRow:
-    """Check what was fetched.
+    """Inspect what was fetched for a row, and build its metadata.
 
     Args:
-        row: of the plan.
-        key: of the sample.
-        shard: that it belongs to.
-        fetched: what its source found; None where it said nothing.
+        row: row of the plan.
+        key: key of the sample.
+        shard: name of the shard that the row belongs to.
+        fetched: the bytes or the failure from its source; None if the source returned nothing.
         inspect: decodes an image.
-        filters: which images are wanted.
+        filters: conditions on images.
     """
     if fetched is None:
         return without_image(row, key, shard, Failure(NOT_FETCHED, "no answer from img2dataset"))

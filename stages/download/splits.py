@@ -1,4 +1,4 @@
-"""Which images are held out: what a column `split` says, or, where there is none, their addresses."""
+"""The train/test split of images: a column `split` if there is one, else a hash of the rows' URLs or paths."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from stages.download.sources.source import PLACE, URL
 
 
 def split_counts(values: Iterable[str | None]) -> Counter[str]:
-    """How many rows each split has."""
+    """Count the rows of each split."""
     return Counter(map(split_of, values))
 
 
 def unused_splits(counts: Mapping[str, int]) -> dict[str, int]:
-    """The splits that no stage uses, and their rows; the largest first."""
+    """Return the splits that no stage uses with their numbers of rows, the largest first."""
     others = [(name, count) for name, count in counts.items() if count and name not in (TRAIN, TEST)]
     return dict(sorted(others, key=lambda item: (-item[1], item[0])))
 
 
 def split_problem(counts: Mapping[str, int]) -> str:
-    """What is to be said of the splits of a list before its images are fetched; '' where there is nothing.
+    """Check the splits of a list before its images are fetched; return a warning, or ''.
 
     Raises:
-        ValueError: no row is `train`.
+        ValueError: no row has the split `train`.
     """
     rename = "name them `train` or `test`, exactly so, in the column `split`"
     unused = unused_splits(counts)
@@ -52,17 +52,18 @@ def split_problem(counts: Mapping[str, int]) -> str:
 
 
 def hold_out(rows: pa.Table, fraction: float) -> pa.Table:
-    """The rows with a column `split`: about this part of them is `test`.
+    """Add a column `split` in which about this fraction of the rows is `test`.
 
-    A row's own address decides (its URL, or its place in a file), and neither the others nor the recipe's seed: a list
-    that grows moves no image to the other side, and runs of several seeds are measured on the same images.
+    The split of a row depends only on its own address (its URL, or its place in a file), not on other rows or the
+    recipe's seed. So a growing list moves no image to another split, and runs with several seeds are measured on the
+    same images.
 
     Args:
-        rows: `url` and `PLACE`, and not yet `split`.
-        fraction: 0 to 1.
+        rows: table with the columns `url` and `PLACE`, and without `split`.
+        fraction: fraction of test rows, 0 to 1.
 
     Raises:
-        ValueError: the part is so small, or so large, that one side is empty.
+        ValueError: one split is empty with this fraction.
     """
     addresses = (url or place for url, place in zip(rows[URL].to_pylist(), rows[PLACE].to_pylist(), strict=True))
     splits = [TEST if _share(address) < fraction else TRAIN for address in addresses]
@@ -75,5 +76,5 @@ def hold_out(rows: pa.Table, fraction: float) -> pa.Table:
 
 
 def _share(address: str) -> float:
-    """A number in [0, 1) that the address alone decides."""
+    """Return a hash of the address as a number in [0, 1)."""
     return int.from_bytes(hashlib.sha256(address.encode()).digest()[:8], "big") / 2**64

@@ -1,1 +1,1 @@
-"""Where image-text pairs come from: URL lists, and files that people already have. All give rows, then bytes."""
+"""Sources of image-text pairs: URL lists and existing files. Each returns its rows first, then the images' bytes."""

@@ -1,4 +1,4 @@
-"""Which addresses a download may connect to: a URL list from elsewhere must not reach into the network it runs in."""
+"""Checks of IP addresses against server-side request forgery: an untrusted URL list must not reach private networks."""
 
 from __future__ import annotations
 
@@ -11,13 +11,12 @@ from stages.download.sources.source import CONNECTION_ERROR, REFUSED
 
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
 _GLOBAL_UNICAST = ipaddress.ip_network("2000::/3")
-"""All of IPv6 that the public internet uses (IANA's registry). `is_global` asks instead whether an address is on a list
-of private ranges, and Python's list lacks some that lead inside: site-local, local NAT64, IPv4-compatible and
-IPv4-translated addresses."""
+"""The part of IPv6 that the public internet uses (IANA's registry). `is_global` instead tests for private ranges, and
+Python's list of these lacks some: site-local, local NAT64, IPv4-compatible and IPv4-translated addresses."""
 
 
 def public(address: str) -> bool:
-    """Whether an IP address belongs to the public internet; of IPv6 that carries an IPv4 address, whether that does."""
+    """Return whether an IP address is public; for IPv6 that embeds an IPv4 address, whether that one is."""
     ip = ipaddress.ip_address(address.partition("%")[0])
     if isinstance(ip, ipaddress.IPv6Address):
         carried = _carried(ip)
@@ -29,25 +28,25 @@ def public(address: str) -> bool:
 
 
 def _carried(ip: ipaddress.IPv6Address) -> tuple[ipaddress.IPv4Address, ...]:
-    """The IPv4 addresses that packets to an IPv6 address are passed on to."""
+    """Return the IPv4 addresses embedded in an IPv6 address, to which its packets are forwarded."""
     if ip in _NAT64:
         return (ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF),)
     if ip.teredo:
-        return ip.teredo  # server and client
+        return ip.teredo  # the server's and the client's address
     carried = ip.ipv4_mapped or ip.sixtofour
     return (carried,) if carried else ()
 
 
 def resolve(host: str, port: int, *, private_too: bool) -> list[tuple[socket.AddressFamily, tuple[str, int]]]:
-    """The addresses of a host, once: who checks them must also connect to them, or a second answer slips by.
+    """Resolve a host once; callers must connect to the returned addresses, since a second answer could differ.
 
     Args:
         host: a name or an address.
         port: TCP port.
-        private_too: also addresses of private networks, loopback and the like.
+        private_too: whether private, loopback and similar addresses are returned too.
 
     Raises:
-        FetchFailed: the name does not resolve, or to nothing that may be connected to.
+        FetchFailed: the name does not resolve, or to no permitted address.
     """
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
@@ -56,21 +55,21 @@ def resolve(host: str, port: int, *, private_too: bool) -> list[tuple[socket.Add
     allowed = [(family, address) for family, _, _, _, address in found if private_too or public(str(address[0]))]
     if not allowed:
         raise FetchFailed(REFUSED, "the address is not public; see download.http.private_hosts")
-    return allowed  # type: ignore[return-value]  # addresses of IPv6 have two more parts, which connect() takes
+    return allowed  # type: ignore[return-value]  # IPv6 addresses have two more parts, which connect() accepts
 
 
 def connect(host: str, port: int, left: Callable[[], float], *, private_too: bool) -> socket.socket:
-    """A connection to one of the host's addresses that may be connected to.
+    """Connect to the first permitted address of a host that answers.
 
     Args:
         host: a name or an address.
         port: TCP port.
-        left: seconds that are left for all of them together; raises TimeoutError when there are none.
+        left: returns the seconds left for all attempts together; raises TimeoutError if there are none.
         private_too: as in `resolve`.
 
     Raises:
-        FetchFailed: there is none.
-        OSError: none of them answers.
+        FetchFailed: the host has no permitted address.
+        OSError: none of its addresses answers.
     """
     last: OSError | None = None
     for family, address in resolve(host, port, private_too=private_too):

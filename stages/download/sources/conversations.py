@@ -1,4 +1,7 @@
-"""LLaVA's conversation JSON with an image folder: `[{id, image, conversations: [{from: human | gpt, value}]}]`."""
+"""Source of conversations in LLaVA's JSON layout with a folder of images.
+
+The layout is `[{id, image, conversations: [{from: human | gpt, value}]}]`.
+"""
 
 from __future__ import annotations
 
@@ -34,24 +37,24 @@ from storage.input_files import InputFiles, read_input
 
 QUESTION, ANSWER, CONVERSATION = "question", "answer", "conversation"
 _RULES = "2"
-"""Version of the rules by which entries can be used; what other rules found is not taken for known."""
+"""Version of the rules that decide which entries are usable; lists remembered under other rules are not reused."""
 _WHAT = "download.files.path"
 _EXPECTED = "a JSON file with a list of {id, image, conversations}, or JSONL with one a line"
 _MARK = "<image>"
 _PLACEHOLDER = re.compile(r"\A\s*<image>[ \t]*\r?\n?|\r?\n[ \t]*<image>\s*\Z")
-"""What stands for the picture, as LLaVA writes it: before the question, or on a line of its own behind it."""
+"""The image placeholder as LLaVA writes it: before the question, or on a line of its own after it."""
 
 
 class ConversationFiles(Config):
-    """Conversations about images, as LLaVA's instruction data."""
+    """Conversations about images in the layout of LLaVA's instruction data."""
 
     kind: Literal["conversations"]
-    """Which layout the files have."""
+    """Selects this layout."""
     path: RuntimeStr
-    """The JSON or JSONL file. Columns are the first `question` and its `answer`, the whole `conversation` as JSON, and
-    the entry's other fields; the caption is that answer unless the entry has one."""
+    """Path of the JSON or JSONL file. Its columns are the first `question` and its `answer`, the whole `conversation`
+    as JSON, and the entry's other fields. The caption is the answer, unless the entry has one."""
     image_folder: RuntimeStr
-    """Folder that the entries' `image` paths start from."""
+    """Folder that the entries' `image` paths are relative to."""
 
     def open(self, options: SourceOptions) -> Conversations:
         """The entries of the file."""
@@ -59,11 +62,11 @@ class ConversationFiles(Config):
 
 
 class Conversations:
-    """The entries of a conversation file, one row each.
+    """Source with one row per entry of a conversation file.
 
     Args:
-        config: where they are.
-        options: the caption's column, and how much of an image is read.
+        config: paths of the file and the images.
+        options: the caption column and the size limit of an image.
     """
 
     def __init__(self, config: ConversationFiles, options: SourceOptions) -> None:
@@ -99,7 +102,7 @@ class Conversations:
         return [entry.image for entry in entries if not entry.problem]
 
     def _entries(self, data: bytes) -> list[_Entry]:
-        """All of them; raises ValueError where none can be used."""
+        """Parse all entries; raise ValueError if none is usable."""
         try:
             if self._config.path.endswith((".jsonl", ".ndjson")):
                 values = [value for _, value in json_lines(io.BytesIO(data))]
@@ -120,20 +123,20 @@ class _Entry:
     """One conversation."""
 
     image: str = ""
-    """Path of its image within the folder; '' where it has none."""
+    """Path of its image within the folder; '' if it has none."""
     problem: str = ""
-    """Why it cannot be used: the cause, and behind a colon the details; '' where it can."""
+    """Why the entry is unusable, the cause followed by a colon and details; '' if it is usable."""
     columns: dict[str, Any] = field(default_factory=dict)
 
     def place(self) -> str:
-        """Its `PLACE`."""
+        """Return the entry's `PLACE`."""
         if self.problem:
             return no_place(NO_CAPTION, f"the entry {self.problem.partition(':')[0]}")
         return place(self.image) if self.image else ""
 
 
 def _read(value: Any, caption_column: str) -> _Entry:
-    """An entry as its file has it; '' stands for what its turns do not say."""
+    """Parse an entry; a text that its turns lack is ''."""
     if not isinstance(value, dict):
         return _Entry(problem=f"is no object: {str(value)[:80]}")
     images = value.get("image")
@@ -158,7 +161,7 @@ def _read(value: Any, caption_column: str) -> _Entry:
 
 
 def _problem(turns: Any, images: list[Any]) -> str:
-    """What is wrong with the layout of an entry; '' where nothing is."""
+    """Return what is wrong with the layout of an entry, or ''."""
     if not isinstance(turns, list) or not turns:
         return "has no list 'conversations'"
     if not all(isinstance(image, str) for image in images):
@@ -174,7 +177,7 @@ def _problem(turns: Any, images: list[Any]) -> str:
 
 
 def _without_placeholder(turns: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Turns without the one `<image>` that stands for the picture; another `<image>` is text, as of a tag in HTML."""
+    """Remove the one `<image>` placeholder of the image; another `<image>` is text, such as a tag in HTML."""
     for index, turn in enumerate(turns):
         if turn["from"] == "human" and (found := _PLACEHOLDER.search(turn["value"])):
             text = turn["value"][: found.start()] + turn["value"][found.end() :]
@@ -183,7 +186,7 @@ def _without_placeholder(turns: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _first_exchange(turns: list[dict[str, Any]]) -> tuple[str | None, str | None]:
-    """The first question, which may take several turns, and what was answered; None for what there is not."""
+    """Return the first question, which may span several turns, and its answer; None for what is missing."""
     asked: list[str] = []
     for turn in turns:
         if turn["from"] == "human":

@@ -1,7 +1,7 @@
-"""The process that fetches the URLs of one shard: img2dataset's downloader over our guarded HTTP.
+"""The child process that fetches the URLs of one shard: img2dataset's downloader over our guarded HTTP.
 
-``python -m stages.download.sources.fetch_process JOB.json``; the job is what `stages.download.sources.url_list`
-writes. In a process of its own, what untrusted servers send takes no memory of the stage, and a crash none of its work.
+``python -m stages.download.sources.fetch_process JOB.json``; `stages.download.sources.url_list` writes the job. In a
+child process, data from untrusted servers cannot exhaust the memory of the stage, and a crash loses none of its work.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from typing import Any
 from stages.download.sources.guarded_http import Guard, GuardedOpener
 
 COLUMNS = ["url", "row"]
-"""Of the list that img2dataset reads; `row` comes back with the answer, which arrives in any order."""
+"""Columns of the list that img2dataset reads; `row` identifies the answers, which arrive in any order."""
 SHARD = "0"
-"""Images are at SHARD/KEY.jpg, whatever their format, and what was said of each row is in SHARD.parquet."""
+"""Images are written to SHARD/KEY.jpg, whatever their format, and the result of each row to SHARD.parquet."""
 
 
 _LOOK_EVERY_S = 1.0
 
 
 def end_with(parent: int) -> None:
-    """End this process soon after the one that started it: a stage that was killed cannot do so itself."""
+    """End this process soon after its parent has ended, because a parent that is killed cannot end it."""
 
     def watch() -> None:
         while os.getppid() == parent:
@@ -39,9 +39,9 @@ def end_with(parent: int) -> None:
 
 
 def run(job: dict[str, Any]) -> bool:
-    """Fetch all URLs of a job; say whether the list was worked through."""
+    """Fetch all URLs of a job; return whether the whole list was processed."""
     guard = {name: tuple(value) if isinstance(value, list) else value for name, value in job["guard"].items()}
-    urllib.request.install_opener(GuardedOpener(Guard(**guard)))  # type: ignore[arg-type]  # `open` is all that is used
+    urllib.request.install_opener(GuardedOpener(Guard(**guard)))  # type: ignore[arg-type]  # only `open` is used
     from img2dataset.downloader import Downloader
     from img2dataset.resizer import Resizer
     from img2dataset.writer import FilesSampleWriter
@@ -60,7 +60,7 @@ def run(job: dict[str, Any]) -> bool:
         compute_hash=None,
         verify_hash_type=None,
         encode_format="jpg",
-        retries=0,  # the opener knows which failures are worth another attempt
+        retries=0,  # the opener decides which failures are retried
         user_agent_token=job["user_agent_token"] or None,
         disallowed_header_directives=job["opt_out_directives"] or None,
     )
@@ -69,8 +69,8 @@ def run(job: dict[str, Any]) -> bool:
 
 
 def main() -> int:
-    """Read the job, work through it, return the exit code."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all; the stage says so, and ends this one
+    """Read the job, process it and return the exit code."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all processes; the stage ends this one
     job = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     end_with(job["parent"])
     return 0 if run(job) else 1

@@ -1,4 +1,4 @@
-"""A folder of images with captions in a list, or each in a text file beside its image."""
+"""Source of a folder of images, with captions in a list or in a text file next to each image."""
 
 from __future__ import annotations
 
@@ -43,17 +43,17 @@ _NO_SUCH_NAME = (errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP, e
 
 
 class FolderFiles(Config):
-    """A folder of images."""
+    """A folder of images with captions."""
 
     kind: Literal["folder"]
-    """Which layout the files have."""
+    """Selects this layout."""
     path: RuntimeStr
-    """The folder, local or s3://; names and contents of its images count, not the place."""
+    """The folder, local or s3://. Names and contents of its images enter the digest, not its path."""
     captions: RuntimeStr = ""
-    """A CSV, TSV, JSON, JSONL or Parquet list, of one file or several, with a row for each image; '' where each image
-    has a text beside it: KEY.txt (or .text, .caption, .cap) beside KEY.jpg."""
+    """A CSV, TSV, JSON, JSONL or Parquet list, in one file or several, with a row for each image; '' if each image has
+    a text file: KEY.txt (or .text, .caption, .cap) next to KEY.jpg."""
     file_column: str = "file_name"
-    """Column of `captions` with the image's path within the folder."""
+    """Column of `captions` with the images' paths within the folder."""
 
     def open(self, options: SourceOptions) -> ImageFolder:
         """The images of the folder."""
@@ -61,11 +61,11 @@ class FolderFiles(Config):
 
 
 class ImageFolder:
-    """The images of a folder: in the order of the list, or of their names.
+    """Source with one row per image of a folder, in the order of the list or of the images' names.
 
     Args:
-        config: where they are.
-        options: the caption's column, how a list is read, and how much of an image.
+        config: paths of the folder and the list.
+        options: the caption column, how lists are read, and the size limit of an image.
     """
 
     def __init__(self, config: FolderFiles, options: SourceOptions) -> None:
@@ -116,9 +116,9 @@ class ImageFolder:
         files, pairs = self._images.files, self._pairs()
         texts = [text for text in pairs.values() if text]
         if not texts:
-            found = f"{len(pairs)} images and no .txt beside them" if pairs else "no images"
+            found = f"{len(pairs)} images and no .txt next to them" if pairs else "no images"
             raise ValueError(
-                f"{self.what} holds {found}; put KEY.txt beside KEY.jpg, or set {_LIST} to a list of captions"
+                f"{self.what} holds {found}; put KEY.txt next to KEY.jpg, or set {_LIST} to a list of captions"
             )
         used = {*pairs, *texts}
         for clutter, kind in (
@@ -133,12 +133,13 @@ class ImageFolder:
         return pa.table({name: strings(captions) for name in own} | {URL: strings(list(pairs)), PLACE: strings(places)})
 
     def _pairs(self) -> dict[str, str]:
-        """The text beside each image, in the order of the images' names; '' where there is none.
+        """Return the text file of each image, in the order of the images' names; '' if it has none.
 
-        What stands beside a text that no image has is taken for its image, and decoding tells whether it is one.
+        A file with an unknown suffix next to a text that belongs to no image is taken for its image; decoding will
+        tell.
         """
         names = [name for name in self._images.files.names() if not is_clutter(name)]
-        texts: dict[str, str] = {}  # by name without suffix
+        texts: dict[str, str] = {}  # text files by name without suffix
         for suffix in TEXT_SUFFIXES:
             for name in names:
                 stem, own = split_suffix(name)
@@ -163,12 +164,12 @@ class ImageFolder:
 
 
 class FolderImages:
-    """Images that a list names by their path within a folder.
+    """Reads images that a list names by their paths within a folder.
 
     Args:
-        path: of the folder.
-        what: how messages name it.
-        max_bytes: no more than one byte beyond is read of an image.
+        path: path of the folder.
+        what: name of the folder in messages.
+        max_bytes: size limit of an image; of a larger one only one byte more is read.
     """
 
     def __init__(self, path: str, what: str, max_bytes: int) -> None:
@@ -177,24 +178,24 @@ class FolderImages:
         self._max_bytes = max_bytes
 
     def resolve(self, names: Sequence[str]) -> list[str]:
-        """The files that a list means, in its order.
+        """Return the files that the names of a list refer to, in the same order.
 
-        A path that is there as it is spelled is that file; else the only one is meant that is the same but for
-        backslashes, spaces around it, upper case or the way that accents are written. A path that means no file stays
-        as it is.
+        A path that exists literally is that file. Otherwise it is the only file whose path is equal except for
+        backslashes, surrounding spaces, upper case or the Unicode form of accents. A path that refers to no file is
+        returned unchanged.
         """
         return [self._resolve(name) if name else name for name in names]
 
     def digest(self, names: Sequence[str]) -> str:
-        """The digest of the images that a list means, by name and content; what cannot be read counts as absent."""
+        """Return a digest of the names and contents of a list's images; unreadable ones count as absent."""
         return self.files.digest(sorted({posixpath.normpath(name) for name in self.resolve(names) if name}))
 
     def say_unlisted(self, names: Sequence[str], what: str) -> None:
-        """Log how many images of the folder are not among those that a list means.
+        """Log how many images of the folder a list does not name.
 
         Args:
-            names: as `resolve` gives them.
-            what: the list, as messages name it.
+            names: the list's images, as returned by `resolve`.
+            what: name of the list in messages.
         """
         listed = set(names)
         others = [name for name in self.files.names() if name not in listed and is_image_name(name)]
@@ -214,14 +215,14 @@ class FolderImages:
 
     @cached_property
     def _folded(self) -> dict[str, list[str]]:
-        """The files by their folded names; made where a name is not there as it is spelled."""
+        """The files by their folded names; computed when a name does not exist literally."""
         folded: dict[str, list[str]] = {}
         for name in self.files.names():
             folded.setdefault(fold(name), []).append(name)
         return folded
 
     def read(self, name: str) -> Fetched:
-        """The bytes of an image."""
+        """Read the bytes of an image."""
         if _leads_outside(name):
             return Failure(REFUSED, "the image's path leads outside the folder")
         try:
@@ -230,14 +231,14 @@ class FolderImages:
             return Failure(MISSING, "there is no such file")
         except OSError as error:
             if error.errno not in _NO_SUCH_NAME:
-                raise  # the folder's service is in trouble, or the session over: no fault of the row
+                raise  # the folder's service fails or the credentials have expired, which is not the row's fault
             return Failure(MISSING, error.strerror or type(error).__name__)
-        except ValueError:  # a NUL within it
+        except ValueError:  # the path contains a NUL
             return Failure(MISSING, "the image's path is not one")
 
 
 def _place_of(name: str, *, has_text: bool) -> str:
-    if clean(name) != name:  # as in a ZIP from an old Windows; no table of ours, and no digest, can hold it
+    if clean(name) != name:  # as from a ZIP of an old Windows; tables and digests cannot hold such names
         return no_place(MISSING, "the file's name is not UTF-8")
     return place(name) if has_text else no_place(NO_CAPTION, "no text beside the image")
 

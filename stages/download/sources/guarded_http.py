@@ -1,9 +1,9 @@
-"""HTTP for addresses that strangers wrote: every wait, size, redirect and target has a limit.
+"""HTTP client for untrusted URLs: every wait, size, redirect and target has a limit.
 
-`GuardedOpener` stands where urllib's own opener does (`urllib.request.install_opener`), so img2dataset fetches through
-it without knowing. A host is resolved once, its address checked, and that address connected to; the same holds for each
-redirect. Behind a proxy (`http_proxy`, `https_proxy`) the proxy makes the connection, so the check here sees only what
-the name resolves to on this machine.
+`GuardedOpener` replaces urllib's own opener (`urllib.request.install_opener`), so that img2dataset fetches through it.
+A host is resolved once, its address is checked, and that address is connected to; the same holds for each redirect.
+With a proxy (`http_proxy`, `https_proxy`) the proxy makes the connection, so only the address to which the name
+resolves on this machine is checked.
 """
 
 from __future__ import annotations
@@ -51,10 +51,10 @@ _MOST_CODINGS = 3
 
 @dataclass(frozen=True)
 class Guard:
-    """The limits of one process, as plain values."""
+    """The limits of one fetch process, as plain values."""
 
     timeout_s: float
-    """Of one request, from the connection to the last byte."""
+    """Deadline of one request in seconds, from the connection to the last byte."""
     retries: int
     max_bytes: int
     max_redirects: int
@@ -62,14 +62,14 @@ class Guard:
     connections_per_host: int
     allow_private_addresses: bool
     private_hosts: tuple[str, ...] = ()
-    """`host:port` whose addresses need not be public."""
+    """Hosts as `host:port` whose addresses need not be public."""
     trusted: tuple[str, ...] = ()
-    """`host:port` of servers of our own, which need neither check nor manners."""
+    """Servers of our own as `host:port`, which need neither checks nor rate limits."""
 
 
 @dataclass
 class _Deadline:
-    """One request's deadline, which also ends what blocks on its socket."""
+    """The deadline of one request, which also interrupts blocking calls on its socket."""
 
     ends_at: float
     expired: bool = False
@@ -83,11 +83,11 @@ class _Deadline:
         return seconds
 
     def watch(self, connection: socket.socket | None) -> None:
-        """Shut this connection down at the deadline: a timeout of a socket is only that of one packet."""
+        """Shut this connection down at the deadline, because a socket's timeout applies to single packets only."""
         with self._lock:
             if self._socket is not None:
                 self._socket.close()
-            # a second handle on the same connection, which TLS does not take over
+            # a second handle of the same connection, since TLS takes over the first
             self._socket = None if connection is None else connection.dup()
 
     def expire(self) -> None:
@@ -97,7 +97,7 @@ class _Deadline:
                 try:
                     self._socket.shutdown(socket.SHUT_RDWR)
                 except OSError:
-                    return  # the other side was faster
+                    return  # the peer has closed it already
 
 
 class GuardedOpener:
@@ -116,10 +116,10 @@ class GuardedOpener:
     def open(
         self, request: urllib.request.Request, data: object = None, timeout: object = None
     ) -> urllib.response.addinfourl:
-        """The whole answer, in memory. The arguments are those of `urllib.request.OpenerDirector.open`.
+        """Return the whole response in memory; the arguments are those of `urllib.request.OpenerDirector.open`.
 
         Raises:
-            FetchFailed: there is none.
+            FetchFailed: there is no usable response.
         """
         headers = dict(request.header_items()) | {"Accept-Encoding": "identity", "Connection": "close"}
         for attempt in range(self._guard.retries + 1):
@@ -128,12 +128,12 @@ class GuardedOpener:
             except FetchFailed as error:
                 if not error.try_again or attempt == self._guard.retries:
                     raise
-                if error.wait_s is None:  # else the host's gate is closed for so long
+                if error.wait_s is None:  # otherwise the host's rate limit makes the next attempt wait
                     time.sleep(_FIRST_PAUSE_S * 2**attempt * random.uniform(0.5, 1.5))
         raise AssertionError("the last attempt returns or raises")
 
     def _follow(self, url: str, headers: dict[str, str]) -> urllib.response.addinfourl:
-        """Fetch a URL and whatever it redirects to."""
+        """Fetch a URL and follow its redirects."""
         where = ""
         for hop in range(self._guard.max_redirects + 1):
             parts, port = _split(where, url)
@@ -167,7 +167,7 @@ class GuardedOpener:
     def _failure(self, error: Exception, deadline: _Deadline) -> FetchFailed:
         if deadline.expired or isinstance(error, TimeoutError):
             return FetchFailed(TIMEOUT, f"no whole answer in {self._guard.timeout_s:g} s", try_again=True)
-        if isinstance(error, ssl.SSLCertVerificationError):  # before ValueError, which it also is
+        if isinstance(error, ssl.SSLCertVerificationError):  # checked first, as it is a ValueError too
             return FetchFailed(CONNECTION_ERROR, f"TLS certificate: {error.verify_message}")
         if isinstance(error, http.client.InvalidURL | ValueError):
             return FetchFailed(REFUSED, "not a URL that can be fetched")
@@ -204,7 +204,7 @@ class GuardedOpener:
     def _connection(
         self, parts: urllib.parse.SplitResult, port: int, deadline: _Deadline, *, trusted: bool
     ) -> tuple[http.client.HTTPConnection, str, dict[str, str]]:
-        """An open connection for a URL, what to ask it for, and headers that a proxy wants."""
+        """Return an open connection for a URL, the request target, and headers for a proxy."""
         host = str(parts.hostname)
         query = f"?{parts.query}" if parts.query else ""
         path = urllib.parse.quote((parts.path or "/") + query, safe=_SAFE)
@@ -251,7 +251,7 @@ class GuardedOpener:
             resolve(host, port, private_too=private_too)
         except FetchFailed as error:
             if error.status == REFUSED:
-                raise  # a name that does not resolve here may do so at the proxy
+                raise  # other failures are ignored: a name that does not resolve here may resolve at the proxy
 
     def _body(self, response: http.client.HTTPResponse, deadline: _Deadline) -> bytes:
         expected = response.length
@@ -270,7 +270,7 @@ class GuardedOpener:
         return bytes(body)
 
     def _refusal(self, response: http.client.HTTPResponse, host: str) -> FetchFailed:
-        # not the server's own words, which may be anything and go into tables and terminals
+        # the server's own reason phrase is untrusted, and this text goes into tables and terminals
         phrase = http.client.responses.get(response.status, "of no standard meaning")
         reason = f"HTTP Error {response.status}: {phrase}"
         if response.status not in _WORTH_A_RETRY:
@@ -296,7 +296,7 @@ class GuardedOpener:
 
 
 def _split(base: str, url: str) -> tuple[urllib.parse.SplitResult, int]:
-    """A URL, maybe relative to another one, in parts, and the port that it means."""
+    """Split a URL, which may be relative to another one, into its parts and its port."""
     try:
         parts = urllib.parse.urlsplit(urllib.parse.urljoin(base, url.strip()))
         return parts, parts.port or _PORTS.get(parts.scheme, 0)
@@ -305,27 +305,27 @@ def _split(base: str, url: str) -> tuple[urllib.parse.SplitResult, int]:
 
 
 def _location(header: str) -> str:
-    """An address as a server wrote it: http.client reads its bytes as Latin-1, and most beyond ASCII are UTF-8."""
+    """Return the URL of a Location header, which http.client decodes as Latin-1 although most are UTF-8."""
     written = header.encode("latin-1", errors="replace")
     try:
         return written.decode("utf-8")
     except UnicodeDecodeError:
-        return urllib.parse.quote(written, safe=_SAFE)  # byte by byte, as browsers ask for it
+        return urllib.parse.quote(written, safe=_SAFE)  # byte by byte, as in browsers
 
 
 def _unpacked(body: bytes, codings: str, max_bytes: int) -> bytes:
-    """A body without the codings that a server put round it although nobody asked for one.
+    """Decode the content codings of a body, which some servers apply although none was requested.
 
-    A body that is not packed as its header says, and a coding that there is not, change nothing: the bytes themselves
-    say what they are.
+    If a body is not encoded as its header says, or the coding is unknown, it is returned as it is: decoding the image
+    will tell what it is.
 
     Args:
-        body: as it came.
-        codings: the Content-Encoding, '' for none; the last one was put round last.
-        max_bytes: of the body, packed or not.
+        body: the body as received.
+        codings: the Content-Encoding header, '' if there is none; codings were applied in this order.
+        max_bytes: size limit of the body, encoded or not.
 
     Raises:
-        FetchFailed: it unpacks to more, ends early, or its coding is not read here.
+        FetchFailed: the decoded body is too large or truncated, or the coding is not supported.
     """
     for coding in reversed([name.strip().lower() for name in codings.split(",")][:_MOST_CODINGS]):
         if coding in _UNREAD_CODINGS:
@@ -352,7 +352,7 @@ def _inflated(packed: bytes, window_bits: int, max_bytes: int) -> bytes:
 
 
 def _retry_after(headers: Message) -> float | None:
-    """Seconds that a server asks to wait; None where it does not say, or not in a way that can be read."""
+    """Return the seconds that a server asks to wait in Retry-After, or None if there is no readable value."""
     text = (headers.get("Retry-After") or "").strip()
     if text.isdigit():
         return float(text)

@@ -1,4 +1,4 @@
-"""Manners towards hosts: so many connections at a time to each, and none while it asks to wait."""
+"""Rate limits per host: a maximum of concurrent connections, and no request while the host asks to wait."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from stages.download.sources.failures import FetchFailed
 from stages.download.sources.source import HTTP_ERROR
 
 MOST_CLOSINGS = 10
-"""So many times in a row a host may ask to wait; a list full of a host that is shut would wait for hours otherwise."""
+"""Number of times in a row that a host may ask to wait; a list of many URLs of a blocked host would wait for hours."""
 
 
 class _Gate:
@@ -22,10 +22,10 @@ class _Gate:
 
 
 class HostGates:
-    """One gate a host, shared by all threads of a process.
+    """The rate limits of all hosts, shared by the threads of a process.
 
     Args:
-        connections: at a time to one host.
+        connections: largest number of concurrent connections to one host.
     """
 
     def __init__(self, connections: int) -> None:
@@ -35,10 +35,10 @@ class HostGates:
 
     @contextmanager
     def through(self, host: str) -> Iterator[None]:
-        """Wait until a connection to the host is free and it takes requests again; hold it within the block.
+        """Wait for a free connection slot and for the end of the host's requested wait; hold the slot in the block.
 
         Raises:
-            FetchFailed: it asked to wait again and again, and served nothing in between.
+            FetchFailed: the host has asked to wait too many times in a row.
         """
         gate = self._gate(host)
         with gate.free:
@@ -48,14 +48,14 @@ class HostGates:
             yield
 
     def close_for(self, host: str, seconds: float) -> None:
-        """Let nobody through for so long; requests that were under way together count once."""
+        """Block requests to a host for some seconds; concurrent requests that are told to wait count once."""
         gate = self._gate(host)
         with self._lock:
             gate.closings += gate.opens_at <= time.monotonic()
             gate.opens_at = max(gate.opens_at, time.monotonic() + seconds)
 
     def served(self, host: str) -> None:
-        """The host answered a request."""
+        """Record that the host has answered a request, which resets the count of waits."""
         gate = self._gate(host)
         with self._lock:
             gate.closings = 0

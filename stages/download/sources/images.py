@@ -1,4 +1,4 @@
-"""Which files are images, by name; what they really are is found out by decoding."""
+"""Recognition of image files by their names; decoding finds out what they really are."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ IMAGE_SUFFIXES = frozenset(
         *("heic", "heif", "jxl"),
     }
 )
-"""Those of `IMAGE_FORMATS`, also `mpo` and `jpeg2000` in shards that older versions wrote, and of formats that are not
-read: their rows say so, where passing over them in silence would lose pairs."""
+"""Suffixes of `IMAGE_FORMATS`, of `mpo` and `jpeg2000` in shards of older versions, and of unsupported formats, whose
+rows get a status that says so, while ignoring the files would lose pairs silently."""
 
 
 def is_image_name(name: str) -> bool:
-    """Whether a file name or an extension is one of an image."""
+    """Return whether a file name, or an extension, is that of an image."""
     return name.rpartition(".")[2].lower() in IMAGE_SUFFIXES

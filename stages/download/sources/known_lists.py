@@ -1,6 +1,6 @@
-"""The images that a list names, remembered, so that a look-up reads no list again.
+"""Cache of the images that a list names, so that a look-up of the action key does not parse the list again.
 
-They stand in the user's cache folder under the list's digest, which `InputFiles` knows from a listing alone.
+The names are stored in the user's cache folder under the list's digest, which `InputFiles` knows from a listing.
 """
 
 from __future__ import annotations
@@ -18,23 +18,23 @@ from storage.records import parse_record, record_bytes
 def images_named(
     files: InputFiles, names: Sequence[str], how: Sequence[str], read: Callable[[], list[str]]
 ) -> list[str]:
-    """Paths, within the image folder, of the images that a list names; it is read when that is not known.
+    """Return the paths, within the image folder, of the images that a list names; parse the list if it is not cached.
 
     Args:
-        files: hold the list.
-        names: of its files.
-        how: what decides, beside names and bytes, which images are found in it: the layout, a column.
-        read: reads them from the list.
+        files: the input files that hold the list.
+        names: the names of the list's files.
+        how: what else determines the images, besides names and bytes: the layout, a column.
+        read: parses the list and returns the paths.
 
     Raises:
-        ValueError: as `read` does.
+        ValueError: raised by `read`.
     """
     digest = files.digest(names)
     file = Path(default_cache_dir()) / "lists" / f"{digest_of([digest, *how])}.json"
     if (remembered := _remembered(file)) is not None:
         return remembered
     images = read()
-    if files.again().digest(names) == digest:  # else it changed under our hands, and the digest is of what it was
+    if files.again().digest(names) == digest:  # otherwise the list changed while it was read
         with atomic_path(file) as private:
             private.write_bytes(record_bytes({"images": images}))
     return images
@@ -44,5 +44,5 @@ def _remembered(file: Path) -> list[str] | None:
     try:
         return list(parse_record(file.read_bytes())["images"])
     except (FileNotFoundError, ValueError, TypeError, KeyError):
-        # Never seen, or damaged, which its checksum shows: reading the list mends both
+        # Not cached, or damaged according to its checksum: the list is parsed again
         return None

@@ -1,7 +1,7 @@
-"""Lists of rows in CSV, TSV, JSON, JSONL or Parquet: the columns that are asked for, as text, spelled as in the file.
+"""Lists of rows in CSV, TSV, JSON, JSONL or Parquet: requested columns as text, spelled as in the file.
 
-A list is one file or the parts of a folder or pattern, compressed or not. It is read piece by piece, and of its columns
-no more is kept than was asked for.
+A list is one file, or all files of a folder or a pattern, compressed or not. It is read in chunks, and only the
+requested columns are kept.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 EXPECTED = "a CSV, TSV, JSON, JSONL or Parquet file, or a folder or pattern of such"
 _ROWS_TOGETHER = 10_000
-"""Rows that are Python objects at a time, which take ten times the memory of an Arrow column."""
+"""Number of rows held as Python objects at a time, which take ten times the memory of an Arrow column."""
 _LONGEST_VALUE = 64 << 20
 _COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 _PARQUET, _CSV, _TSV, _JSON, _PLAIN = "parquet", "csv", "tsv", "json", "txt"
@@ -42,12 +42,12 @@ _FORMATS = {
     ".txt": _PLAIN,
 }
 _SEPARATORS = {_CSV: ",;\t|", _TSV: "\t,;|", _PLAIN: "\t,;|"}
-"""What may stand between values, the most likely first: that with which the header names the column that is sought."""
+"""Possible separators, the most likely first; the one with which the header names the key column is used."""
 
 
 @dataclass(frozen=True)
 class Sought:
-    """The column without which a list is none, and what to do where it is not there."""
+    """The key column that a list must have, and the remedy for the message if it has none."""
 
     column: str
     remedy: str
@@ -57,11 +57,11 @@ class RowList:
     """A list of rows.
 
     Args:
-        path: of a file, a folder or a pattern; local or s3://.
-        name: what messages call it, for example `URL list`.
-        field: the config's field that names it, for example `download.url_list`.
-        expected: what else it could be, for messages.
-        tsv_quotes: whether double quotes enclose values where tabs separate them.
+        path: path of a file, a folder or a pattern; local or s3://.
+        name: name of the list in messages, for example `URL list`.
+        field: the config's field that holds the path, for example `download.url_list`.
+        expected: what the field may hold, for messages.
+        tsv_quotes: whether double quotes enclose values in lists separated by tabs.
     """
 
     def __init__(self, path: str, name: str, field: str, expected: str = EXPECTED, *, tsv_quotes: bool = False) -> None:
@@ -70,7 +70,7 @@ class RowList:
         self._expected, self._tsv_quotes = expected, tsv_quotes
 
     def digest(self) -> str:
-        """The digest of what decides the rows: formats and contents of its files in order, how they are read, no names.
+        """Return the digest of what determines the rows: formats and contents of the files in order, and `tsv_quotes`.
 
         Raises:
             ValueError: there is no such list.
@@ -80,10 +80,10 @@ class RowList:
         return digest_of([self._tsv_quotes, *map(list, found)])
 
     def names(self) -> list[str]:
-        """Its files in order.
+        """Return the names of the list's files in order.
 
         Raises:
-            ValueError: there are none that are lists, or several kinds.
+            ValueError: there are no lists, or lists of several formats.
         """
         names = self.files.names()
         if len(names) == 1:
@@ -97,7 +97,7 @@ class RowList:
             kind = None if is_clutter(name) or PurePosixPath(name).name.startswith("_") else _format(name)
             kinds.setdefault(kind or "", []).append(name)
         others = kinds.pop("", [])
-        if kinds.keys() - {_PLAIN}:  # a README.txt is no list
+        if kinds.keys() - {_PLAIN}:  # a README.txt next to lists is no list
             others += kinds.pop(_PLAIN, [])
         if len(kinds) != 1:
             held = ", ".join(f"{len(found)} x {kind}" for kind, found in kinds.items()) or f"{len(others)} other files"
@@ -109,10 +109,10 @@ class RowList:
         return found
 
     def read(self, sought: Sought, columns: Sequence[str]) -> pa.Table:
-        """The column that is sought and `columns`, as text without nulls.
+        """Read the key column and `columns` as text without nulls.
 
         Raises:
-            ValueError: naming the file and what was expected of it.
+            ValueError: a file is not readable or lacks a column; the message names the file and what was expected.
         """
         wanted = list(dict.fromkeys([sought.column, *columns]))
         schema = pa.schema([pa.field(name, pa.string()) for name in wanted])
@@ -128,14 +128,14 @@ class RowList:
 
 
 def _format(name: str) -> str | None:
-    """The format of a file, by its suffix before that of a compression; None where it is no list."""
+    """Return the format of a file by its suffix before that of a compression, or None if it is no list."""
     path = PurePosixPath(name.lower())
     return _FORMATS.get(PurePosixPath(path.stem).suffix if path.suffix in _COMPRESSED else path.suffix)
 
 
 @dataclass
 class _Reading:
-    """One file."""
+    """Reads one file of a list."""
 
     what: str
     sought: Sought
@@ -143,7 +143,7 @@ class _Reading:
     tsv_quotes: bool
 
     def tables(self, file: Any, kind: str) -> Iterator[pa.Table]:
-        """Its rows, some at a time: the columns that are wanted under the names by which they are wanted."""
+        """Yield the rows in batches, with the requested columns under the requested names."""
         problem = (pa.ArrowException, OSError, _Damaged, *COMPRESSION_ERRORS)
         try:
             if kind == _PARQUET:
@@ -153,7 +153,7 @@ class _Reading:
                 rows = self._json(text) if kind == _JSON else self._separated(text, kind)
                 while batch := list(islice(rows, _ROWS_TOGETHER)):
                     yield pa.table(dict(zip(self.wanted, map(strings, zip(*batch, strict=True)), strict=True)))
-        except problem as error:  # OSError also where Parquet is damaged
+        except problem as error:  # damaged Parquet raises OSError too
             raise ValueError(f"{self.what} is not readable as {kind}: {error}; check the file") from error
 
     def _text(self, file: Any) -> TextIO:
@@ -178,13 +178,13 @@ class _Reading:
                 )
 
     def _separated(self, text: TextIO, kind: str) -> Iterator[list[str]]:
-        """Not by Arrow's reader, to which a quote that nothing closes is a value as long as the rest of the file."""
+        """Read separated values with Python's csv: Arrow's reader takes all after an unclosed quote for one value."""
         csv.field_size_limit(_LONGEST_VALUE)
         first = next((line for line in text if line.strip()), "")
         if not first:
             raise _Damaged("it is empty")
         separator, header = self._header(first, kind)
-        # `url, caption`: a space, and a quote after it, are no part of the values then
+        # in `url, caption` the space, and a quote after it, are not part of the value
         spaced = separator != "\t" and len(header) > 1 and all(name.startswith(" ") for name in header[1:])
         quoting = self._quoting(separator)
         reader = csv.reader(
@@ -198,10 +198,10 @@ class _Reading:
         return csv.QUOTE_NONE if separator == "\t" and not self.tsv_quotes else csv.QUOTE_MINIMAL
 
     def _header(self, first: str, kind: str) -> tuple[str, list[str]]:
-        """What separates the values, and the names of the columns.
+        """Return the separator and the names of the columns.
 
         Raises:
-            ValueError: it names no column that is sought.
+            ValueError: the first line is no header with the key column.
         """
         headers = {}
         for separator in _SEPARATORS[kind]:
@@ -221,9 +221,9 @@ class _Reading:
         return _SEPARATORS[kind][0], headers[_SEPARATORS[kind][0]]
 
     def _json(self, text: TextIO) -> Iterator[list[Any]]:
-        """Not by Arrow's reader: it makes timestamps of dates, and an error of a cut emoji or a column of two types."""
+        """Read JSON with our own parser: Arrow's turns dates into timestamps and fails on cut emoji and mixed types."""
         spellings: dict[str, list[str]] = {name: [] for name in self.wanted}
-        seen: dict[str, None] = {}  # as they are spelled, in order
+        seen: dict[str, None] = {}  # keys as they are spelled, in order
         for place, row in _damaged_where_no_json(json_entries(text)):
             if not isinstance(row, dict):
                 raise _Damaged(f"{place} is {str(row)[:40]!r}, not an object {{column: value, ...}}")
@@ -234,7 +234,7 @@ class _Reading:
                         keys.insert(0 if key == name else len(keys), key)
             values = [next((row[key] for key in keys if key in row), None) for keys in spellings.values()]
             if isinstance(values[0], dict | list):
-                raise _Damaged(f"{place}: {self.sought.column!r} is {str(values[0])[:40]}; write an object a row")
+                raise _Damaged(f"{place}: {self.sought.column!r} is {str(values[0])[:40]}; write one object per row")
             yield values
         if not seen:
             raise _Damaged("it is empty")
@@ -242,7 +242,7 @@ class _Reading:
 
 
 class _Damaged(ValueError):
-    """What is wrong with a file."""
+    """Raised inside this module with what is wrong with a file."""
 
 
 def _damaged_where_no_json(entries: Iterator[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
@@ -253,10 +253,10 @@ def _damaged_where_no_json(entries: Iterator[tuple[str, Any]]) -> Iterator[tuple
 
 
 def _checked(reader: Any, header: list[str]) -> Iterator[list[str]]:
-    """The rows after the header, each with a value for every column.
+    """Yield the rows after the header, each with a value for every column.
 
     Raises:
-        _Damaged: a line has more or fewer, or a quote that nothing closes.
+        _Damaged: a line has another number of values, or an unclosed quote.
     """
     begins = 1
     try:
@@ -273,6 +273,6 @@ def _checked(reader: Any, header: list[str]) -> Iterator[list[str]]:
             begins = reader.line_num + 1
     except csv.Error as error:
         raise _Damaged(
-            f"line {begins}: a value in double quotes ends in the middle or nowhere ({error}); write a quote within a "
+            f"line {begins}: a value in double quotes ends early or not at all ({error}); write a quote within a "
             "quoted value twice"
         ) from error

@@ -1,4 +1,4 @@
-"""Parquet files that hold the images themselves, as of Hugging Face data sets: a column of `{bytes, path}` or bytes."""
+"""Source of Parquet files with image bytes, as of Hugging Face data sets: a column of `{bytes, path}` or of bytes."""
 
 from __future__ import annotations
 
@@ -34,14 +34,15 @@ _BATCH_ROWS = 64
 
 
 class ParquetFiles(Config):
-    """Parquet files with the images' bytes."""
+    """Parquet files that contain the images' bytes."""
 
     kind: Literal["parquet"]
-    """Which layout the files have."""
+    """Selects this layout."""
     path: RuntimeStr
-    """A file, a folder or a pattern such as `s3://bucket/train-*.parquet`; names and contents count, not the place."""
+    """A file, a folder or a pattern such as `s3://bucket/train-*.parquet`. Names and contents enter the digest, not the
+    folder's path."""
     image_column: str = "image"
-    """Column of `{bytes, path}` structs (Hugging Face's layout) or of plain binary values."""
+    """Column of `{bytes, path}` structs (Hugging Face's layout) or of binary values."""
 
     def open(self, options: SourceOptions) -> ParquetImages:
         """The rows of the files."""
@@ -49,10 +50,10 @@ class ParquetFiles(Config):
 
 
 class ParquetImages:
-    """The rows of Parquet files, in the order of their names.
+    """Source with the rows of Parquet files, in the order of the files' names.
 
     Args:
-        config: where they are.
+        config: path of the files, and the column with images.
     """
 
     def __init__(self, config: ParquetFiles) -> None:
@@ -79,7 +80,7 @@ class ParquetImages:
             yield from self._fetch_group(name, group, positions)
 
     def _fetch_group(self, name: str, group: int, positions: dict[int, int]) -> Iterator[tuple[int, Fetched]]:
-        """Some rows of one row group, a few at a time: a whole group may be larger than memory."""
+        """Read some rows of one row group in small batches, because a whole group may be larger than memory."""
         start = 0
         with self._files.open(name) as file, pq.ParquetFile(file) as parquet:
             batches = parquet.iter_batches(_BATCH_ROWS, row_groups=[group], columns=[self._image_column])
@@ -126,7 +127,7 @@ class ParquetImages:
         names = self._files.names()
         found = [name for name in names if name.lower().endswith(".parquet") and not is_clutter(name)]
         if not found:
-            raise ValueError(f"{self.what} holds no .parquet file, but {names[0]!r}; mend the path")
+            raise ValueError(f"{self.what} holds no .parquet file, but {names[0]!r}; correct the path")
         return found
 
 

@@ -1,4 +1,4 @@
-"""What a source of image-text pairs is: rows first, all of them, then the bytes of some rows at a time."""
+"""The interface of sources of image-text pairs: all rows first, then the bytes of some rows at a time."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ import pyarrow as pa
 from stages.artifacts.rows import FILTERED, OK, UNDECODABLE
 
 Row = dict[str, Any]
-"""A row as the plan holds it: `url`, `PLACE`, and columns of text."""
+"""A row of the plan: `url`, `PLACE`, and text columns."""
 
 URL = "url"
-"""Column that says which input a row is: a URL, or the image's name within the files that were given."""
+"""Column that identifies the input of a row: a URL, or the image's name within the given files."""
 PLACE = "musevl_place"
-"""Column with what a source needs to find the image again, in its own words; '' where the row has none. It stays in
-the plan and enters no artifact."""
+"""Column with what a source needs to find the image again, in a form of its own; '' if the row has no image. It exists
+in the plan only and enters no artifact."""
 
 HTTP_ERROR = "http_error"
 TIMEOUT = "timeout"
@@ -52,55 +52,56 @@ STATUSES: dict[str, str] = {
     NO_CAPTION: "no text, or an empty one; a .json, or an entry of a conversation file, that cannot be used",
     NOT_FETCHED: "img2dataset said nothing of the row",
 }
-"""What can become of a row."""
+"""The possible results of a row."""
 
 
 NUM_EXAMPLES = 3
-"""How many of the files that are left out, or of the rows that failed, messages name."""
+"""Number of skipped files, or of failed rows, that messages name as examples."""
 
 
 @dataclass(frozen=True)
 class Failure:
-    """Why a row has no image."""
+    """The reason for which a row has no image."""
 
     status: str
     """One of `STATUSES`."""
     reason: str
-    """The same words for the same cause, so that they can be counted."""
+    """The cause, in the same words for every row with the same cause, so that causes can be counted."""
 
 
 Fetched = bytes | Failure
 
 
 class Source(Protocol):
-    """A list of image-text pairs. Opened anew in each process that needs it."""
+    """A source of image-text pairs. Each process that needs one creates its own."""
 
     @property
     def what(self) -> str:
-        """How messages name it."""
+        """Name of the source in messages."""
         ...
 
     def content(self) -> dict[str, str]:
-        """Digests of all that decides the rows and their images; part of the action key. No path enters them.
+        """Return digests of everything that determines the rows and images, but no paths; they enter the action key.
 
         Raises:
-            ValueError: it cannot be read.
+            ValueError: the source cannot be read.
         """
         ...
 
     def rows(self, columns: Sequence[str]) -> pa.Table:
-        """Every row in order: `url`, `PLACE` and `columns`.
+        """Return all rows in order, with the columns `url`, `PLACE` and `columns`.
 
         Raises:
-            ValueError: it cannot be read, or lacks what was expected; the message says what, where and the remedy.
+            ValueError: the source cannot be read, or lacks what was expected; the message says what, where and the
+                remedy.
         """
         ...
 
     def fetch(self, rows: list[Row], scratch: Path) -> Iterator[tuple[int, Fetched]]:
-        """Position in `rows` and what was found, in any order; at most one for each row.
+        """Yield the position in `rows` and the image or failure, in any order; at most one for each row.
 
         Args:
-            rows: of the plan.
+            rows: rows of the plan.
             scratch: an empty private folder.
         """
         ...
@@ -119,16 +120,16 @@ class SourceOptions:
 
 
 TAKE_COLUMNS = "set download.caption_column, .extra_columns and .keep to what it has"
-"""What to do where a source lacks a column."""
+"""Remedy for messages about a missing column."""
 
 
 def find_columns(
     what: str, wanted: Sequence[str], available: Sequence[str], remedy: str = TAKE_COLUMNS
 ) -> dict[str, str]:
-    """The name in the source of every column that is wanted of it: `URL` and ` url` are `url` where that is not there.
+    """Map wanted column names to the source's own names: `URL` or ` url` stands for `url` if there is no `url`.
 
     Raises:
-        ValueError: one is not there, or it is not clear which one is meant.
+        ValueError: a column is missing or ambiguous.
     """
     found = {}
     for name in wanted:
@@ -143,19 +144,19 @@ def find_columns(
 
 
 def same_column(one: str, other: str) -> bool:
-    """Whether two names of columns differ in upper case and in spaces around them at most."""
+    """Return whether two column names are equal except for upper case and surrounding spaces."""
     return one.strip().casefold() == other.strip().casefold()
 
 
 def say_left_out(logger: logging.Logger, what: str, names: Sequence[str], kind: str, number: int | None = None) -> None:
-    """Log how many files or members of a source are not used, and the first of them; nothing where there are none.
+    """Log how many files or members of a source are skipped, with examples; log nothing if there are none.
 
     Args:
-        logger: of the module that leaves them out.
-        what: the source, as messages name it.
-        names: of those that are left out, or of the first ones.
-        kind: what they are, as in `3 files that are no tars`.
-        number: how many they are, where `names` are not all.
+        logger: logger of the module that skips them.
+        what: name of the source in messages.
+        names: names of all skipped files, or of the first ones.
+        kind: description of the files, as in `3 files that are no tars`.
+        number: number of skipped files if `names` does not hold all of them.
     """
     if names:
         number = number or len(names)
@@ -164,28 +165,28 @@ def say_left_out(logger: logging.Logger, what: str, names: Sequence[str], kind: 
 
 
 def has_text(caption: str) -> bool:
-    """Whether a caption says anything: white space, and characters that nobody sees, do not."""
+    """Return whether a caption has a visible character."""
     return any(character.isprintable() and not character.isspace() for character in caption)
 
 
 def place(*parts: Any) -> str:
-    """Write a `PLACE`."""
+    """Encode a `PLACE`."""
     return json.dumps(parts)
 
 
 def no_place(status: str, reason: str) -> str:
-    """Write the `PLACE` of a row of which it is known already that it gives no image; arguments as of `Failure`."""
+    """Encode the `PLACE` of a row that is already known to give no image; arguments as for `Failure`."""
     return json.dumps({"status": status, "reason": reason})
 
 
 def known_failure(row: Row) -> Failure | None:
-    """Why a row gives no image, where its source knew that from the beginning."""
+    """Return the failure that the source has recorded for a row in its `PLACE`, or None."""
     found = json.loads(row[PLACE]) if row[PLACE] else None
     return Failure(**found) if isinstance(found, dict) else None
 
 
 def placed(rows: Sequence[Row], what: str) -> Iterator[tuple[int, list[Any] | Failure]]:
-    """Position and `PLACE` of every row; a failure where the row says that it has no image."""
+    """Yield the position and the decoded `PLACE` of every row, or a failure if the row has no image."""
     for position, row in enumerate(rows):
         if not row[PLACE]:
             yield position, Failure(MISSING, f"{what} has no image")

@@ -1,8 +1,8 @@
-"""The samples of a WebDataset tar: which of its members are one image's, and which text is its caption.
+"""Grouping of the members of a WebDataset tar into samples, each an image and its caption.
 
-The layout says that members of one sample follow each other and share their name up to the first dot. Tars that people
-have break both, so all headers (and texts) of a tar are read before it is decided what belongs together. What stays
-unclear is no sample: an image must not get another one's text.
+In this layout, the members of one sample follow each other and share their name up to the first dot. Many existing tars
+violate both rules, so all headers (and texts) of a tar are read before members are grouped. Ambiguous members become no
+sample, since an image must not get another one's text.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ _JSON = "json"
 NO_OBJECT = "the .json beside the image is no JSON object"
 REPEATED = "its name comes several times in the tar, and it is not clear which text is its own"
 _RAW_SUFFIXES = ("img", "image", "bin", "")
-"""Suffixes of members that are likelier to be an image than others whose suffix says nothing of one."""
+"""Suffixes of members that are more likely to be images than other members without an image suffix."""
 _CHUNK = 1 << 20
 
 
 @dataclass(slots=True)
 class TarImage:
-    """Where an image lies in a tar."""
+    """Name and position of an image in a tar."""
 
     name: str
     offset: int
@@ -36,46 +36,48 @@ class TarImage:
 
 @dataclass(slots=True)
 class TarSample:
-    """What the members of one sample say."""
+    """The members of one sample."""
 
     stem: str
-    """Their name without the suffix."""
+    """Name of the members without the suffix."""
     order: int
-    """Number of its first member in the tar."""
+    """Index of its first member in the tar."""
     images: list[TarImage] = field(default_factory=list)
     others: list[TarImage] = field(default_factory=list)
-    """Members of other kinds; where there is a text and no image, one of them is taken for it, and decoding tells."""
+    """Other members; if there is a text but no image, one of them is taken for the image, and decoding will tell."""
     texts: dict[str, str] = field(default_factory=dict)
-    """By suffix."""
+    """Texts by suffix."""
     fields: dict[str, Any] | None = None
-    """The wanted ones of its .json; None where there is none."""
+    """The requested fields of its .json; None if there is no .json."""
     problem: str = ""
-    """Why it cannot be used: `REPEATED`, or `NO_OBJECT`, since the caption, and what is held out, may stand there."""
+    """Why it is unusable: `REPEATED`, or `NO_OBJECT`, since the .json may hold the caption or the split; '' if it is
+    usable.
+    """
 
     @property
     def image(self) -> TarImage | None:
-        """The sample's image: the first one where there are several."""
+        """The sample's first image, or None."""
         return self.images[0] if self.images else None
 
     @property
     def has_text(self) -> bool:
-        """Whether there is something beside its image."""
+        """Whether it has a text or a .json."""
         return bool(self.texts or self.problem) or self.fields is not None
 
     @property
     def kinds(self) -> tuple[object, ...]:
-        """How many members of which kinds it has."""
+        """The numbers and kinds of its members, for comparison with other samples."""
         return len(self.images), len(self.others), *sorted(self.texts), self.fields is not None, self.problem
 
     def add(self, other: TarSample) -> None:
-        """Take over what another one says and this one does not."""
+        """Merge the texts and fields of another sample into this one; its own take precedence."""
         self.texts = other.texts | self.texts
         if other.fields is not None:
             self.fields = other.fields | (self.fields or {})
         self.problem = self.problem or other.problem
 
     def caption(self, column: str) -> Any:
-        """The text of its .json, or else that beside it; '' where both are empty or absent."""
+        """Return the caption from its .json, else from its text member; '' if both are empty or missing."""
         said = (self.fields or {}).get(column)
         if said is not None and has_text(str(said)):
             return said
@@ -83,32 +85,32 @@ class TarSample:
 
 
 class TarReader:
-    """Reads tars.
+    """Reads the samples of tars, and collects what messages need.
 
     Args:
-        columns: fields of a sample's .json that are kept.
+        columns: fields of the samples' .json to keep.
     """
 
     def __init__(self, columns: Sequence[str]) -> None:
         self._columns = columns
         self.seen: dict[str, None] = {}
-        """Fields that a .json had, in order."""
+        """Names of the fields of all .json members, in order of appearance."""
         self.problem = ""
-        """What is wrong with the first .json that is none."""
+        """What is wrong with the first invalid .json; '' if all are valid."""
         self.left_out: list[str] = []
-        """The first members that are no part of a sample."""
+        """Names of the first members that belong to no sample."""
         self.num_left_out = 0
         self._tar = ""
 
     def samples(self, file: Any, tar: str) -> list[TarSample]:
-        """The samples of one tar, in the order of their first members.
+        """Return the samples of one tar, in the order of their first members.
 
         Args:
-            file: seekable.
-            tar: its name, for messages.
+            file: a seekable binary file.
+            tar: name of the tar, for messages.
 
         Raises:
-            tarfile.TarError: it is damaged or cut off.
+            tarfile.TarError: the tar is damaged or truncated.
             OSError: it cannot be read.
         """
         self._tar = tar
@@ -120,7 +122,7 @@ class TarReader:
                 self._leave_out([] if member.isdir() else [name])
                 continue
             stem, suffix = split_suffix(name)
-            number = counts[name] = counts.get(name, 0) + 1  # a name may come again
+            number = counts[name] = counts.get(name, 0) + 1  # a name may be repeated
             known = rounds.setdefault(stem, [])
             if number > len(known):
                 known.append(TarSample(stem, order))
@@ -167,7 +169,7 @@ class TarReader:
         self.left_out += [f"{self._tar}/{name}" for name in names[: NUM_EXAMPLES - len(self.left_out)]]
 
     def _told_apart(self, repeated: list[TarSample]) -> list[TarSample]:
-        """The samples of one name: a first, a second and so on, where each member comes as often as the others."""
+        """Return the repeated samples of one name; mark them as unusable unless all have the same kinds of members."""
         if len({sample.kinds for sample in repeated}) == 1:
             return repeated
         for sample in repeated:
@@ -177,12 +179,13 @@ class TarReader:
         return [sample for sample in repeated if sample.images]
 
     def _joined(self, key: str, group: list[TarSample]) -> list[TarSample]:
-        """The samples among those that share their name up to the first dot.
+        """Group samples that share their name up to the first dot.
 
-        Each image with a text of the very same name is one. Texts and images that are alone belong to the one whose
-        name they continue (`3.mask.png` to `3.png`), and images to the text whose name they continue (`2.left.png` to
-        `2.txt`). Two different endings are one sample (`9.input.png`, `9.outputs.txt`) where they are the only ones and
-        hold no digit: `img.0001.png` has no part in `img.0003.txt`.
+        An image and a text of exactly the same name form a sample. Remaining texts and images are merged into the
+        sample whose name they extend (`3.mask.png` into `3.png`), and images into the text whose name they extend
+        (`2.left.png` into `2.txt`). Two different endings form a sample (`9.input.png`, `9.outputs.txt`) if they are
+        the only ones and contain no
+        digit: `img.0001.png` does not belong to `img.0003.txt`.
         """
         for sample in group:
             if sample.others and sample.has_text and not sample.images:
@@ -216,16 +219,16 @@ class TarReader:
 
 
 def _members(file: Any) -> Iterator[tarfile.TarInfo]:
-    """The members of a tar, none of which is kept.
+    """Yield the members of a tar without keeping them in memory.
 
     Raises:
-        tarfile.TarError: the tar is damaged or cut off, also where tarfile takes it for whole.
+        tarfile.TarError: the tar is damaged or truncated, even if tarfile does not notice.
     """
     with tarfile.open(fileobj=file, mode="r:") as tar:
         while (member := tar.next()) is not None:
             tar.members.clear()  # type: ignore[attr-defined]
             yield member
-        # tarfile also stops, without a word, at the end of the file and at a damaged header
+        # tarfile also stops silently at the end of the file and at a damaged header
         file.seek(tar.offset)
         if (end := file.read(tarfile.BLOCKSIZE)) != bytes(tarfile.BLOCKSIZE):
             raise tarfile.ReadError("a damaged header" if any(end) else "its end is missing: it is cut off")
@@ -243,13 +246,13 @@ def _data(file: Any, member: tarfile.TarInfo) -> bytes:
 
 
 def _key(stem: str) -> str:
-    """A name up to its first dot."""
+    """Return a name up to its first dot."""
     folder, slash, base = stem.rpartition("/")
     return folder + slash + base.partition(".")[0]
 
 
 def _paired(samples: list[TarSample]) -> list[TarSample]:
-    """The samples, where an image and a text whose names differ in upper case or the like alone are one."""
+    """Merge images and texts whose names are equal except for upper case or the Unicode form of accents."""
     images = {str(at): sample.stem for at, sample in enumerate(samples) if sample.images and not sample.has_text}
     texts = {str(at): sample.stem for at, sample in enumerate(samples) if not sample.images}
     pairs = pair_folded(images, texts)

@@ -1,7 +1,7 @@
-"""Text that strangers wrote, as Unicode that our tables hold: the same rules for every source.
+"""Conversion of untrusted text to valid Unicode, by the same rules for every source.
 
-A caption with bytes that are no UTF-8, or with half of a cut emoji, loses those characters and nothing more: they
-become U+FFFD. What a list spells as a number or a date stays as it was spelled.
+In a caption with invalid UTF-8, or with half of a surrogate pair, only those characters are lost: they become U+FFFD.
+Numbers and dates keep their spelling.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 
 
 class WrittenFloat(float):
-    """A number of a JSON text that remembers how it was written there: `1.50` is not `1.5` in a caption."""
+    """A number of a JSON text that remembers its spelling, since `1.50` in a caption must not become `1.5`."""
 
     written: str
 
@@ -33,20 +33,20 @@ _JSON = json.JSONDecoder(parse_float=WrittenFloat)
 _TOO_DEEP = "values are nested too deeply"
 _SPACE = re.compile(r"\s*")
 _PIECE = 1 << 20
-"""Characters of a JSON array that are read together."""
+"""Number of characters of a JSON array that are read at a time."""
 
 
 TEXT_SUFFIXES = ("txt", "text", "caption", "cap")
-"""Suffixes of files, and of members of tars, with the text of the image beside them, the one that counts first."""
+"""Suffixes of files and tar members with an image's caption, in order of precedence."""
 
 
 def decode(data: bytes) -> str:
-    """Bytes as text in the Unicode encoding that the first ones show; what is none becomes U+FFFD."""
+    """Decode bytes in the Unicode encoding that their start indicates; invalid bytes become U+FFFD."""
     return data.decode(json.detect_encoding(data), errors="replace")
 
 
 def clean(text: str) -> str:
-    """Text with U+FFFD for lone surrogates, which the escapes of JSON and the names of files can hold and UTF-8 not."""
+    """Replace lone surrogates, which JSON escapes and file names can contain but UTF-8 cannot, by U+FFFD."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
@@ -55,25 +55,25 @@ def clean(text: str) -> str:
 
 
 def open_text(file: Any) -> TextIO:
-    """A binary file as text in the Unicode encoding that its first bytes show; what is none becomes U+FFFD.
+    """Open a binary file as text in the Unicode encoding that its start indicates; invalid bytes become U+FFFD.
 
-    Its lines end as in the file: in a line feed, a carriage return or both.
+    Line ends are kept as they are in the file: a line feed, a carriage return or both.
     """
     buffered = io.BufferedReader(file)
     return io.TextIOWrapper(buffered, json.detect_encoding(buffered.peek(4)[:4]), errors="replace", newline="")
 
 
 def pair_folded(images: Mapping[str, str], texts: Mapping[str, str]) -> dict[str, str]:
-    """Images and texts whose names are the same but for upper case and the way that accents are written (NFC, NFD).
+    """Pair images and texts whose names are equal except for upper case and the Unicode form of accents (NFC, NFD).
 
-    Only where that leaves no choice: no other image, and no other text, has such a name.
+    They are paired only if the match is unique: no other image and no other text has such a name.
 
     Args:
-        images: what they are called, by anything that tells them apart.
-        texts: likewise.
+        images: names of the images, by unique identifiers.
+        texts: names of the texts, by unique identifiers.
 
     Returns:
-        The text of each image that has one.
+        The identifier of the text by that of its image.
     """
     folded: dict[str, tuple[list[str], list[str]]] = {}
     for side, names in enumerate((images, texts)):
@@ -83,22 +83,22 @@ def pair_folded(images: Mapping[str, str], texts: Mapping[str, str]) -> dict[str
 
 
 def split_suffix(name: str) -> tuple[str, str]:
-    """A file's name without its suffix, and that in lower case without its dot; '' where there is none."""
+    """Split a file name into the name without suffix, and the suffix in lower case without its dot ('' if none)."""
     folder, slash, base = name.rpartition("/")
     stem, dot, suffix = base.rpartition(".")
     return folder + slash + (stem if dot else base), suffix.lower() if dot else ""
 
 
 def fold(name: str) -> str:
-    """The same for names that differ in upper case, or in the way that accents are written (NFC, NFD), alone."""
+    """Return a key that is equal for names that differ only in upper case or the form of accents (NFC, NFD)."""
     return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
 
 
 def load_json(data: bytes | str) -> Any:
-    """The value of a JSON text; its strings may hold lone surrogates, which `clean` and `strings` remove.
+    """Parse a JSON text; its strings may contain lone surrogates, which `clean` and `strings` replace.
 
     Raises:
-        ValueError: it is none; json.JSONDecodeError where that has a place.
+        ValueError: the text is not JSON; json.JSONDecodeError if the place is known.
     """
     try:
         return _JSON.decode(data.decode(json.detect_encoding(data), "replace") if isinstance(data, bytes) else data)
@@ -107,10 +107,10 @@ def load_json(data: bytes | str) -> Any:
 
 
 def json_lines(lines: Iterable[bytes | str]) -> Iterator[tuple[int, Any]]:
-    """Number and value of each line that is not blank.
+    """Yield the number and the value of each line that is not blank.
 
     Raises:
-        ValueError: a line is no JSON; the message names it.
+        ValueError: a line is not JSON; the message names it.
     """
     for number, line in enumerate(lines, start=1):
         if not line.strip():
@@ -125,12 +125,12 @@ def json_lines(lines: Iterable[bytes | str]) -> Iterator[tuple[int, Any]]:
 
 
 def json_entries(text: TextIO) -> Iterator[tuple[str, Any]]:
-    """Where it stands (`line 3`, `entry 3`) and the value of each line of JSONL, or of each entry of a JSON array.
+    """Yield the place (`line 3`, `entry 3`) and value of each line of JSONL, or of each entry of a JSON array.
 
-    No more of the text is held than a piece of it and one entry.
+    Only a chunk of the text and one entry are held in memory.
 
     Raises:
-        ValueError: it is no JSON; the message names the place.
+        ValueError: the text is not JSON; the message names the place.
     """
     first = text.read(1)
     while first.isspace():
@@ -143,7 +143,7 @@ def json_entries(text: TextIO) -> Iterator[tuple[str, Any]]:
 
 
 def _array_entries(text: TextIO) -> Iterator[tuple[str, Any]]:
-    """As `json_entries`, after the opening bracket."""
+    """Yield the entries of a JSON array, after its opening bracket."""
     buffer, at, number, more = "", 0, 0, _PIECE
     while True:
         at = _after_space(buffer, at)
@@ -159,7 +159,7 @@ def _array_entries(text: TextIO) -> Iterator[tuple[str, Any]]:
         except RecursionError as error:
             raise ValueError(f"entry {number + 1}: {_TOO_DEEP}") from error
         if not whole and (piece := text.read(more)):
-            # twice as much each time, or a long entry would be looked at as often as it has pieces
+            # doubled each time, since a long entry is parsed again after each chunk
             buffer, at, more = buffer[at:] + piece, 0, 2 * more
             continue
         if problem:
@@ -183,19 +183,19 @@ def _after_space(text: str, at: int) -> int:
 
 
 def strings(values: Sequence[Any]) -> pa.Array:
-    """A column of text: strings and numbers as they were written, None as '', everything else as JSON."""
+    """Build a text column: strings and numbers as they were written, None as '', everything else as JSON."""
     return pa.array([_string(value) for value in values], pa.string())
 
 
 def text_column(column: pa.ChunkedArray, what: str) -> pa.ChunkedArray | pa.Array:
-    """An Arrow column as text, lists and structs as JSON; nulls become ''.
+    """Convert an Arrow column to text, lists and structs to JSON; nulls become ''.
 
     Args:
-        column: of any type that has a text.
-        what: how messages name it.
+        column: a column of any type that can be converted to text.
+        what: name of the column in messages.
 
     Raises:
-        ValueError: its type has none.
+        ValueError: its type cannot be converted.
     """
     try:
         if pa.types.is_nested(column.type):
@@ -213,7 +213,7 @@ def _as_text(column: pa.ChunkedArray) -> pa.ChunkedArray | pa.Array:
         column = column.cast(column.type.value_type)
     if not _holds_bytes(column.type):
         return column.cast(pa.string())
-    # Arrow checks no UTF-8 when it reads Parquet, and a text that is none would stop whoever looks at it
+    # Arrow does not validate UTF-8 when it reads Parquet, and invalid text would raise later
     data = column.cast(pa.large_binary())
     try:
         return data.cast(pa.large_string()).cast(pa.string())
@@ -237,7 +237,7 @@ def _string(value: Any) -> str:
 
 
 def _in_json(value: Any) -> str:
-    """Dates, decimals and the like, which lists and structs of Parquet may hold."""
+    """Convert dates, decimals and similar values in lists and structs of Parquet to text."""
     if isinstance(value, bytes):
         raise TypeError("it holds bytes")
     return str(value)

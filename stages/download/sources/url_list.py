@@ -1,4 +1,4 @@
-"""URL lists, fetched by img2dataset in a process of its own."""
+"""Source of a URL list, whose images img2dataset fetches in a child process."""
 
 from __future__ import annotations
 
@@ -34,51 +34,51 @@ SAMPLE = "sample"
 _EXPECTED = f"{EXPECTED}, or `{SAMPLE}`"
 _SAMPLE_SCHEME = "sample://"
 _TRIES = 2
-"""How often a shard is fetched before the death of its process counts; what struck once may have been chance."""
+"""Number of attempts to fetch a shard before the death of its process is an error; a single one may be chance."""
 _ROOT = Path(__file__).resolve().parents[3]
 
 
 class HttpConfig(Config):
-    """Manners and safety of fetching from hosts that a list names."""
+    """Rate limits and safety of HTTP requests to the hosts of a URL list."""
 
     connections_per_host: RuntimeInt = 8
-    """Most connections at a time from one worker to one host."""
+    """Largest number of concurrent connections of one worker to one host."""
     max_redirects: Annotated[NonNegativeInt, DoesNotAffectResult] = 5
-    """Redirects that are followed; a loop ends there too."""
+    """Largest number of redirects of a URL, which ends redirect loops too."""
     max_retry_after_s: RuntimeFloat = 60.0
-    """Longest wait that a host may ask for (`Retry-After` of a 429 or 503) before it is tried again, seconds."""
+    """Longest wait before a retry that a host may ask for (`Retry-After` of a 429 or 503), in seconds."""
     allow_private_addresses: bool = False
-    """Connect to addresses of private networks and loopback, and read `file:` URLs. A list from elsewhere must not
-    reach what only this machine or its network sees."""
+    """Whether to connect to private and loopback addresses, and to read `file:` URLs. An untrusted list must not reach
+    what only this machine or its network can access."""
     private_hosts: tuple[str, ...] = ()
-    """Hosts as `name:port` that may be connected to although their address is not public: a mirror of one's own."""
+    """Hosts as `name:port` that are permitted although their addresses are not public, such as a mirror of your own."""
     opt_out_directives: tuple[str, ...] = ("noai", "noimageai", "noindex", "noimageindex")
-    """Images whose X-Robots-Tag header has one of these are not used."""
+    """Directives of the X-Robots-Tag header with which an image is not used."""
     user_agent_token: str = "musevl"
-    """Name that requests and opt-out headers know us by; '' for none."""
+    """Name of this program in the User-Agent of requests and in opt-out headers; '' for none."""
 
 
 @dataclass(frozen=True)
 class UrlList:
-    """The rows of a list whose images are fetched over HTTP.
+    """Source with the rows of a list whose images are fetched over HTTP.
 
     Raises:
-        ValueError: as `Source` says.
+        ValueError: as described in `Source`.
     """
 
     path: str
-    """`sample`, or a list: a file, a folder or a pattern, local or s3://."""
+    """`sample`, or the path of a list: a file, a folder or a pattern, local or s3://."""
     url_column: str
     http: HttpConfig
     guard: Guard
     threads: int
-    """Connections at a time."""
+    """Largest number of concurrent connections."""
     tsv_quotes: bool = False
-    """Whether double quotes enclose values where tabs separate them."""
+    """Whether double quotes enclose values in lists separated by tabs."""
 
     @property
     def what(self) -> str:
-        """How messages name it."""
+        """Name of the source in messages."""
         return self._list.what
 
     @property
@@ -87,7 +87,7 @@ class UrlList:
         return RowList(path, "URL list", "download.url_list", _EXPECTED, tsv_quotes=self.tsv_quotes)
 
     def content(self) -> dict[str, str]:
-        """The list counts by its content, not by its path."""
+        """Return the digest of the list's content, which does not depend on its path."""
         return {"url_list": self._list.digest()}
 
     def rows(self, columns: Sequence[str]) -> pa.Table:
@@ -110,10 +110,10 @@ class UrlList:
                 yield int(answer["row"]), _result(answer, folder)
 
     def _run(self, urls: list[str], guard: Guard, scratch: Path) -> Path:
-        """The folder with what a process of its own fetched.
+        """Fetch URLs in a child process, and return the folder with the results.
 
         Raises:
-            ChildProcessError: the process died of these URLs twice.
+            ChildProcessError: the process died `_TRIES` times.
         """
         for number in range(_TRIES):
             folder = scratch / str(number)
@@ -126,11 +126,11 @@ class UrlList:
         raise ChildProcessError(
             f"the process that fetched its {len(urls)} URLs {problem} ({_TRIES} times); if the machine ran out of "
             "memory, lower download.threads_per_worker, .num_workers or .max_bytes; else look at these URLs. The same "
-            "command goes on from there: finished shards are kept"
+            "command continues from there: finished shards are kept"
         )
 
     def _try(self, urls: list[str], guard: Guard, scratch: Path) -> str:
-        """Fetch into an empty folder; what went wrong with the process, '' where nothing did."""
+        """Fetch into an empty folder; return what went wrong with the process, or ''."""
         listed = pa.table({"url": pa.array(urls, pa.string()), "row": [str(row) for row in range(len(urls))]})
         with pa.ipc.new_file(scratch / "urls.arrow", listed.schema) as writer:
             writer.write_table(listed.select(COLUMNS))
@@ -147,7 +147,7 @@ class UrlList:
         (scratch / "job.json").write_text(json.dumps(job), encoding="utf-8")
         ended = subprocess.run(
             [sys.executable, "-m", "stages.download.sources.fetch_process", str(scratch / "job.json")],
-            # albumentations, which img2dataset imports, else asks the network for updates
+            # otherwise albumentations, which img2dataset imports, checks for updates over the network
             env=os.environ | {"NO_ALBUMENTATIONS_UPDATE": "1", "PYTHONPATH": _python_path()},
             capture_output=True,
             text=True,

@@ -1,4 +1,4 @@
-"""WebDataset tars: members KEY.jpg, KEY.txt, KEY.json ... are one sample."""
+"""Source of WebDataset tars, in which the members KEY.jpg, KEY.txt, KEY.json ... form one sample."""
 
 from __future__ import annotations
 
@@ -40,11 +40,11 @@ class WebDatasetFiles(Config):
     """Tars in the WebDataset layout."""
 
     kind: Literal["webdataset"]
-    """Which layout the files have."""
+    """Selects this layout."""
     path: RuntimeStr
-    """A tar, a folder of tars or a pattern such as `s3://bucket/train-*.tar`; names and contents count, not the place.
-    Columns are the fields of a sample's .json; its .txt (or .text, .caption, .cap) is the caption unless the .json has
-    one."""
+    """A tar, a folder of tars or a pattern such as `s3://bucket/train-*.tar`. Names and contents enter the digest, not
+    the folder's path. Columns are the fields of the samples' .json; the caption is the .txt (or .text, .caption, .cap),
+    unless the .json has one."""
 
     def open(self, options: SourceOptions) -> WebDataset:
         """The samples of the tars."""
@@ -52,11 +52,11 @@ class WebDatasetFiles(Config):
 
 
 class WebDataset:
-    """The samples of WebDataset tars, in the order of their names.
+    """Source with the samples of WebDataset tars, in the order of the tars' names.
 
     Args:
-        config: where they are.
-        options: the caption's column, and how much of an image is read.
+        config: path of the tars.
+        options: the caption column and the size limit of an image.
     """
 
     def __init__(self, config: WebDatasetFiles, options: SourceOptions) -> None:
@@ -88,7 +88,9 @@ class WebDataset:
         say_left_out(logger, self.what, reader.left_out, kind, reader.num_left_out)
         seen = dict.fromkeys([self._caption_column] if said else []) | reader.seen
         if reader.problem and not seen:
-            raise ValueError(f"{self.what} has no .json that can be read: {reader.problem}; write one object a sample")
+            raise ValueError(
+                f"{self.what} has no .json that can be read: {reader.problem}; write one object per sample"
+            )
         if urls:
             find_columns(self.what, columns, list(seen))
         return pa.table(
@@ -114,11 +116,11 @@ class WebDataset:
         names = self._files.names()
         tars = [name for name in names if name.lower().endswith(_SUFFIXES) and not is_clutter(name)]
         if not tars:
-            raise ValueError(f"{self.what} holds no .tar, but {names[0]!r}; mend the path")
+            raise ValueError(f"{self.what} holds no .tar, but {names[0]!r}; correct the path")
         return tars
 
     def _samples(self, tar: str, reader: TarReader) -> tuple[list[TarSample], bool]:
-        """The samples of one tar, without the images' bytes, and whether it is compressed."""
+        """Return the samples of one tar, without the images' bytes, and whether the tar is compressed."""
         try:
             with self._files.open(tar) as file:
                 data = decompressed(file)

@@ -117,7 +117,7 @@ def test_a_list_is_read_in_every_form_that_people_have(tmp_path: Path, name: str
         ("l.tsv", '"url"\t"caption"\n"https://a"\t"b"\n', "set download.tsv_quotes=true"),
         ("l.json", '[{"url": "x", "caption": "y"}', "entry 1: there is no comma or closing bracket after it"),
         ("l.json", '[{"url": "x", "caption": "y"}] [{}]', "more follows its 1 entries"),
-        ("l.json", '{"url": {"0": "x"}, "caption": {"0": "y"}}', "line 1: 'url' is .*write an object a row"),
+        ("l.json", '{"url": {"0": "x"}, "caption": {"0": "y"}}', "line 1: 'url' is .*write one object per row"),
         ("l.json", "[[1]]", r"entry 1 is '\[1\]', not an object"),
         ("l.csv.gz", gzip.compress(CSV.encode() * 99)[:-20], "is not readable as csv"),
         ("l.csv.zst", zstandard(CSV.encode() * 99)[:-20], "is not readable as csv"),
