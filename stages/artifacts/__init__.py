@@ -1,1 +1,1 @@
-"""What stages read of the artifacts of earlier ones: images, models, rows of a code table."""
+"""Readers and writers of artifacts that several stages use: images, models, rows of a code table."""

@@ -1,4 +1,4 @@
-"""Rows of a `tokenize` artifact in memory."""
+"""Reading of a `tokenize` artifact into memory."""
 
 from __future__ import annotations
 
@@ -22,36 +22,36 @@ class CodedRows:
     info: CodeTableInfo
     keys: list[str]
     columns: dict[str, list[str]]
-    """`text` is the caption; others as in the URL list."""
+    """Text columns by name; `text` is the caption, the others are those of the data set."""
     codes: Tensor
-    """`[R, N, D, h, w]` int32."""
+    """`[R, N, D, h, w]` int32 codes of R rows."""
 
     def __len__(self) -> int:
         return len(self.keys)
 
     @functools.cached_property
     def originals(self) -> list[int]:
-        """For each row, the row of the image that it is a view of; its own for an image itself."""
+        """For each row, the index of the row of the original image that it is a view of."""
         place = {key: index for index, key in enumerate(self.keys)}
         views = self.columns["view"]
         return [place[image_key(key, view)] for key, view in zip(self.keys, views, strict=True)]
 
     def row(self, index: int) -> dict[str, str]:
-        """The text fields of one row."""
+        """Return the text fields of one row."""
         return {name: values[index] for name, values in self.columns.items()}
 
 
 def load_rows(store: Store, table: Manifest, *, split: str, views: bool) -> CodedRows:
-    """Rows of one split.
+    """Load the rows of one split.
 
     Args:
-        store: holds the table.
+        store: the store with the table.
         table: manifest of kind `code_table`.
-        split: value of the `split` column; a table without that column is all train.
-        views: also the rows of augmented views.
+        split: value of the `split` column; in a table without that column all rows are train.
+        views: whether rows of augmented views are included.
 
     Raises:
-        ValueError: no row is left.
+        ValueError: the split has no row.
     """
     entries = table.files_under("codes")
     loaded = read_code_table(

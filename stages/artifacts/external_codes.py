@@ -1,8 +1,8 @@
-"""Codes that another project's tokenizer made: they join a comparison without its code or its weights.
+"""Codes of another project's tokenizer, which can be compared without its code or weights.
 
 A folder of Parquet files in the layout of `storage.code_table` (columns `key` and `codes`, the rest in the schema's
-metadata) takes the place of training a tokenizer and of encoding with it. The rows are joined with the recipe's own
-download by key, so captions, categories and splits are those of every other tokenizer.
+metadata) replaces tokenizer training and encoding. Its rows are joined with the recipe's own download by key, so
+captions, categories and splits are the same as for every other tokenizer.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from storage.image_shards import read_image_shard
 from storage.manifest import FileEntry
 
 KIND = "external_codes"
-"""Kind of the artifact that stands where a tokenizer's would."""
+"""Kind of the artifact that takes the place of a tokenizer artifact."""
 _FOLDER, _FIELD = "given", "tokenizer.codes"
 
 
 def content_of(folder: str) -> dict[str, str]:
-    """What the action key needs of a folder of codes."""
+    """Return the digest of a folder of codes for the action key."""
     return {"codes": digest_of([sha256_file(path) for path in code_files(folder, _FIELD)])}
 
 
 def keep(context: StageContext[Any]) -> Outcome:
-    """In place of training: the given files, checked, as an artifact.
+    """Replace tokenizer training: check the given files and store them as an artifact.
 
     Raises:
         ValueError: the files are no code table, their transform is not one of ours, or a position has several codes.
@@ -43,7 +43,7 @@ def keep(context: StageContext[Any]) -> Outcome:
     if info.code_shape[:2] != (1, 1):
         raise ValueError(
             f"tokenizer.codes={context.config.codes!r} has {info.code_shape[0]} books of depth {info.code_shape[1]}; a "
-            f"language model reads several codes a position by their vectors, which a code table does not hold"
+            f"language model reads several codes per position by their vectors, which a code table does not hold"
         )
     files = [context.store.put_file(path, f"{_FOLDER}/{number:05d}.parquet") for number, path in enumerate(paths)]
     metadata = {"code_shape": list(info.code_shape), "made_by": info.tokenizer_digest}
@@ -51,10 +51,10 @@ def keep(context: StageContext[Any]) -> Outcome:
 
 
 def join(context: StageContext[Any]) -> Outcome:
-    """In place of encoding: the given rows as a code table of the recipe's images, shard by shard.
+    """Replace encoding: write the given rows as a code table of the recipe's images, shard by shard.
 
     Raises:
-        ValueError: an image of the download has no codes, or something is asked for that needs images.
+        ValueError: an image of the download has no codes, or the config has a setting that needs images.
     """
     if context.config.min_caption_match is not None:
         raise ValueError(
@@ -85,7 +85,7 @@ def join(context: StageContext[Any]) -> Outcome:
             )
         chosen = [(sample, row) for sample in samples for row in rows_of[sample.key]]
         if not chosen:
-            continue  # every URL of the shard failed
+            continue  # the shard has no image
         columns = [table_columns(sample, str(views[row])) for sample, row in chosen]
         path = context.scratch / "codes.parquet"
         write_code_shard(

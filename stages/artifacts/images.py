@@ -1,4 +1,4 @@
-"""Images of a `download` artifact as tensors, in an order that only the artifact decides."""
+"""Images of a `download` artifact as tensors, in an order that depends on the artifact alone."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from storage.store import Store
 from storage.tables import read_table
 
 _CACHE_BYTES = 2 << 30
-"""Decoded images are kept in memory while all of them fit into this, shared by the processes of a training; larger sets
-are decoded at every use."""
+"""Decoded images are cached in memory if all of them fit into this size, which the processes of a training share; the
+images of larger sets are decoded at every use."""
 
 
 @dataclass(frozen=True)
@@ -35,12 +35,12 @@ class _Place:
 
 
 class ImageSource:
-    """Random access to the good images of a download, by position.
+    """Random access to the usable images of a download by index.
 
     Attributes:
         keys: key of each image.
         captions: caption of each image.
-        columns: extra columns of the metadata (concept, category, style, ...), one value an image.
+        columns: extra columns of the metadata (concept, category, style, ...), with one value per image.
     """
 
     def __init__(
@@ -48,10 +48,10 @@ class ImageSource:
     ) -> None:
         """
         Args:
-            store: holds the download's blobs.
+            store: the store with the download.
             download: manifest of kind `image_shards`.
-            transform: how images become squares.
-            split: keep only rows whose `split` column has this value; a download without that column is all train.
+            transform: transform of images to squares.
+            split: only rows whose `split` column has this value are used; without that column all rows are train.
 
         Raises:
             ValueError: no row is left.
@@ -82,7 +82,7 @@ class ImageSource:
         return len(self.keys)
 
     def only(self, positions: list[int]) -> ImageSource:
-        """The same images in part or in another order; what is decoded already is not shared."""
+        """Return a source with some of these images, in the given order; decoded images are not shared."""
         chosen = copy.copy(self)
         chosen.keys = [self.keys[position] for position in positions]
         chosen.captions = [self.captions[position] for position in positions]
@@ -92,18 +92,18 @@ class ImageSource:
         return chosen
 
     def row(self, index: int) -> dict[str, str]:
-        """The text columns of an image, its caption as `text`."""
+        """Return the text columns of an image, with its caption as `text`."""
         return {name: values[index] for name, values in self.columns.items()} | {"text": self.captions[index]}
 
     def raw(self, index: int) -> bytes:
-        """The encoded image, as downloaded."""
+        """Return the encoded image as downloaded."""
         place = self._places[index]
         with place.shard.open("rb") as file:
             file.seek(place.offset)
             return file.read(place.size)
 
     def pixels(self, indices: list[int], crops: Sequence[RandomCrop | None] = ()) -> Tensor:
-        """uint8 `[len(indices), 3, H, W]`; cropped where there are crops, one an image."""
+        """Return uint8 `[len(indices), 3, H, W]`, cropped if there are crops, one per image."""
         chosen = crops or [None] * len(indices)
         return torch.stack([self._one(index, crop) for index, crop in zip(indices, chosen, strict=True)])
 
@@ -126,14 +126,14 @@ class ImageSource:
 
 
 class BatchReader:
-    """Images of batches; threads decode those of the next batch while the caller works with this one.
+    """Reads batches of images; threads decode the next batch while the caller processes the current one.
 
     Args:
-        source: where they are.
-        rows_of: positions of the images of each batch, by its number.
-        num_batches: how many there are; nothing after them is decoded.
-        num_threads: how many images are decoded at a time.
-        crops_of: crops of the images of each batch, by its number; none by default.
+        source: the images.
+        rows_of: returns the indices of a batch's images by its number.
+        num_batches: number of batches; nothing after them is decoded.
+        num_threads: number of images decoded at a time.
+        crops_of: returns the crops of a batch's images by its number; none by default.
     """
 
     def __init__(
@@ -156,7 +156,7 @@ class BatchReader:
         self._pool.shutdown(cancel_futures=True)
 
     def pixels(self, batch: int) -> Tensor:
-        """uint8 `[rows, 3, H, W]` of a batch, in the order of its positions."""
+        """Return a batch as uint8 `[rows, 3, H, W]`, in the order of its indices."""
         self._begin(batch)
         if batch + 1 < self._num_batches:
             self._begin(batch + 1)
@@ -172,13 +172,13 @@ class BatchReader:
 
 
 def table_columns(sample: ImageSample, view: str) -> dict[str, str | None]:
-    """The text columns that a row of a code table has of its image."""
+    """Return the text columns of a code table's row for an image and view."""
     extra = {name: str(value) for name, value in sample.json.items() if name not in ("url", *CODE_TABLE_COLUMNS)}
     return {"text": sample.text, VIEW: view, **extra}
 
 
 def _image_offsets(shard: Path) -> dict[str, tuple[int, int]]:
-    """Byte offset and size of the image of each key in a WebDataset tar."""
+    """Return the byte offset and size of the image of each key in a WebDataset tar."""
     offsets = {}
     with tarfile.open(shard) as tar:
         for member in tar:

@@ -1,4 +1,4 @@
-"""Models to files of an artifact and back: safetensors for weights, JSON for the rest."""
+"""Saving models as files of artifacts and loading them: safetensors for weights, JSON for the rest."""
 
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ logger = logging.getLogger(__name__)
 WEIGHTS = "weights.safetensors"
 TEACHER_STAGE = "prepare_teacher"
 _HEAD_BYTES = 512
-"""What is read of a weights file to tell what it is."""
+"""Number of bytes of a weights file that are read to recognise its format."""
 
 
 def put_weights(context: StageContext[Any], module: nn.Module, path: str = WEIGHTS) -> FileEntry:
-    """Save a module's parameters and buffers as safetensors into the store."""
+    """Save a module's parameters and buffers as safetensors in the store."""
     tensors = {name: value.detach().cpu().contiguous().clone() for name, value in module.state_dict().items()}
     local = context.scratch / path.replace("/", "_")
     save_file(tensors, local)
@@ -49,7 +49,7 @@ def put_weights(context: StageContext[Any], module: nn.Module, path: str = WEIGH
 
 
 def put_json(store: Store, value: Any, path: str) -> FileEntry:
-    """Save a value as canonical JSON into the store."""
+    """Save a value as canonical JSON in the store."""
     return store.put_bytes(canonical_json(value), path)
 
 
@@ -64,7 +64,7 @@ def read_weights(store: Store, manifest: Manifest, path: str = WEIGHTS) -> dict[
 
 
 def read_state(path: str | Path, field: str = "weights file") -> dict[str, Tensor]:
-    """The weights of a local file; arguments and errors as `read_checkpoint`."""
+    """Return the weights of a local file; arguments and errors as for `read_checkpoint`."""
     found = read_checkpoint(path, field)
     if found.taken:
         logger.info("%s=%s: %s", field, path, described(found))
@@ -72,22 +72,22 @@ def read_state(path: str | Path, field: str = "weights file") -> dict[str, Tenso
 
 
 def described(found: Weights) -> str:
-    """Which of a checkpoint's weights were taken."""
+    """Describe which of a checkpoint's weights were taken."""
     others = ", ".join(repr(key) for key in found.others)
     return f"took the weights under {found.taken!r}" + (f"; the file also has {others}" if others else "")
 
 
 def read_checkpoint(path: str | Path, field: str, which: str | None = None) -> Weights:
-    """The weights of a local file: safetensors, or what `torch.load(weights_only=True)` reads.
+    """Return the weights of a local file: safetensors, or what `torch.load(weights_only=True)` accepts.
 
     Args:
-        path: of the file; its content says what it is.
-        field: how messages name it, a field of the recipe for example.
-        which: as in `models.imports.weights.weights_of`.
+        path: path of the file, whose format is recognised by its content.
+        field: name of the file in messages, for example a field of the recipe.
+        which: key of the weights, as in `models.imports.weights.weights_of`.
 
     Raises:
-        ValueError: there is no such file, it is damaged or no weights, it holds objects whose loading can run code, or
-            values that are no finite numbers; the message says which.
+        ValueError: the file does not exist, is damaged or holds no weights, holds objects whose loading can run code,
+            or values that are not finite; the message says which.
     """
     label = f"{field}={str(path)!r}"
     if Path(path).is_dir():
@@ -113,13 +113,13 @@ def read_checkpoint(path: str | Path, field: str, which: str | None = None) -> W
 
 
 def _load_tensors(path: str | Path) -> Any:
-    # LlamaGen and many others save their arguments beside the weights: a Namespace is nothing but named values
-    with torch.serialization.safe_globals([Namespace]), open(path, "rb") as file:  # a name's suffix would decide
+    # LlamaGen and many others save their arguments with the weights; a Namespace only holds named values
+    with torch.serialization.safe_globals([Namespace]), open(path, "rb") as file:  # a path's suffix would matter
         return torch.load(file, weights_only=True, map_location="cpu")
 
 
 def _why_unreadable(error: Exception) -> str:
-    """What is wrong with a file that did not load, without torch's advice to load it unsafely."""
+    """Return what is wrong with a file that cannot be loaded, without torch's advice to load it unsafely."""
     text = str(error)
     if refused := re.search(r"GLOBAL ([\w.]+)", text):
         return (
@@ -137,7 +137,7 @@ def _why_unreadable(error: Exception) -> str:
 
 
 def load_teacher(store: Store, manifest: Manifest) -> Teacher:
-    """The frozen teacher of a `teacher` artifact; nothing is downloaded.
+    """Load the frozen teacher of a `teacher` artifact, without any download.
 
     Raises:
         ValueError: the artifact's description names an unknown kind.
@@ -165,7 +165,7 @@ def load_teacher(store: Store, manifest: Manifest) -> Teacher:
 
 
 def _open_clip_teacher(store: Store, manifest: Manifest, config: dict[str, Any]) -> OpenClipTeacher:
-    """With random weights. Artifacts of before the folder was kept name a model that open_clip has to find again."""
+    """Build the teacher with random weights; older artifacts without a folder name a model of open_clip instead."""
     if "name" in config:
         return OpenClipTeacher(OpenClipTeacherConfig(**config, pretrained=None))
     with store.attempt_dir() as folder:
@@ -174,19 +174,19 @@ def _open_clip_teacher(store: Store, manifest: Manifest, config: dict[str, Any])
 
 
 def _as_prepared(normalisation: PixelNormalisation, description: dict[str, Any]) -> PixelNormalisation:
-    """With the interpolation that the artifact's tokenizers were trained with, whatever its model's config says.
+    """Set the interpolation that the artifact's tokenizers were trained with, whatever its model's config says.
 
-    Where none is written it is bicubic: the most frequent one, and what everything was resized with at first.
+    Without an entry it is bicubic, the most frequent one and the only one of older artifacts.
     """
     return normalisation._replace(interpolation=description.get("interpolation", "bicubic"))
 
 
 def load_tokenizer(store: Store, digest: str) -> ImageTokenizer:
-    """The tokenizer of a `tokenizer` artifact with its teacher, in eval mode on the CPU.
+    """Load the tokenizer of a `tokenizer` artifact with its teacher, in eval mode on the CPU.
 
     Args:
-        store: holds both artifacts.
-        digest: of the tokenizer artifact.
+        store: the store with both artifacts.
+        digest: digest of the tokenizer artifact.
 
     Raises:
         ValueError: the artifact is of another kind.
@@ -195,7 +195,7 @@ def load_tokenizer(store: Store, digest: str) -> ImageTokenizer:
     if manifest.kind != "tokenizer":
         raise ValueError(
             f"artifact {digest[:12]} is of kind {manifest.kind!r}, not a tokenizer; codes of another project "
-            f"(tokenizer.kind=external) can be read, but neither encoded nor drawn"
+            f"(tokenizer.kind=external) can be read, but neither encoded nor decoded"
         )
     config = TokenizerConfig(**read_json(store, manifest, "tokenizer.json"))
     has_teacher = KINDS[config.kind].needs_teacher
@@ -206,5 +206,5 @@ def load_tokenizer(store: Store, digest: str) -> ImageTokenizer:
 
 
 def subset(config: Any, config_class: type[Any]) -> Any:
-    """The part of a stage config that a model config declares (stage configs inherit from model configs)."""
+    """Extract the model config from a stage config that inherits from it."""
     return config_class(**{name: getattr(config, name) for name in config_class.model_fields})

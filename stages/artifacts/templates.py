@@ -1,7 +1,7 @@
-"""Templates such as `Draw {caption}.`: names of columns in braces, and nothing else.
+"""Templates such as `Draw {caption}.`, which contain column names in braces and nothing else.
 
-They are no format strings of Python, in which `{caption.foo}` reads an attribute and `{caption:999999999}` asks for
-that many characters. Any column has a place: `{Image Size}`, `{a.b}`. `{{` and `}}` stand for single braces.
+They are not Python format strings, in which `{caption.foo}` would read an attribute and `{caption:999999999}` would
+pad to that length. Any column name is allowed: `{Image Size}`, `{a.b}`. `{{` and `}}` stand for single braces.
 """
 
 from __future__ import annotations
@@ -13,20 +13,20 @@ from typing import Annotated
 from pydantic import AfterValidator
 
 CAPTION = "caption"
-"""How templates name the text of an image, whatever its column is called in the data."""
+"""Name of an image's text in templates, whatever its column is called in the data."""
 _PARTS = re.compile(r"\{\{|\}\}|\{([^{}]*)\}|[{}]")
 
 
 def names_in(template: str) -> list[str]:
-    """The columns that a template names, each once.
+    """Return the column names in a template, each once.
 
     Raises:
-        ValueError: a brace stands alone, or names nothing.
+        ValueError: a brace is unmatched, or a pair of braces is empty.
     """
     names = []
     for part in _PARTS.finditer(template):
         if part[0] in ("{", "}"):
-            raise ValueError(f"the brace {part[0]!r} stands alone; write {part[0] * 2} for one that is text")
+            raise ValueError(f"the brace {part[0]!r} is unmatched; write {part[0] * 2} for one that is text")
         if part[1] is not None:
             if not part[1].strip():
                 raise ValueError(f"{part[0]!r} names no column; write for example {{{CAPTION}}}")
@@ -35,10 +35,10 @@ def names_in(template: str) -> list[str]:
 
 
 def fill(template: str, fields: Mapping[str, str]) -> str:
-    """A template with the values of its names.
+    """Fill a template with the values of its names.
 
     Raises:
-        ValueError: it names what there is not.
+        ValueError: a name is unknown.
     """
 
     def value(part: re.Match[str]) -> str:
@@ -52,12 +52,12 @@ def fill(template: str, fields: Mapping[str, str]) -> str:
 
 
 def fill_row(template: str, row: Mapping[str, str]) -> str:
-    """A template with the columns of an image; `{caption}` is its `text`."""
+    """Fill a template with the columns of an image; `{caption}` is its `text`."""
     return fill(template, {**row, CAPTION: row["text"]})
 
 
 def unknown_name(name: str, known: list[str]) -> str:
-    """What to say of a name that stands for nothing."""
+    """Return the message about an unknown name."""
     remedy = f"it can name {', '.join(sorted(known))}" if known else "the data have none"
     for mark in ":!.[":
         if name.partition(mark)[0] in known:
@@ -77,6 +77,6 @@ def _over_choice(template: str) -> str:
 
 
 Template = Annotated[str, AfterValidator(_readable)]
-"""A template over columns; the recipe knows which there are."""
+"""A template over columns; the recipe checks that they exist."""
 ChoiceTemplate = Annotated[str, AfterValidator(_over_choice)]
-"""A template over `{choice}`."""
+"""A template whose only name is `{choice}`."""

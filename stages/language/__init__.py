@@ -1,1 +1,1 @@
-"""Token sequences of text and visual codes, and what pretraining and fine-tuning share."""
+"""Token sequences of text and visual codes, and training code that pretraining and fine-tuning share."""

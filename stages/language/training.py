@@ -1,4 +1,4 @@
-"""What pretraining and fine-tuning share: rows of a code table, sequences, one optimiser step, the artifact."""
+"""Training of the language model, shared by pretraining and fine-tuning: rows, sequences, steps and the artifact."""
 
 from __future__ import annotations
 
@@ -35,44 +35,44 @@ VOCABULARY = "vocabulary.json"
 _FOLDER = "model"
 _VISUAL, _VISUAL_WEIGHTS = "visual.json", "visual.safetensors"
 _MOST_TOKENS = 4096
-"""Longest sequence unless told otherwise: models that read 32,768 tokens and more need memory for each of them."""
+"""Default limit of the sequence length, since models that read 32,768 tokens and more need much memory for them."""
 
 
 class VlmLoopConfig(SharedLoopConfig):
-    """The loop of a language model, and what lets a larger one fit."""
+    """Configuration of the language model's training loop, with settings that save memory."""
 
     micro_batch_size: NonNegativeInt = 0
-    """Sequences that a process reads at a time; the gradients of its part of the batch add up before the optimiser's
-    step (gradient accumulation). 0 reads all at once. Sums are split by it, so the last bits depend on it."""
+    """Number of sequences per forward pass of a process; gradients are accumulated over its part of the batch. 0 uses
+    all at once. The last bits of the result depend on it, because sums are split by it."""
     recompute_activations: RuntimeBool = False
-    """Forget the layers' activations in the forward pass and compute them again in the backward pass: a third more
-    time for a fraction of the memory, and the same result."""
+    """Activation checkpointing: recompute the layers' activations in the backward pass instead of storing them. It
+    takes a third more time and a fraction of the memory, with the same result."""
     max_tokens: PositiveInt | None = None
-    """Longest sequence, an image's codes and the markers among its tokens; `null` is what the language model and its
-    tokenizer say of themselves, at most 4,096. The model is asked and draws within it, too."""
+    """Length of the longest sequence, including an image's codes and the markers; `null` is the limit of the language
+    model and its tokenizer, at most 4,096. It applies to inference with the model too."""
     long_text: Literal["cut", "leave_out"] = "cut"
-    """What becomes of text that is too long to stand beside an image, whose codes are never cut: `cut` takes its end
-    away, `leave_out` the row. The stage's metrics count both."""
+    """What to do with text that does not fit into a sequence with an image, whose codes are never truncated: `cut`
+    truncates the text, `leave_out` omits the row. The stage's metrics count both."""
 
 
 SequenceMaker = Callable[[SequenceBuilder, CodedRows, int], Sequence]
 TextsOf = Callable[[dict[str, str]], list[tuple[str, ...]]]
-"""Of a row's text fields: the texts of each sequence that may be made of it."""
+"""Maps a row's text fields to the texts of each sequence that may be built from it."""
 
 
 def longest_sequence(
     asked: int | None, llm: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, stage: str = "pretrain"
 ) -> int:
-    """The tokens that a sequence may have.
+    """Return the largest number of tokens of a sequence.
 
     Args:
         asked: the config's `max_tokens`.
-        llm: whose positions are a limit, where it has one.
-        tokenizer: whose `model_max_length` counts where nothing is asked for; it is 1e30 where nobody set it.
+        llm: the language model, whose number of positions is a limit if it has one.
+        tokenizer: its `model_max_length` is used if `asked` is None; transformers sets it to 1e30 if unknown.
         stage: name of the config's section, for messages.
 
     Raises:
-        ValueError: more is asked for than the model has positions.
+        ValueError: `asked` is more than the model has positions.
     """
     positions = getattr(llm.config.get_text_config(), "max_position_embeddings", None) or _MOST_TOKENS
     if asked is None:
@@ -87,19 +87,19 @@ def longest_sequence(
 
 @dataclass(frozen=True)
 class FittingRows:
-    """The rows that a training takes, and what was found of the length of their texts."""
+    """The rows used for training, and counts of texts that are too long."""
 
     positions: list[int]
-    """Of the rows."""
+    """Indices of the rows used."""
     metrics: dict[str, int]
-    """`num_rows` there were, `num_cut` and `num_left_out` for their texts."""
+    """`num_rows` before, and how many were truncated (`num_cut`) or omitted (`num_left_out`)."""
 
 
 def fitting_rows(builder: SequenceBuilder, rows: CodedRows, texts_of: TextsOf, config: VlmLoopConfig) -> FittingRows:
-    """Find the rows with texts that are too long, and leave them out where the config says so.
+    """Find the rows with texts that are too long, and omit them if the config says so.
 
     Raises:
-        ValueError: none is left.
+        ValueError: no row is left.
     """
     places = range(len(rows))
     long = {index for index in places if not all(builder.fits(*texts) for texts in texts_of(rows.row(index)))}
@@ -108,11 +108,11 @@ def fitting_rows(builder: SequenceBuilder, rows: CodedRows, texts_of: TextsOf, c
     if not kept:
         raise ValueError(
             f"all {len(rows)} rows have text longer than the {builder.room} tokens that max_tokens="
-            f"{builder.max_tokens} leaves beside an image; raise max_tokens, or set long_text=cut"
+            f"{builder.max_tokens} leaves next to an image; raise max_tokens, or set long_text=cut"
         )
     if long and is_first_rank():
         logger.warning(
-            "%d of %d rows have text longer than the %d tokens that fit beside an image: %s",
+            "%d of %d rows have text longer than the %d tokens that fit next to an image: %s",
             len(long), len(rows), builder.room, "left out" if leave_out else "cut",
         )  # fmt: skip
     counts = {"num_cut": 0 if leave_out else len(long), "num_left_out": len(long) if leave_out else 0}
@@ -120,7 +120,7 @@ def fitting_rows(builder: SequenceBuilder, rows: CodedRows, texts_of: TextsOf, c
 
 
 class VlmTraining:
-    """One next-token loss over whatever sequences `make` writes; randomness inside `make` is torch's."""
+    """Trains with the next-token loss on sequences that `make` builds; its random choices use torch's generator."""
 
     def __init__(
         self,
@@ -135,17 +135,17 @@ class VlmTraining:
     ) -> None:
         """
         Args:
-            config: the loop.
-            seed: of the stage.
-            vlm: what is trained.
-            builder: writes its sequences.
-            rows: of the code table.
-            make: one sequence of a row.
-            texts_of: the texts of every sequence that `make` can make of a row.
-            average: what the loss is a mean over.
+            config: configuration of the training loop.
+            seed: seed of the stage.
+            vlm: the model to train.
+            builder: builds its sequences.
+            rows: rows of the code table.
+            make: builds a sequence of a row.
+            texts_of: returns the texts of every sequence that `make` may build of a row.
+            average: what the loss is averaged over.
 
         Raises:
-            ValueError: no row has text that is short enough.
+            ValueError: the text of every row is too long.
         """
         self.config, self.builder, self.rows, self.make, self.average = config, builder, rows, make, average
         self.seed = seed
@@ -159,7 +159,7 @@ class VlmTraining:
         self.sampler = EpochSampler(len(self.fitting.positions), config.batch_size, seed)
 
     def step(self, step: int) -> dict[str, Tensor]:
-        if num_ranks() > 1:  # each draws for its own part alone
+        if num_ranks() > 1:  # each rank makes random choices for its own part only
             torch.manual_seed(mix_seed(self.seed, "step", step, rank()))
         indices = self._positions(step)
         sequences = [self.make(self.builder, self.rows, index) for index in indices[own_part(len(indices))]]
@@ -172,8 +172,8 @@ class VlmTraining:
         return mean_terms({"loss": total}) | {"gradient_norm": norm}
 
     def _losses(self, batches: list[Batch], total: Tensor) -> Iterator[Tensor]:
-        """Each batch's share of the loss; their sum, which is added to `total`, averages to that of all ranks."""
-        if self.average == "token":  # ranks and parts have different numbers, and each token counts the same
+        """Yield the weighted loss of each micro-batch, and add them to `total`; its mean over ranks is the loss."""
+        if self.average == "token":  # weights by tokens, whose number differs between ranks and micro-batches
             weights = torch.tensor([float((batch.labels[:, 1:] != IGNORED).sum()) for batch in batches])
         else:
             weights = torch.tensor([float(len(batch.labels)) for batch in batches])
@@ -203,9 +203,9 @@ class VlmTraining:
 
 
 def put_vlm(context: StageContext[Any], vlm: UnifiedVlm, tokenizer: PreTrainedTokenizerFast) -> list[FileEntry]:
-    """Save a plain Hugging Face folder under `model/`, readable by transformers alone, and `vocabulary.json`.
+    """Save a Hugging Face folder under `model/`, which transformers alone can read, and `vocabulary.json`.
 
-    With several codes a position also `visual.json` and `visual.safetensors`, which need musevl.
+    With several codes per position also save `visual.json` and `visual.safetensors`, which need musevl.
     """
     folder = context.scratch / _FOLDER
     vlm.llm.save_pretrained(folder)
@@ -221,7 +221,7 @@ def put_vlm(context: StageContext[Any], vlm: UnifiedVlm, tokenizer: PreTrainedTo
 
 
 def vlm_outcome(training: VlmTraining, files: list[FileEntry], history: History) -> Outcome:
-    """The `vlm` artifact of a training, with what those who use the model need to know."""
+    """Build the outcome with the `vlm` artifact of a training, and the metadata that users of the model need."""
     builder = training.builder
     metadata = {
         "tokenizer": training.rows.info.tokenizer_digest,
@@ -232,7 +232,7 @@ def vlm_outcome(training: VlmTraining, files: list[FileEntry], history: History)
 
 
 def load_vlm(store: Store, manifest: Manifest) -> tuple[UnifiedVlm, SequenceBuilder]:
-    """The model of a `vlm` artifact, in eval mode on the CPU, and what writes its sequences."""
+    """Load the model of a `vlm` artifact in eval mode on the CPU, and its sequence builder."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     vocabulary = Vocabulary.from_json(store.read_bytes(manifest.file(VOCABULARY)).decode())
@@ -253,5 +253,5 @@ def load_vlm(store: Store, manifest: Manifest) -> tuple[UnifiedVlm, SequenceBuil
 def build_visual(
     config: VisualCodesConfig, llm: PreTrainedModel, codebooks: list[Tensor], vocabulary: Vocabulary
 ) -> VisualCodes:
-    """Both ends of the visual positions of a language model, for a tokenizer's codebooks."""
+    """Build input projections and output heads of visual positions for a tokenizer's codebooks."""
     return VisualCodes(config, llm.config.hidden_size, codebooks, vocabulary.code_shape[1])

@@ -1,1 +1,1 @@
-"""Where and how a stage computes: device, precision, child processes."""
+"""The execution environment of stages: device, precision, child processes, logging, progress, seeds."""

@@ -1,4 +1,4 @@
-"""A function in a child process, which it may bring down: its caller lives on and hears of it.
+"""Runs a function in a child process, so that a crash of the function is reported to the caller and does not kill it.
 
 python -m stages.runtime.child_process < pickled factory and arguments > pickled results
 """
@@ -15,25 +15,25 @@ from contextlib import suppress
 from typing import IO, Any
 
 DEATHS_BEFORE_ISOLATION = 2
-"""A shard on which so many workers died is worked on in a child process, and the images that bring it down are found.
-The first death is taken for chance: a machine that went away, memory that somebody else took."""
+"""After this many deaths of workers, a shard is processed in a child process to find the images that crash it. The
+first death is treated as chance: a lost machine, or memory taken by another process."""
 TRIES = 2
-"""How often an image is tried alone before it is taken for the cause; what struck once may have been chance."""
+"""Number of attempts with a single image before it is treated as the cause; one failure may be chance."""
 _PATIENCE_S = 10
-"""Seconds that a child has to end by itself."""
+"""Seconds that a child process may take to exit by itself."""
 _BROKEN_OFF = (EOFError, BrokenPipeError, pickle.UnpicklingError)
 
 
 class ChildDied(RuntimeError):
-    """The process died of what it was given."""
+    """Raised if the child process died while it processed its arguments."""
 
 
 class ChildCannotStart(RuntimeError):
-    """The process died before it was given anything."""
+    """Raised if the child process died before it received arguments."""
 
 
 class RaisedInChild(RuntimeError):
-    """An exception in the child, whose type may not travel between processes."""
+    """Stands for an exception of the child process, whose type may not be picklable."""
 
     def __init__(self, type_name: str, text: str) -> None:
         super().__init__(type_name, text)
@@ -41,16 +41,16 @@ class RaisedInChild(RuntimeError):
 
 
 def described(error: BaseException) -> str:
-    """Type and text on one line: the same words whichever process an exception was raised in."""
+    """Return an exception's type and text on one line, the same whichever process raised it."""
     raised = (error.type_name, error.text) if isinstance(error, RaisedInChild) else (type(error).__name__, str(error))
     return " ".join(": ".join(raised).split())
 
 
 class ChildProcess:
-    """A function in a child process, which is started when needed and again after it died.
+    """A function in a child process, which is started on first use and restarted after it died.
 
     Args:
-        factory: picklable; makes the function in the child.
+        factory: picklable; builds the function in the child process.
     """
 
     def __init__(self, factory: Callable[[], Callable[..., Any]]) -> None:
@@ -64,13 +64,13 @@ class ChildProcess:
         self.close()
 
     def __call__(self, *arguments: Any) -> Any:
-        """What the function returns.
+        """Call the function in the child process and return its result.
 
         Raises:
-            ChildDied: the child died of these arguments.
+            ChildDied: the child process died with these arguments.
             ChildCannotStart: it died before.
-            MemoryError: as in the child.
-            RaisedInChild: any other exception there.
+            MemoryError: the function raised MemoryError.
+            RaisedInChild: the function raised another exception.
         """
         child = self._child or self._start()
         assert child.stdin is not None and child.stdout is not None
@@ -86,13 +86,13 @@ class ChildProcess:
         raise MemoryError(text) if type_name == MemoryError.__name__ else RaisedInChild(type_name, text)
 
     def close(self) -> int | None:
-        """End the child; its exit code, None where there was no child."""
+        """End the child process; return its exit code, or None if there was none."""
         if self._child is None:
             return None
         child, self._child = self._child, None
         assert child.stdin is not None and child.stdout is not None
         with suppress(BrokenPipeError):
-            child.stdin.close()  # it ends by itself when there are no more arguments
+            child.stdin.close()  # the child exits at the end of its input
         try:
             child.wait(_PATIENCE_S)
         except subprocess.TimeoutExpired:
@@ -120,7 +120,7 @@ class ChildProcess:
 
 
 def serve(requests: IO[bytes], answers: IO[bytes]) -> None:
-    """Be the child: make the function, then call it again and again until there are no more arguments."""
+    """Serve as the child process: build the function, then call it with each arguments until the input ends."""
 
     def answer(value: Any) -> None:
         pickle.dump(value, answers)
@@ -143,8 +143,8 @@ def serve(requests: IO[bytes], answers: IO[bytes]) -> None:
 
 
 def main() -> None:
-    """Serve on stdin and stdout; whatever else prints goes to stderr."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all; the parent says so, and ends this one
+    """Serve on stdin and stdout; other output to stdout is redirected to stderr."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all processes; the parent ends this one
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
     serve(sys.stdin.buffer, answers)

@@ -1,7 +1,7 @@
-"""Where a stage computes and in which numbers: its device, its autocast type, and what `precision: auto` means here.
+"""Device and precision of a stage: its device, its autocast type, and the resolution of `precision: auto`.
 
-`auto` is decided once, before the action key is worked out, so the key and the manifest hold what it was resolved to
-and never `auto` itself.
+`auto` is resolved once, before the action key is computed, so the key and the manifest contain the resolved value and
+never `auto` itself.
 """
 
 from __future__ import annotations
@@ -24,30 +24,30 @@ logger = logging.getLogger(__name__)
 Precision = Literal["auto", "bf16", "fp32"]
 
 _WORTHWHILE = 1.2
-"""bf16 has to be this much faster where only a measurement tells, so that noise does not decide."""
+"""Speed-up from which bf16 is used on processors where it is measured, so that noise does not decide."""
 _TOKENIZER_STAGE = "train_tokenizer"
 
 C = TypeVar("C", bound=Config)
 
 
 class PrecisionConfig(Config):
-    """A stage that computes under autocast."""
+    """Configuration of a stage that computes under autocast."""
 
     precision: Precision = "auto"
-    """Autocast type of forward passes; weights stay float32. `auto` is `bf16` on a GPU and on a CPU that computes in it
-    (AVX512-BF16 or AMX), and `fp32` on other CPUs, where PyTorch emulates bf16 10 to 40 times slower. The key and the
-    manifest hold what it was resolved to."""
+    """Autocast type of forward passes; weights stay float32. `auto` is `bf16` on a GPU and on a CPU with bf16
+    instructions (AVX512-BF16 or AMX), and `fp32` on other CPUs, where PyTorch emulates bf16 10 to 40 times slower. The
+    action key and the manifest contain the resolved value."""
 
     def computes_on(self) -> str:
-        """`cuda` or `cpu`."""
+        """Return the type of the device, `cuda` or `cpu`."""
         raise NotImplementedError
 
     def native_precision(self) -> Precision:
-        """What `auto` means on this machine, unless `needs_fp32` says that it is `fp32` on all."""
+        """Return what `auto` means on this machine, unless `needs_fp32` makes it `fp32` everywhere."""
         return native_precision(self.computes_on())
 
     def needs_fp32(self, inputs: Mapping[str, Manifest]) -> bool:
-        """Whether `auto` is `fp32` on every machine: bf16 changed 6% of the codes of an imported VQ-16.
+        """Return whether `auto` means `fp32` on every machine, since bf16 changed 6% of the codes of an imported VQ-16.
 
         Args:
             inputs: the stage's input artifacts by the name of the stage that made them.
@@ -56,14 +56,14 @@ class PrecisionConfig(Config):
 
 
 def with_precision(config: C, inputs: Mapping[str, Manifest]) -> C:
-    """The config with `precision: auto` replaced by what it means on this machine; any other config as it is."""
+    """Return the config with `precision: auto` resolved for this machine; other configs are returned unchanged."""
     return acceptable_precisions(config, inputs)[0]
 
 
 def acceptable_precisions(config: C, inputs: Mapping[str, Manifest]) -> list[C]:
-    """The configs whose results satisfy this one, that of this machine first.
+    """Return the configs whose stored results are acceptable for this config, the one for this machine first.
 
-    `auto` asks for whatever suits the machine, so what a GPU made in bf16 is a result on a laptop too.
+    `auto` accepts the precision that suits any machine, so a result made in bf16 on a GPU is accepted on a laptop too.
     """
     if not isinstance(config, PrecisionConfig) or config.precision != "auto":
         return [config]
@@ -75,7 +75,7 @@ def acceptable_precisions(config: C, inputs: Mapping[str, Manifest]) -> list[C]:
 
 
 def warn_of_emulation(config: Config, section: str) -> None:
-    """Say how much slower an explicit `bf16` is on a CPU that emulates it; measuring that takes about a second."""
+    """Warn how much slower an explicit `bf16` is on a CPU that emulates it, which takes about a second to measure."""
     if not isinstance(config, PrecisionConfig) or config.precision != "bf16":
         return
     if config.computes_on() == "cpu" and native_precision("cpu") == "fp32":
@@ -89,11 +89,11 @@ def warn_of_emulation(config: Config, section: str) -> None:
 
 @functools.cache
 def native_precision(device: str) -> Precision:
-    """`bf16` where a device computes in it, else `fp32`.
+    """Return `bf16` if a device has bf16 instructions, else `fp32`.
 
     Args:
-        device: `cpu` or `cuda`. Where no GPU is in this process, `cuda` means that of a worker elsewhere, taken to have
-            bf16 as all since Ampere (2020).
+        device: `cpu` or `cuda`. If this process has no GPU, `cuda` means that of a remote worker, which is assumed to
+            have bf16, as all have since Ampere (2020).
     """
     if device != "cpu":
         emulated = torch.cuda.is_available() and not torch.cuda.is_bf16_supported(including_emulation=False)
@@ -101,13 +101,13 @@ def native_precision(device: str) -> Precision:
     has = torch.cpu.get_capabilities()
     if has.get("architecture") in ("x86_64", "amd64"):
         return "bf16" if has.get("avx512_bf16") or has.get("amx_bf16") else "fp32"
-    return "bf16" if bf16_speedup() >= _WORTHWHILE else "fp32"  # no flag tells on other processors
+    return "bf16" if bf16_speedup() >= _WORTHWHILE else "fp32"  # other processors have no flag for it
 
 
 @functools.cache
 @torch.no_grad()
 def bf16_speedup() -> float:
-    """How many times as fast this CPU is under bf16 autocast as in float32, from a convolution and a linear layer."""
+    """Measure the speed-up of bf16 autocast over float32 on this CPU, with a convolution and a linear layer."""
     layers = (
         (nn.Conv2d(64, 64, 3, padding=1), torch.zeros(1, 64, 32, 32)),
         (nn.Linear(256, 768), torch.zeros(512, 256)),
@@ -116,7 +116,7 @@ def bf16_speedup() -> float:
     def seconds(precision: Precision) -> float:
         fastest = float("inf")
         with autocast(torch.device("cpu"), precision):
-            for _ in range(4):  # the first one also chooses kernels
+            for _ in range(4):  # the first run also selects kernels
                 start = time.perf_counter()
                 for layer, images in layers:
                     layer(images)
@@ -127,15 +127,15 @@ def bf16_speedup() -> float:
 
 
 def resolve_device(name: str) -> torch.device:
-    """`auto` is the GPU of this process (the first, unless it was given another) if there is one, else the CPU."""
+    """Resolve `auto` to this process's current GPU (by default the first) if there is one, else to the CPU."""
     return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any]:
-    """bf16 autocast on `device`, or nothing for fp32.
+    """Return a context with bf16 autocast on `device`, or without autocast for fp32.
 
     Args:
-        device: where the forward pass runs.
+        device: device of the forward pass.
         precision: `bf16` or `fp32`; `auto` has to be resolved before (`with_precision`).
     """
     assert precision != "auto", "precision is resolved before a stage starts"

@@ -1,4 +1,4 @@
-"""Settings of a process that runs stages."""
+"""Set-up of a process that runs stages."""
 
 import logging
 import os
@@ -8,7 +8,7 @@ from infra.terminal import LogFormatter
 
 
 def prepare_process() -> None:
-    """What is said on the way, and no look-ups of newer versions online."""
+    """Set up logging, and switch off online checks for newer versions."""
     os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

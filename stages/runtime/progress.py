@@ -1,4 +1,4 @@
-"""Progress bars over everything that takes long."""
+"""Progress bars of everything that takes long."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ T = TypeVar("T")
 
 
 def progress(total: int, label: str, *, initial: int = 0, delay: float = 0.0) -> tqdm[Any]:
-    """A progress bar on a terminal; in a log, a line at the start and then every half minute.
+    """Build a progress bar for a terminal; in a log it prints a line at the start and then every half minute.
 
     Args:
-        total: of what is counted.
-        label: what is done.
-        initial: what is done already.
-        delay: seconds without any bar, for what is mostly done before.
+        total: total count.
+        label: description of the work.
+        initial: count that is done already.
+        delay: seconds before the bar appears, for work that is usually done sooner.
     """
     interval = 0.5 if sys.stderr.isatty() else 30.0
     return _Bar(
@@ -30,14 +30,14 @@ def progress(total: int, label: str, *, initial: int = 0, delay: float = 0.0) ->
         delay=delay,
         mininterval=min(interval, delay or interval),
         maxinterval=interval,
-        miniters=1,  # the time alone decides: items are slow and of different size
+        miniters=1,  # updates depend on time only, because items are slow and of different size
         dynamic_ncols=True,
         disable=not is_first_rank(),
     )
 
 
 class _Bar(tqdm):
-    """A bar whose first line may come sooner than the interval between lines."""
+    """A bar whose first line may appear earlier than the interval between lines."""
 
     def display(self, *arguments: Any, **named: Any) -> Any:
         self.mininterval = self.maxinterval
@@ -45,7 +45,7 @@ class _Bar(tqdm):
 
 
 def in_batches(count: int, batch_size: int, label: str) -> Generator[list[int], None, None]:
-    """The positions 0 to `count - 1` in batches, in order, with a progress bar over them."""
+    """Yield the indices 0 to `count - 1` in batches, with a progress bar."""
     with progress(count, label) as bar:
         for start in range(0, count, batch_size):
             batch = list(range(start, min(start + batch_size, count)))
@@ -54,7 +54,7 @@ def in_batches(count: int, batch_size: int, label: str) -> Generator[list[int], 
 
 
 def tracked(results: Iterator[T], total: int, label: str, *, delay: float = 0.0) -> Generator[T, None, None]:
-    """Draw a progress bar over results that arrive one by one; closed, it lets go of them, and their workers end."""
+    """Yield results with a progress bar; closing this generator closes `results`, which ends its workers."""
     with progress(total, label, delay=delay) as bar:
         for result in results:
             bar.update()

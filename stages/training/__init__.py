@@ -1,1 +1,1 @@
-"""The training loop, alone or shared by several processes."""
+"""The training loop, in one process or in several with data parallelism."""

@@ -1,7 +1,7 @@
-"""The loop of every training stage: seeded by step, checkpointed, resumable to the bit.
+"""The loop of every training stage: seeded by step, checkpointed, and bit-exact when resumed.
 
-All randomness is a function of (seed, step): the order of the data, augmentation, dropout, restarts of codes. So a
-checkpoint needs no generator state, and a run that was killed and resumed takes the same steps as one that was not.
+All randomness (the order of the data, augmentation, dropout, restarts of codes) is a function of (seed, step). So a
+checkpoint needs no generator state, and a run that is killed and resumed takes the same steps as an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -39,85 +39,85 @@ _CHECKPOINT = "checkpoint.pt"
 
 
 class OptimiserConfig(Config):
-    """AdamW with warm-up and cosine decay."""
+    """AdamW with a learning-rate schedule of linear warm-up and cosine decay."""
 
     learning_rate: PositiveFloat = 1e-4
     """Peak learning rate."""
     final_learning_rate_fraction: Fraction = 0.05
     """Learning rate at the last step, as a fraction of the peak."""
     warmup_steps: NonNegativeInt = 100
-    """Steps from zero to the peak."""
+    """Number of steps of linear warm-up from zero to the peak."""
     betas: tuple[BelowOne, BelowOne] = (0.9, 0.95)
-    """Adam's decay rates."""
+    """Decay rates of Adam's moving averages."""
     weight_decay: NonNegativeFloat = 1e-4
-    """Decoupled weight decay of matrices; biases, norms and other vectors have none."""
+    """Decoupled weight decay of matrices and kernels; biases, norms and other vectors have none."""
     gradient_clip: PositiveFloat | None = 1.0
-    """Largest gradient norm; `null` leaves gradients as they are."""
+    """Largest gradient norm; `null` turns clipping off."""
 
 
 class LoopConfig(PrecisionConfig):
     """Length of a training stage and what it records."""
 
     steps: PositiveInt = 1000
-    """Optimiser steps."""
+    """Number of optimiser steps."""
     batch_size: PositiveInt = 32
-    """Samples a step."""
+    """Number of samples per step, over all workers."""
     optimiser: OptimiserConfig = OptimiserConfig()
-    """Optimiser and schedule."""
+    """Optimiser and learning-rate schedule."""
     cpu_threads: PositiveInt = 2
-    """Threads of the CPU's kernels. Sums are split over them, so the last bits of the result depend on their number: it
-    is a setting, not the number of cores, and the same recipe gives the same result on a larger machine."""
+    """Number of threads of PyTorch on the CPU. The last bits of the result depend on it, because sums are split over
+    threads. So it is a setting and not the number of cores, and a recipe gives the same result on a larger machine."""
     log_every: PositiveInt = 20
-    """Steps between points of the loss curves; a point is the mean since the last."""
+    """Number of steps between points of the loss curves; a point is the mean since the previous one."""
     checkpoint_every: RuntimeInt = 200
-    """Steps between checkpoints."""
+    """Number of steps between checkpoints."""
     device: Device = "auto"
-    """`auto` (a GPU if there is one), `cpu`, `cuda`."""
+    """`auto` (a GPU if there is one), `cpu` or `cuda`."""
     tensorboard: RuntimeStr = ""
-    """Folder for TensorBoard events of this stage, loss curves and pictures; empty writes none."""
+    """Folder for TensorBoard events of this stage (loss curves and images); empty writes none."""
     pictures_every: RuntimeInt = 500
-    """Steps between pictures in TensorBoard; only a tokenizer has any."""
+    """Number of steps between images in TensorBoard; only tokenizer training has images."""
 
     def computes_on(self) -> str:
         return resolve_device(self.device).type
 
 
 class Trainable(Protocol):
-    """What the loop drives."""
+    """The interface of what the loop trains."""
 
     def step(self, step: int) -> dict[str, Tensor]:
-        """Take one optimiser step and return its loss terms, scalars."""
+        """Take one optimiser step and return its scalar loss terms."""
         ...
 
     def batch_keys(self, step: int) -> list[str]:
-        """Keys of the samples of a step, for error messages."""
+        """Return the keys of the samples of a step, for error messages."""
         ...
 
     def pictures(self) -> dict[str, Tensor]:
-        """What can be looked at, uint8 `[3, H, W]` by name; must change nothing, random numbers included."""
+        """Return images for TensorBoard, uint8 `[3, H, W]` by name, without changing any state or random numbers."""
         ...
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that changes: weights, buffers, optimiser state."""
+        """Return the complete state of the training: weights, buffers, optimiser state."""
         ...
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take a state back."""
+        """Load a state that `state_dict` returned."""
         ...
 
 
 class History:
-    """Points of the loss curves: (step, name, value)."""
+    """The points of the loss curves: (step, name, value)."""
 
     def __init__(self) -> None:
         self.points: list[tuple[int, str, float]] = []
 
     def add(self, step: int, name: str, value: float) -> None:
-        """Record one value."""
+        """Add one point."""
         self.points.append((step, name, value))
 
     def last(self, name: str) -> float:
-        """The newest value of a name."""
+        """Return the last value of a name."""
         return next(value for _, recorded, value in reversed(self.points) if recorded == name)
 
     def save(self, context: StageContext[Any]) -> FileEntry:
@@ -136,9 +136,9 @@ class History:
 
 
 def train(context: StageContext[Any], trainable: Trainable, config: LoopConfig) -> History:
-    """Run the loop from the newest checkpoint, if any, to the last step.
+    """Run the loop from the latest checkpoint, if any, to the last step.
 
-    Where several processes share it, all take the same steps; the first one alone writes checkpoints and events.
+    With several ranks all take the same steps; only rank 0 writes checkpoints and TensorBoard events.
 
     Raises:
         ValueError: a loss is not finite; the message names the step, the term and the batch's keys.
@@ -171,21 +171,21 @@ def train(context: StageContext[Any], trainable: Trainable, config: LoopConfig) 
 
 
 def _tensorboard(folder: str, done: int) -> SummaryWriter:
-    from torch.utils.tensorboard import SummaryWriter  # half a second that a run without it need not wait
+    from torch.utils.tensorboard import SummaryWriter  # imported here because it takes half a second
 
-    # a run that was killed wrote points of the steps since its checkpoint, which this one takes again
+    # discard events that a killed run has written after its checkpoint, since those steps are repeated
     return SummaryWriter(folder, purge_step=done + 1)
 
 
 class EpochSampler:
-    """Positions of each batch: every epoch is its own permutation, a function of (seed, epoch) alone."""
+    """Sampler of batches: every epoch is a permutation of all samples that depends on (seed, epoch) alone."""
 
     def __init__(self, num_samples: int, batch_size: int, seed: int) -> None:
         self.num_samples, self.batch_size, self.seed = num_samples, batch_size, seed
         self._epoch, self._order = -1, torch.empty(0, dtype=torch.long)
 
     def batch(self, step: int) -> list[int]:
-        """Positions of batch number `step`; a batch may span two epochs."""
+        """Return the sample indices of batch number `step`; a batch may span two epochs."""
         start = step * self.batch_size
         return [self._at(position) for position in range(start, start + self.batch_size)]
 
@@ -200,12 +200,12 @@ class EpochSampler:
 def build_optimiser(
     module: nn.Module, config: OptimiserConfig, fractions: Mapping[str, float] = MappingProxyType({})
 ) -> torch.optim.AdamW:
-    """AdamW over the parameters that need gradients; only matrices and kernels decay.
+    """Build AdamW for the parameters that require gradients, with weight decay for matrices and kernels only.
 
     Args:
-        module: what is trained.
-        config: rate, decay, schedule.
-        fractions: attribute name of submodules, at any level, to their part of the learning rate; all others have 1.
+        module: the module to train.
+        config: learning rate, weight decay and schedule.
+        fractions: fraction of the learning rate by attribute name of submodules at any level; 1 for all others.
     """
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in module.named_parameters():
@@ -227,15 +227,16 @@ def optimise(
     step: int,
     steps: int,
 ) -> Tensor:
-    """Backward, mean over ranks, clip, schedule and one optimiser step.
+    """Take one optimiser step: backward, all-reduce of gradients, clipping, learning-rate schedule, update.
 
     Args:
-        losses: parts of one sum, each taken back before the next one is asked for, so that only one graph exists.
-        module: what is trained.
-        optimiser: its own.
-        config: clipping and schedule.
+        losses: terms of a sum (gradient accumulation); each is back-propagated before the next one is computed, so that
+            only one graph is in memory.
+        module: the module to train.
+        optimiser: its optimiser.
+        config: gradient clipping and learning-rate schedule.
         step: number of this step.
-        steps: of the whole training.
+        steps: number of steps of the whole training.
 
     Returns:
         The gradient norm before clipping.
@@ -252,7 +253,7 @@ def optimise(
 
 
 def schedule(step: int, steps: int, config: OptimiserConfig) -> float:
-    """Learning rate of a step as a fraction of the peak: linear warm-up, then cosine to the final fraction."""
+    """Return the learning rate of a step as a fraction of the peak: linear warm-up, then cosine decay."""
     if step < config.warmup_steps:
         return (step + 1) / config.warmup_steps
     progressed = (step - config.warmup_steps) / max(1, steps - config.warmup_steps)
@@ -262,9 +263,9 @@ def schedule(step: int, steps: int, config: OptimiserConfig) -> float:
 
 @contextmanager
 def thread_count(config: Config) -> Iterator[None]:
-    """The threads that a training stage's config asks for, and the caller's own again afterwards.
+    """Set PyTorch's number of threads to that of a training stage's config, and restore it afterwards.
 
-    Whatever ran in this process before must not reach the result.
+    The result must not depend on what ran in this process before.
     """
     before = torch.get_num_threads()
     try:

@@ -1,4 +1,4 @@
-"""A training stage in several processes that share every batch (data parallelism)."""
+"""Data-parallel training: a stage in several processes, each of which computes a part of every batch."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ from storage.store import Store
 
 
 class SharedLoopConfig(LoopConfig):
-    """A loop whose batches several processes can share."""
+    """Configuration of a training loop with data parallelism."""
 
     num_workers: PositiveInt = 1
-    """Processes that share each batch: every one has a copy of the model and an equal part of `batch_size`, and their
-    gradients are averaged. On a GPU cluster one for each GPU. Sums are split over them, so the last bits of the result
-    depend on their number."""
+    """Number of data-parallel worker processes: each has a copy of the model and an equal part of `batch_size`, and
+    their gradients are averaged. On a GPU cluster use one per GPU. The last bits of the result depend on the number,
+    because sums are split over the workers."""
     gpus_per_worker: RuntimeFloat = 0.0
-    """GPUs that each of several workers holds, 1 or 0; they then train there, and on the CPU without. One worker alone
-    takes what `device` says."""
+    """Number of GPUs that each of several workers reserves, 1 or 0: they train on the GPU, or on the CPU without one. A
+    single worker uses `device`."""
 
     @model_validator(mode="after")
     def _check_parts(self) -> SharedLoopConfig:
         if self.batch_size % self.num_workers:
             raise ValueError(
-                f"batch_size={self.batch_size} cannot be shared equally by num_workers={self.num_workers}; make it a "
-                "multiple"
+                f"batch_size={self.batch_size} cannot be divided equally among num_workers={self.num_workers}; make "
+                "it a multiple"
             )
         if self.num_workers == 1:
             return self
@@ -57,20 +57,20 @@ class SharedLoopConfig(LoopConfig):
 
     @property
     def shared_device(self) -> str:
-        """Where each of several workers trains: on the GPU that it holds, else on the CPU."""
+        """The device of each of several workers: its GPU if it reserves one, else the CPU."""
         return "cuda" if self.gpus_per_worker else "cpu"
 
 
 def run_shared(context: StageContext[Any], function: Callable[[StageContext[Any]], Outcome | None]) -> Outcome:
-    """Run a stage's function here, or in the number of processes that its config asks for.
+    """Run a stage's function in this process, or in as many worker processes as its config asks for.
 
     Args:
-        context: of the stage; its config is a `SharedLoopConfig`.
-        function: of a module; makes the outcome. In several processes `torch.distributed` is ready, and what it
-            returns counts in the first one alone.
+        context: context of the stage; its config is a `SharedLoopConfig`.
+        function: module-level function that returns the outcome. In several processes `torch.distributed` is
+            initialised, and only the outcome of rank 0 is used.
     """
     config: SharedLoopConfig = context.config
-    if config.num_workers == 1 or not config.steps:  # without steps there is nothing to share
+    if config.num_workers == 1 or not config.steps:  # without steps there is nothing to parallelise
         outcome = function(context)
     else:
         outcome = context.executor.run_together(
@@ -85,7 +85,7 @@ def run_shared(context: StageContext[Any], function: Callable[[StageContext[Any]
 
 @dataclass(frozen=True)
 class _Part:
-    """What one of several processes does; travels there."""
+    """Picklable description of the work of a training process; calling it in the process runs the stage's function."""
 
     function: Callable[[StageContext[Any]], Outcome | None]
     config: SharedLoopConfig

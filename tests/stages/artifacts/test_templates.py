@@ -32,7 +32,7 @@ def test_nothing_but_a_columns_name_stands_in_braces(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("template", "message"), [("a {b", "stands alone"), ("a }", "stands alone"), ("{}", "names no")]
+    ("template", "message"), [("a {b", "is unmatched"), ("a }", "is unmatched"), ("{}", "names no")]
 )
 def test_a_template_that_cannot_be_read_says_what_to_write(template: str, message: str) -> None:
     with pytest.raises(ValueError, match=f"{message}.*write"):

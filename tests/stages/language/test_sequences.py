@@ -135,5 +135,5 @@ def test_what_fits_is_what_is_not_cut(text: str, fits: bool) -> None:
 
 
 def test_a_limit_that_holds_no_image_is_refused_with_a_way_out() -> None:
-    with pytest.raises(ValueError, match=r"max_tokens=9 leaves no room for text beside an image of 4 codes.*longer"):
+    with pytest.raises(ValueError, match=r"max_tokens=9 leaves no space for text next to an image of 4 codes.*longer"):
         builder_of(1, 9)

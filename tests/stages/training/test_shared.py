@@ -83,7 +83,7 @@ def test_activations_that_are_computed_again_give_the_same_result(tiny_run: Tiny
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (["num_workers=3"], "batch_size=16 cannot be shared equally by num_workers=3"),
+        (["num_workers=3"], "batch_size=16 cannot be divided equally among num_workers=3"),
         (["num_workers=2", "gpus_per_worker=0.5"], "gpus_per_worker=0.5.*cannot share a GPU"),
         (["num_workers=2", "gpus_per_worker=1", "device=cpu"], "device=cpu does not fit gpus_per_worker=1"),
         (["num_workers=2", "device=cuda"], "device=cuda does not fit gpus_per_worker=0"),
