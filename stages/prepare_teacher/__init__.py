@@ -1,1 +1,1 @@
-"""The frozen encoder that gives semantic features."""
+"""Preparation of the frozen encoder whose semantic features the tokenizers use."""

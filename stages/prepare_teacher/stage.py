@@ -1,8 +1,8 @@
-"""Makes the frozen semantic encoder an artifact: snapshots a published one, or aligns a small one with the captions.
+"""Stores the frozen semantic encoder as an artifact: a copy of a published one, or a small one aligned with captions.
 
-Published teachers (SigLIP, SigLIP2, CLIP) are copied into the store once, so that every later stage finds the same
-bytes without a hub. A backbone without a text tower can get a small head that is aligned with the captions of the
-training split by SigLIP's pairwise sigmoid loss (arXiv 2303.15343, section 3.2).
+Published teachers (SigLIP, SigLIP2, CLIP) are copied into the store once, so that every later stage uses the same bytes
+without a hub. A backbone without a text tower can get a small head that is aligned with the captions of the training
+split by SigLIP's pairwise sigmoid loss (arXiv 2303.15343, section 3.2).
 """
 
 from __future__ import annotations
@@ -55,28 +55,28 @@ TeacherConfig = Annotated[
 
 
 class PrepareTeacherConfig(LoopConfig):
-    """The teacher, and the alignment of its head where it has one to train."""
+    """The teacher, and the training of its text-aligned head if it has one."""
 
     model: TeacherConfig = BackboneTeacherConfig()
-    """Which frozen encoder."""
+    """The frozen encoder."""
     transform: TransformConfig = TransformConfig(image_size=128)
-    """How training images of the head are shaped."""
+    """Transform of the head's training images."""
     max_images: PositiveInt = 20_000
-    """The head trains on at most this many images, the first by key: their backbone features are kept in memory."""
+    """Largest number of training images of the head, the first by key; their backbone features are kept in memory."""
     steps: PositiveInt = 600
-    """Optimiser steps of the head; nothing else is trained."""
+    """Number of optimiser steps of the head; nothing else is trained."""
     batch_size: PositiveInt = 256
-    """Image-caption pairs a step."""
+    """Number of image-caption pairs per step."""
     optimiser: OptimiserConfig = OptimiserConfig(learning_rate=2e-3, weight_decay=1e-2, warmup_steps=20)
     """Optimiser of the head."""
     precision: Precision = "auto"
     """Autocast type of the backbone; the head trains in float32. `auto` is `bf16` on a GPU and `fp32` on a CPU."""
     device: Device = "auto"
-    """Where the backbone computes: `auto` (a GPU if there is one), `cpu`, `cuda`. The head is small and trains on the
+    """Device of the backbone: `auto` (a GPU if there is one), `cpu` or `cuda`. The head is small and trains on the
     CPU."""
 
     def native_precision(self) -> Precision:
-        """On a CPU fp32 even where it has bf16: the features of small data cost little; all else rests on them."""
+        """Return fp32 for every CPU: features of small data cost little time, and all later stages depend on them."""
         return "fp32" if self.computes_on() == "cpu" else super().native_precision()
 
 
@@ -131,10 +131,10 @@ def _put_folder(store: Store, folder: Path) -> list[FileEntry]:
 
 
 def _description(store: Store, model: Config, words: list[str], normalisation: PixelNormalisation) -> FileEntry:
-    """What builds the teacher again around its stored files, without saying where they came from."""
+    """Store what is needed to rebuild the teacher from its stored files, without their origin."""
     config = model.model_dump(mode="json", exclude={"name", "path", "pretrained", "weights"})
     description: dict[str, Any] = {"config": config, "words": words}
-    if normalisation.interpolation != "bicubic":  # left out where it is: `stages.artifacts.models` says why
+    if normalisation.interpolation != "bicubic":  # omitted if bicubic, see `_as_prepared` in stages.artifacts.models
         description["interpolation"] = normalisation.interpolation
     return put_json(store, description, "teacher.json")
 
@@ -164,7 +164,7 @@ def _backbone_teacher(
 def _features(
     teacher: BackboneTeacher, source: ImageSource, count: int, device: torch.device, precision: str
 ) -> Tensor:
-    """Backbone features of the images and of their mirror images, `[2, N, h, w, C]` bf16 on the CPU."""
+    """Compute backbone features of the images and their mirror images, `[2, N, h, w, C]` bf16 on the CPU."""
     teacher.backbone.to(device)
     views: list[list[Tensor]] = [[], []]
     for rows in in_batches(count, 16, "features of training images"):
@@ -178,7 +178,7 @@ def _features(
 
 
 class _Alignment:
-    """Trains the head with SigLIP's loss: each image against each caption of the batch, a yes or no a pair."""
+    """Trains the head with SigLIP's loss: binary classification of each pair of an image and a caption in the batch."""
 
     def __init__(
         self,
@@ -232,7 +232,7 @@ def _package_weights() -> Path:
 
 
 def _weights_file(model: BackboneTeacherConfig) -> Path | None:
-    """The file with the backbone's weights, or None for timm's own download."""
+    """Return the file with the backbone's weights, or None if timm downloads them."""
     if model.weights == "hub":
         return None
     path = _package_weights() if model.weights == _PACKAGE else Path(model.weights)
@@ -257,9 +257,9 @@ def _backbone_state(model: BackboneTeacherConfig) -> dict[str, Tensor]:
 
 
 def _external_inputs(config: PrepareTeacherConfig) -> dict[str, str]:
-    """Packaged weights count by their bytes; those that a path names do so in the config already."""
+    """Return the checksum of packaged weights; weights given by a path enter the key with the config already."""
     if not isinstance(config.model, BackboneTeacherConfig):
-        # a stage version of their own: artifacts of before lack files, and the interpolation of the model's config
+        # a separate version: older artifacts lack files and the interpolation of the model's config
         return {"layout": "2"}
     path = _weights_file(config.model)
     return {"backbone_weights": sha256_file(path)} if path and config.model.weights == _PACKAGE else {}

@@ -1,4 +1,4 @@
-"""Pretraining: image-text pairs in both orders, next-token loss on every token (MUSE-VL, section 3.2, stage 1)."""
+"""Pretraining on image-text pairs in both orders, next-token loss on all tokens (MUSE-VL, section 3.2, stage 1)."""
 
 from __future__ import annotations
 
@@ -46,19 +46,19 @@ class PretrainConfig(VlmLoopConfig):
     llm: LlmConfig = LlmConfig()
     """The base language model."""
     visual: VisualCodesConfig = VisualCodesConfig()
-    """Depth transformers for tokenizers with several codes a position."""
+    """Depth transformers for tokenizers with several codes per position."""
     image_first_fraction: Fraction = 0.5
-    """Part of the pairs that are written image first; the others text first."""
+    """Fraction of the pairs with the image first; the others have the text first."""
     caption_dropout: Fraction = 0.1
-    """Part of the text-first pairs whose text is left out, which makes guidance possible."""
+    """Fraction of the text-first pairs whose text is dropped, which enables classifier-free guidance."""
     extra_texts: tuple[str, ...] = ()
-    """Texts that the BPE of a small LLM also sees, for example the questions of fine-tuning."""
+    """Additional training texts for the BPE of a small LLM, for example the questions of fine-tuning."""
     steps: PositiveInt = 1000
-    """Optimiser steps."""
+    """Number of optimiser steps."""
 
 
 def run(context: StageContext[PretrainConfig]) -> Outcome:
-    """Make the `vlm` artifact: a plain Hugging Face folder, `vocabulary.json` and loss curves."""
+    """Make the `vlm` artifact: a Hugging Face folder, `vocabulary.json` and loss curves."""
     return run_shared(context, _train)
 
 
@@ -77,7 +77,7 @@ def _train(context: StageContext[PretrainConfig]) -> Outcome | None:
 
 
 def build_unified(config: PretrainConfig, store: Store, rows: CodedRows) -> tuple[UnifiedVlm, PreTrainedTokenizerFast]:
-    """The language model with its vocabulary grown by the codes of a table, or with depth transformers for them."""
+    """Build the language model with a vocabulary extended by a table's codes, or with depth transformers for them."""
     info = rows.info
     known_codes = 0
     if config.llm.base == "small":
@@ -111,7 +111,7 @@ def _sequence_maker(config: PretrainConfig) -> SequenceMaker:
         image_first, dropped = torch.rand(2).tolist()
         first = image_first < config.image_first_fraction
         text = "" if not first and dropped < config.caption_dropout else rows.columns["text"][index]
-        seen = index if first else rows.originals[index]  # a turned or moved picture is read, but not what to draw
+        seen = index if first else rows.originals[index]  # augmented views are used as input only, never as targets
         return builder.pretraining(text, rows.codes[seen], image_first=first)
 
     return make

@@ -30,47 +30,49 @@ from stages.training.shared import run_shared
 
 
 class QuestionTemplate(Config):
-    """A question about an image and its answer; `{name}` is a column of the code table, `{caption}` its text."""
+    """A question about an image and its answer; `{name}` is a column of the code table, `{caption}` is its `text`."""
 
     question: Template
-    """For example `What is in the picture?`."""
+    """Template of the question, for example `What is in the picture?`."""
     answer: Template
-    """For example `{caption}`."""
+    """Template of the answer, for example `{caption}`."""
     weight: NonNegativeFloat = 1.0
-    """How often it is asked, relative to the other questions."""
+    """Frequency relative to the other questions."""
 
 
 class SftConfig(VlmLoopConfig):
-    """The mixture and its training."""
+    """The mixture of tasks and its training."""
 
     understanding_weight: NonNegativeFloat = 1.0
-    """Share of questions about images in the mixture, relative to `generation_weight`."""
+    """Frequency of questions about images in the mixture, relative to `generation_weight`."""
     generation_weight: NonNegativeFloat = 1.0
-    """Share of drawing requests in the mixture."""
+    """Frequency of image generation in the mixture, relative to `understanding_weight`."""
     questions: tuple[QuestionTemplate, ...] = (
         QuestionTemplate(question="What is in the picture?", answer="{caption}"),
     )
-    """Understanding: image in the prompt, loss on the answer."""
+    """Questions for understanding: the image is in the prompt, and the loss is on the answer."""
     prompts: tuple[Template, ...] = ("Draw {caption}.",)
-    """Generation: text in the prompt, loss on the image; one is drawn at random."""
+    """Prompts for generation, of which one is chosen at random: the text is in the prompt, and the loss is on the
+    image."""
     caption_dropout: Fraction = 0.1
-    """Part of the drawing requests whose text is left out, which makes guidance possible."""
+    """Fraction of the generation prompts whose text is dropped, which enables classifier-free guidance."""
     understanding_code_dropout: Fraction = 0.0
-    """Part of the image's codes that is replaced by random codes in understanding sequences: an augmentation against
-    learning small data by heart."""
+    """Fraction of an image's codes that is replaced by random codes in understanding sequences: an augmentation against
+    overfitting to small data."""
     generation_code_dropout: Fraction = 0.0
-    """Part of the codes already drawn that is replaced by random codes in drawing sequences; the loss still asks for
-    the true ones. Otherwise small data is learned by heart from the codes before, and the prompt hardly read. Infinity
-    (arXiv:2412.04431) flips bits of the context for another reason: errors that add up while drawing."""
+    """Fraction of the input codes that is replaced by random codes in generation sequences; the targets of the loss
+    stay the true ones. Without it, small data is memorised from the previous codes and the prompt hardly used. Infinity
+    (arXiv:2412.04431) flips bits of the context for another reason: errors that accumulate during sampling."""
     loss_average: LossAverage = "token"
-    """What the loss is a mean over: `token`s of the batch, or its `sequence`s. Drawing an image has a loss on each of
-    its codes, an answer on a few tokens: by `token`, drawing gets nearly all of the gradient whatever the weights."""
+    """What the loss is averaged over: the `token`s of the batch, or its `sequence`s. A generated image has a loss on
+    each of its codes, an answer on a few tokens only: with `token`, generation gets nearly all of the gradient whatever
+    the weights."""
     steps: PositiveInt = 1000
-    """Optimiser steps."""
+    """Number of optimiser steps."""
 
 
 def run(context: StageContext[SftConfig]) -> Outcome:
-    """Make the `vlm` artifact: a plain Hugging Face folder, `vocabulary.json` and loss curves."""
+    """Make the `vlm` artifact: a Hugging Face folder, `vocabulary.json` and loss curves."""
     return run_shared(context, _train)
 
 
@@ -116,7 +118,7 @@ def _sequence_maker(config: SftConfig) -> SequenceMaker:
             template = config.questions[int(torch.multinomial(question_weights, 1))]
             seen = _partly_random(codes, config.understanding_code_dropout, builder)
             return builder.understanding(seen, fill_row(template.question, row), fill_row(template.answer, row))
-        codes = rows.codes[rows.originals[index]]  # a turned or moved picture is read, but not what to draw
+        codes = rows.codes[rows.originals[index]]  # augmented views are used as input only, never as targets
         prompt = fill_row(config.prompts[int(torch.randint(len(config.prompts), ()))], row)
         dropped = bool(torch.rand(()) < config.caption_dropout)
         seen = _partly_random(codes, config.generation_code_dropout, builder)
@@ -126,7 +128,7 @@ def _sequence_maker(config: SftConfig) -> SequenceMaker:
 
 
 def _partly_random(codes: Tensor, part: float, builder: SequenceBuilder) -> Tensor:
-    """Codes `[N, D, h, w]` with all codes of some positions replaced."""
+    """Replace all codes of some positions of `[N, D, h, w]` by random codes."""
     sizes = builder.vocabulary.codebook_sizes
     noise = torch.stack(
         [torch.randint(size, book.shape, dtype=book.dtype) for size, book in zip(sizes, codes, strict=True)]

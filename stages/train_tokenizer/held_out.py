@@ -1,4 +1,4 @@
-"""What a trained tokenizer measures on the held-out images; the numbers of its artifact.
+"""Metrics of a trained tokenizer on the held-out images, which are the metrics of its artifact.
 
 Shape legend: B batch, N books, D depth, h w code grid.
 """
@@ -26,34 +26,35 @@ _MEANS = ("psnr", "ssim", "lpips", "perceptual", "semantic_cosine")
 
 
 class HeldOutResult(NamedTuple):
-    """What was measured."""
+    """The metrics and their settings."""
 
     metrics: dict[str, float]
     settings: dict[str, Any]
-    """What belongs beside the numbers: split, images, classes, and the space of the Fréchet distance."""
+    """What should be reported with the metrics: split, images, classes, and the feature space of the Fréchet
+    distance."""
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Held-out images and how a tokenizer is measured on them."""
+    """Held-out images and the measurement of a tokenizer on them."""
 
     source: ImageSource
     split: str
-    """Name of these images."""
+    """Name of the split of the images."""
     space: FeatureSpace | None
-    """None where there is neither a teacher nor Inception."""
+    """Feature space of the Fréchet distance; None if there is neither a teacher nor Inception."""
     task: ZeroShot | None
-    """None without a teacher that has a text tower."""
+    """The zero-shot classification; None without a teacher that has a text tower."""
     perceptual: Perceptual | None
-    """None where training has none."""
+    """The perceptual distance; None if training has none."""
     device: torch.device
-    """Where tokenizer and teacher are."""
+    """Device of the tokenizer and the teacher."""
     precision: str
-    """Autocast type."""
+    """Autocast type: `bf16` or `fp32`."""
 
     @torch.no_grad()
     def measure(self, tokenizer: ImageTokenizer) -> HeldOutResult:
-        """Distances of image pairs and of the two sets, codebook use, semantic cosine and zero-shot accuracy."""
+        """Measure distances of image pairs and of both sets, codebook usage, semantic cosine and zero-shot accuracy."""
         parts: dict[str, list[Tensor]] = {}
         own = self._own_batches()
         measured = [self._batch(tokenizer, rows) for rows in tracked(iter(own), len(own), "held-out images, batches")]
@@ -71,7 +72,7 @@ class HeldOut:
             for name in ("zero_shot", "zero_shot_teacher"):
                 if name in found:
                     metrics[f"{name}_top1"] = float((found[name] == 0).double().mean())
-        if self.space is not None and len(self.source) > 1:  # one image has no spread
+        if self.space is not None and len(self.source) > 1:  # one image has no covariance
             distance = self.space.distance
             metrics[distance.metric] = frechet_distance(found["reconstructions"], found["originals"])
             size = self.source.transform.image_size
@@ -79,14 +80,14 @@ class HeldOut:
         return HeldOutResult(metrics, settings)
 
     def _own_batches(self) -> list[list[int]]:
-        """This rank's part of the images, in order."""
+        """Return this rank's batches of the images, in order."""
         every = list(range(len(self.source)))
         batches = [every[start : start + _BATCH] for start in range(0, len(every), _BATCH)]
         each = -(-len(batches) // num_ranks())
         return batches[rank() * each : (rank() + 1) * each]
 
     def _batch(self, tokenizer: ImageTokenizer, rows: list[int]) -> dict[str, Tensor]:
-        """For each row what is averaged or compared later, on the CPU."""
+        """Compute for each row what is averaged or compared later; the tensors are on the CPU."""
         pixels = self.source.pixels(rows)
         images = normalise(pixels.to(self.device))
         with autocast(self.device, self.precision):

@@ -1,4 +1,4 @@
-"""Trains an image tokenizer: the generator and its discriminator, with losses as the papers give them."""
+"""Training of an image tokenizer with a discriminator, with the losses of the papers."""
 
 from __future__ import annotations
 
@@ -53,52 +53,53 @@ logger = logging.getLogger(__name__)
 _EVALUATION_BATCH = 32
 _PICTURES = 8
 _FEATURE_CACHE_BYTES = 2 << 30
-"""Teacher features of the training images are computed once while they fit into this, else at every step."""
+"""Teacher features of the training images are cached if they fit into this size, and else computed at every step."""
 
 
 class TrainTokenizerConfig(SharedLoopConfig, TokenizerConfig):
     """The tokenizer (fields of `TokenizerConfig`), its loss and its training."""
 
     loss: LossConfig = LossConfig()
-    """Terms and weights."""
+    """Terms of the loss and their weights."""
     discriminator_optimiser: OptimiserConfig = OptimiserConfig(weight_decay=0.0)
     """Optimiser of the discriminator."""
     tower_learning_rate_fraction: Fraction = 1.0
-    """Part of the learning rate that the trained copy of the teacher's tower has: its weights are good already, and a
-    rate that suits the new parts can destroy them."""
+    """Learning rate of the trained copy of the teacher's tower, as a fraction of the learning rate: a rate that suits
+    the new parts can destroy its pretrained weights."""
     decode_threads: RuntimeInt = 2
-    """Threads that read and decode the images of the next step."""
+    """Number of threads that read and decode the images of the next step."""
     horizontal_flip: bool = True
-    """Mirror half of the training images."""
+    """Whether half of the training images are mirrored."""
     random_crop: CropConfig = CropConfig()
-    """Crops of the training images, new ones at every use."""
+    """Random crops of the training images, sampled again at every use."""
     codes: RuntimeStr = ""
-    """Folder of the codes of `kind: external`; its content counts, not its path."""
+    """Folder of the codes of `kind: external`; its content enters the action key, not its path."""
     weights: RuntimeStr = ""
-    """Start from these weights, a `.safetensors` file that `musevl import-tokenizer` wrote; its content counts, not its
-    path. With `steps: 0` they are taken as they are."""
+    """Initial weights, a `.safetensors` file of `musevl import-tokenizer`; its content enters the action key, not its
+    path. With `steps: 0` they are used without training."""
     inception_weights: RuntimeStr = ""
     """Path of torch-fidelity's `weights-inception-2015-12-05-6726825d.pth`, for rFID on the held-out images; its
-    content counts, not its path. Empty: a Fréchet distance in the teacher's space, named so, takes its place."""
+    content enters the action key, not its path. Empty: a Fréchet distance in the teacher's feature space, under another
+    name."""
     measure_every: NonNegativeInt = 0
-    """Steps between measurements on the held-out images while training goes on; the curves show them at their next
-    point (`log_every`). 0: only at the end."""
+    """Number of steps between measurements on the held-out images during training; the loss curves show them at the
+    next point (`log_every`). 0: only at the end."""
     class_name: Template = "{caption}"
-    """The class of a held-out image in zero-shot classification, a template over the metadata's columns."""
+    """Template over the metadata's columns for the class name of a held-out image in zero-shot classification."""
     class_templates: Templates = "name"
-    """`name`: a class is its name; `openai`: the mean over the 80 sentences of CLIP's ImageNet evaluation."""
+    """`name`: the text of a class is its name; `openai`: the mean over CLIP's 80 templates for ImageNet."""
     steps: NonNegativeInt = 1000
-    """Optimiser steps."""
+    """Number of optimiser steps; 0 uses `weights` without training."""
     ema_decay: Fraction = 0.0
-    """Decay of the averaged weights that the artifact holds in place of the last ones; 0 keeps the last ones."""
+    """Decay of the exponential moving average of the weights, which the artifact then holds; 0 turns it off."""
 
     def needs_fp32(self, inputs: Mapping[str, Manifest]) -> bool:
-        """Weights that are taken as they are (`steps: 0`) are measured in the fp32 that they are encoded in."""
+        """Also true for weights that are used without training (`steps: 0`), as they encode in fp32 as well."""
         return not self.steps or super().needs_fp32(inputs)
 
 
 def run(context: StageContext[TrainTokenizerConfig]) -> Outcome:
-    """Make the `tokenizer` artifact: `tokenizer.json`, weights and loss curves; measured on the held-out split."""
+    """Make the `tokenizer` artifact: `tokenizer.json`, weights and loss curves, and metrics on the held-out split."""
     config = context.config
     if config.kind == "external":
         return external_codes.keep(context)
@@ -132,7 +133,7 @@ def _train(context: StageContext[TrainTokenizerConfig]) -> Outcome | None:
 
 
 class TokenizerTraining:
-    """One optimiser step of the generator, one of the discriminator once it has started."""
+    """Trains the tokenizer (the generator) and, from `adversarial_start` on, the discriminator."""
 
     def __init__(self, config: TrainTokenizerConfig, seed: int, source: ImageSource, teacher: Teacher | None) -> None:
         self.config, self.source = config, source
@@ -191,26 +192,27 @@ class TokenizerTraining:
         every = self.config.measure_every
         if self.held_out is not None and every and (step + 1) % every == 0 and step + 1 < self.config.steps:
             measured = self.held_out.measure(self.final_tokenizer()).metrics
-            # images that are drawn exactly have an infinite PSNR, which is no reason to stop as an infinite loss is
+            # non-finite metrics are left out, since the loop would stop at them as at a non-finite loss
             finite = {name: value for name, value in measured.items() if math.isfinite(value)}
             terms |= {f"held_out_{name}": torch.tensor(value) for name, value in finite.items()}
         return terms
 
     def _own_rows(self, step: int) -> list[int]:
-        """Positions of the images that this process takes of a step."""
+        """Return the indices of this rank's images of a step."""
         return self.sampler.batch(step)[own_part(self.config.batch_size)]
 
     def _own_crops(self, step: int) -> list[RandomCrop]:
-        """Their crops; those of a step do not depend on how many processes share it."""
+        """Return the crops of this rank's images; those of a step do not depend on the number of ranks."""
         places = range(self.config.batch_size)[own_part(self.config.batch_size)]
         return [RandomCrop(self.config.random_crop, mix_seed(self.seed, "crop", step, place)) for place in places]
 
     @cached_property
     @torch.no_grad()
     def teacher_features(self) -> Tensor | None:
-        """Features of all training images and their mirror images, `[2, N, h, w, C]`; None where they are too many.
+        """Teacher features of all training images and their mirror images, `[2, N, h, w, C]`, or None if not cached.
 
-        The teacher is frozen, so where flipping is the only augmentation small data need not meet it more than twice.
+        The teacher is frozen, so if flipping is the only augmentation and the data are small, two passes per image
+        suffice.
         """
         if self.teacher is None or not self.tokenizer.has_semantic_branch or self.config.random_crop.kind != "none":
             return None
@@ -271,7 +273,7 @@ class TokenizerTraining:
         return loss, terms
 
     def _pooled_loss(self, output: TokenizerOutput, terms: dict[str, Tensor]) -> Tensor:
-        """DualToken's second semantic loss, on the pooled vectors (released code, stage 1); its terms go to `terms`."""
+        """Compute DualToken's semantic loss on pooled vectors (released code, stage 1), and record its `terms`."""
         assert output.semantic_prediction is not None and output.semantic_target is not None
         predicted = self.tokenizer.pooled_prediction(output.semantic_prediction).float()
         with torch.no_grad():
@@ -304,12 +306,12 @@ class TokenizerTraining:
             return
         for mean, current in zip(self.average.parameters(), self.tokenizer.parameters(), strict=True):
             mean.lerp_(current, 1 - self.config.ema_decay)
-        # a codebook that is a buffer is a moving average already
+        # buffers are copied: an EMA codebook is a moving average already
         for buffer, current_buffer in zip(self.average.buffers(), self.tokenizer.buffers(), strict=True):
             buffer.copy_(current_buffer)
 
     def final_tokenizer(self) -> ImageTokenizer:
-        """The tokenizer whose weights the artifact holds."""
+        """Return the tokenizer whose weights the artifact holds, in eval mode."""
         return (self.average if self.average is not None else self.tokenizer).eval()
 
     def batch_keys(self, step: int) -> list[str]:
@@ -317,7 +319,7 @@ class TokenizerTraining:
 
     @torch.no_grad()
     def pictures(self) -> dict[str, Tensor]:
-        """The first training images above what the tokenizer's codes draw of them."""
+        """Return the first training images above their reconstructions."""
         shown = list(range(min(_PICTURES, len(self.source))))
         images = normalise(self.source.pixels(shown).to(self.device))
         tokenizer = self.final_tokenizer()
@@ -369,7 +371,7 @@ def _perceptual_distance(loss: LossConfig, teacher: Teacher | None) -> nn.Module
 
 
 def _held_out(context: StageContext[TrainTokenizerConfig], training: TokenizerTraining) -> HeldOut:
-    """The test split, or the training split where nothing is held out, and what is measured on it."""
+    """Prepare the measurement on the test split, or on the training split if no image is held out."""
     config, teacher, device = context.config, training.teacher, training.device
     download = context.inputs["download"]
     split = TEST if TEST in download.metadata.get("splits", {}) else TRAIN
@@ -402,7 +404,7 @@ def _external_inputs(config: TrainTokenizerConfig) -> dict[str, str]:
 
 
 def _unused_inputs(config: TrainTokenizerConfig) -> tuple[str, ...]:
-    """No teacher where neither the kind nor the perceptual distance has one: it would only be measured with."""
+    """Return the teacher as unused if neither the kind nor the perceptual distance needs it, since it only measures."""
     if config.kind != "external":
         looks_through_it = config.loss.perceptual == "backbone" and config.loss.perceptual_weight > 0
         if looks_through_it or KINDS[config.kind].needs_teacher:
