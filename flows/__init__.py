@@ -1,1 +1,1 @@
-"""Prefect, and only here: the flow over all stages and its one task; and the `musevl` command."""
+"""The Prefect flows over all stages, their single task, and the `musevl` command. Only this package imports Prefect."""

@@ -1,4 +1,4 @@
-"""Artifacts as text: what one was made from, how two differ, what a store could do without."""
+"""Text output about artifacts: lineage, differences, and garbage of a store."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ _MAX_FILES = 10
 
 
 def lineage_text(store: Store, artifact: str) -> str:
-    """An artifact and all that it was made from, one line each, indented; what was shown above is named only.
+    """Return the lineage of an artifact as an indented tree, one line each; repeated artifacts are not expanded.
 
     Raises:
-        StoreError: the artifact itself is not there.
+        StoreError: the artifact itself does not exist.
     """
     manifest = store.load(artifact)
     lines: list[str] = []
@@ -43,7 +43,7 @@ def _branch(store: Store, stage: str, digest: str, indent: str, lines: list[str]
 
 
 def diff_text(first: Manifest, second: Manifest) -> str:
-    """How two artifacts differ, part by part; empty where they do not."""
+    """Return the differences between two artifacts part by part, or ''."""
     parts = [
         ("what they are", {"kind": first.kind, "stage": first.stage}, {"kind": second.kind, "stage": second.stage}),
         ("settings", _flat(first.config), _flat(second.config)),
@@ -84,7 +84,7 @@ def _short(inputs: Mapping[str, str]) -> dict[str, str]:
 
 
 def garbage_text(collection: Collection, *, deleted: bool) -> str:
-    """What a garbage collection found, by reason, and what kept it from looking further."""
+    """Return what a garbage collection found, by reason, and which damaged records limited it."""
     garbage, parts = collection.garbage, list[str]()
     if collection.unreadable:
         lines = [one_line(line) for line in collection.unreadable]

@@ -1,4 +1,4 @@
-"""The `musevl` command. What a command needs is imported when it runs, so that `musevl --help` answers at once."""
+"""The `musevl` command line. Commands import what they need when they run, so that `musevl --help` answers at once."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ DigestArgument = Annotated[str, typer.Argument(metavar="ARTIFACT", help="Digest,
 
 
 MAX_PROMPT = 8000
-"""Characters of a prompt or a question; a language model of the papers' sizes takes as many tokens."""
+"""Largest number of characters of a prompt or a question; language models of the papers' sizes read as many tokens."""
 
 
 def main() -> None:
@@ -70,7 +70,7 @@ def run_command(arguments: list[str]) -> int:
 
     Every command first checks what it was given, as far as that goes without importing PyTorch.
     """
-    if logging.lastResort is not None:  # where a command sets no handler up
+    if logging.lastResort is not None:  # the handler of commands that set up no logging
         logging.lastResort.setFormatter(LogFormatter())
     try:
         return app(arguments, prog_name="musevl", standalone_mode=False) or 0
@@ -224,7 +224,7 @@ def results(
     """Print the metrics of the last completed run."""
     opened = _open(store)
     if recipe and Path(recipe).suffix in (".yaml", ".yml"):
-        recipe = str(recipe_values(recipe)["name"])  # what the record of a run holds
+        recipe = str(recipe_values(recipe)["name"])  # as in the record of a run
     for record in opened.runs():
         complete = {"artifact", "recipe", "finished"} <= set(record)
         if complete and record.get("stage") == "evaluate" and recipe in (None, record["recipe"]):
@@ -469,17 +469,17 @@ def _kinds(text: str) -> list[str]:
 
 
 def _check_text(text: str, what: str) -> None:
-    """Refuse what no tokenizer takes, and what no model could read to its end."""
+    """Raise ValueError for text that is not UTF-8 or too long for any model."""
     try:
         text.encode()
-    except UnicodeEncodeError:  # bytes of the command line that are not UTF-8 arrive as halves of characters
+    except UnicodeEncodeError:  # bytes of the command line that are not UTF-8 arrive as lone surrogates
         raise ValueError(f"{what} is not UTF-8; write it in a terminal with a UTF-8 locale") from None
     if len(text) > MAX_PROMPT:
         raise ValueError(f"{what} has {len(text)} characters; a model reads at most {MAX_PROMPT} here")
 
 
 def _open(uri: str, access: Access = "read") -> Store:
-    """A store that must be there; what only reads needs no right to write."""
+    """Open a store that must exist; reading needs no write permission."""
     from storage.store import Store
 
     return Store(uri, access=access)
@@ -492,7 +492,7 @@ def _load(recipe: str, overrides: list[str] | None) -> Recipe:
 
 
 def _next_attempt(recipe: str, store: str, overrides: list[str] | None) -> list[str]:
-    """The overrides with the attempt that fetches again what failed."""
+    """Return the overrides with a new attempt number, with which failed rows are fetched again."""
     from stages.download.stage import next_attempt
 
     loaded = _load(recipe, overrides)
@@ -510,7 +510,7 @@ def _assistant(recipe: str, store: str, overrides: list[str] | None) -> Assistan
 
 
 def _read_image(path: Path, limits: Limits) -> bytes:
-    """The bytes of an image that can be decoded."""
+    """Read the bytes of an image, and raise ValueError if it cannot be decoded."""
     from models.images import IMAGE_FORMATS, UnusableImage, decode_image
 
     try:

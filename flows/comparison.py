@@ -1,4 +1,4 @@
-"""Tokenizers compared: each kind trained on the same images, then the same small language model on its codes."""
+"""Flow that compares tokenizers: each kind is trained on the same images, then the same language model on its codes."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ def compare_tokenizers(
     overrides: list[str] | None = None,
     executor: Literal["ray", "local"] = "ray",
 ) -> None:
-    """One full pipeline for every kind and seed; the store shares what they have in common.
+    """Run the full pipeline for every kind and seed; results that they have in common are made once.
 
     Args:
         kinds: values of `tokenizer.kind`.
-        seeds: of everything that is random; the held-out pairs stay the same.
+        seeds: random seeds of the runs; the held-out pairs stay the same.
         recipe: name of a recipe, or path of a YAML file.
         store: folder or s3://bucket/prefix; default MUSEVL_STORE, else `.musevl/store`.
         overrides: `section.field=value` strings for every run.
-        executor: where mapped work runs: `ray`, or `local` for this process alone.
+        executor: executor of mapped work: `ray`, or `local` for this process alone.
     """
     for seed in seeds:
         for kind in kinds:

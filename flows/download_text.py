@@ -1,4 +1,4 @@
-"""What became of the inputs of a download: by status, by reason, and by host, where links rot."""
+"""Text output about a download: the results of its rows by status, reason and host (for link rot)."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ _LONGEST_EXAMPLE = 120
 
 
 def inspect_download(store: Store, manifest: Manifest) -> str:
-    """Describe a download for the terminal, from all of its metadata rows: counts, and some rows of each reason.
+    """Describe a download for the terminal by counts over all metadata rows, with examples for each reason.
 
     Args:
-        store: that holds it.
-        manifest: of kind `image_shards`.
+        store: the store with the download.
+        manifest: manifest of kind `image_shards`.
     """
     status, reasons, filters = Counter[str](), Counter[str](), Counter[str]()
     examples: dict[str, list[str]] = {}
@@ -59,7 +59,7 @@ def inspect_download(store: Store, manifest: Manifest) -> str:
 
 
 def _counts(title: str, counts: Counter[str], examples: dict[str, list[str]]) -> list[str]:
-    """How often each reason is there, with the first rows of it on lines of their own."""
+    """Format the counts of reasons, with the first rows of each reason on lines of their own."""
     if not counts:
         return []
     rows = []
@@ -71,7 +71,7 @@ def _counts(title: str, counts: Counter[str], examples: dict[str, list[str]]) ->
 
 
 def _splits(counts: dict[str, int]) -> list[str]:
-    """The images of each split, where there are several, and which of them no stage uses."""
+    """Format the number of images of each split, if there are several, and mark splits that no stage uses."""
     if len(counts) < 2:
         return []
     unused = unused_splits(counts)
@@ -83,7 +83,7 @@ def _splits(counts: dict[str, int]) -> list[str]:
 
 
 def _rot(hosts: dict[str, Counter[str]]) -> list[str]:
-    """The hosts with most failures."""
+    """Format the hosts with most failures."""
     rows: list[tuple[int, list[Any]]] = []
     for host, counts in hosts.items():
         total, failed = counts.total(), counts.total() - counts[OK]

@@ -1,4 +1,4 @@
-"""A code table made visible: schema, rows, use of the codebook, and pictures that its codes stand for."""
+"""Text and image output about a code table: schema, rows, usage of the codebook, and decoded images."""
 
 from __future__ import annotations
 
@@ -40,21 +40,20 @@ def inspect_code_table(store: Store, artifact: str, folder: Path, *, num_images:
     Args:
         store: holds the table and its tokenizer.
         artifact: digest of the table, or the beginning of it.
-        folder: where the PNG file goes; made if needed.
-        num_images: rows to decode; 0 for none.
+        folder: folder of the PNG file, created if needed.
+        num_images: number of rows to decode; 0 for none.
 
     Returns:
         Text for the terminal.
 
     Raises:
-        ValueError: the artifact is no code table.
+        ValueError: the artifact is not a code table.
     """
     manifest = store.load(artifact)
     if manifest.kind != "code_table":
         raise ValueError(
-            f"artifact {manifest.digest[:12]} of stage {manifest.stage} is of kind {manifest.kind!r}, no code table or "
-            "download; "
-            "`musevl artifacts ls` lists those that are"
+            f"artifact {manifest.digest[:12]} of stage {manifest.stage} is of kind {manifest.kind!r}, not a code table "
+            "or download; `musevl artifacts ls` lists those that are"
         )
     found = _look(store, manifest, max(num_images, _FIRST_ROWS))
     parts = [
@@ -79,10 +78,10 @@ def inspect_code_table(store: Store, artifact: str, folder: Path, *, num_images:
 
 
 def inspect_codes(store: Store, artifact: str, folder: Path, codes: list[int]) -> str:
-    """Say what some codes of a code table stand for, and write a picture of the patches that carry them.
+    """Describe what some codes of a code table stand for, and write a picture of the image patches that have them.
 
     Raises:
-        ValueError: a code is in none of the images that were looked at.
+        ValueError: a code occurs in none of the images that were examined.
     """
     manifest = store.load(artifact)
     strips = code_strips(store, manifest, store.load(manifest.inputs["download"]), codes)
@@ -103,20 +102,20 @@ def inspect_codes(store: Store, artifact: str, folder: Path, codes: list[int]) -
 
 
 def left_out_rows(store: Store, manifest: Manifest) -> list[dict[str, str]]:
-    """The images of a code table that have no codes: key, status, error."""
+    """Return the images that a code table has left out, with key, status and error."""
     return [row for entry in manifest.files_under("left_out") for row in read_table(store.fetch(entry)).to_pylist()]
 
 
 @dataclass
 class _Found:
-    """What is told of a code table, which may be larger than memory: one file of it is held at a time."""
+    """The facts about a code table, collected file by file because it may be larger than memory."""
 
     schema: pa.Schema
     info: CodeTableInfo
     counts: npt.NDArray[np.int64]
-    """How often each code occurs, `[N, D, size of the largest codebook]`."""
+    """Number of occurrences of each code, `[N, D, size of the largest codebook]`."""
     first: CodeTable
-    """Its first rows."""
+    """The first rows of the table."""
     num_rows: int
 
 
@@ -177,7 +176,7 @@ def _cell(value: object) -> str:
 
 
 def _books(found: _Found) -> Iterator[tuple[str, int, npt.NDArray[np.int64]]]:
-    """Name, depth, and how often each code of it occurs."""
+    """Yield the name, the depth, and the number of occurrences of each code."""
     for book, (name, size) in enumerate(zip(found.info.codebook_names, found.info.codebook_sizes, strict=True)):
         for level in range(found.info.code_shape[1]):
             yield name, level, found.counts[book, level, :size]
@@ -194,7 +193,7 @@ def _usage(found: _Found) -> str:
 
 
 def _histogram(found: _Found) -> str:
-    """How many codes occur never, and once, 2 to 3 times, 4 to 7 times and so on where there are any: a bar a line."""
+    """Format a histogram of the codes' numbers of occurrences: 0, 1, 2 to 3, 4 to 7 and so on, one bar per line."""
     rows = []
     for name, level, counts in _books(found):
         powers = np.bincount(np.frexp(counts.astype(np.float64))[1])  # 0 for 0, 1 for 1, 2 for 2 and 3, ...
@@ -209,7 +208,7 @@ def _histogram(found: _Found) -> str:
 
 
 def perplexity(counts: np.ndarray) -> float:
-    """`exp` of the entropy of a histogram: how many equally common codes would be as varied; 0 for an empty one."""
+    """Return `exp` of the entropy of a histogram, the number of equally frequent codes with it; 0 if it is empty."""
     total = counts.sum()
     if total == 0:
         return 0.0
@@ -230,7 +229,7 @@ def _contact_sheet(store: Store, table: CodeTable, manifest: Manifest, folder: P
 
 
 def contact_sheet(pictures: list[Image.Image]) -> Image.Image:
-    """Equal-sized pictures in rows on white, in reading order."""
+    """Arrange equal-sized images in rows on white, in reading order."""
     width, height = pictures[0].size
     gap = max(2, width // 32)
     columns = min(_COLUMNS, len(pictures))

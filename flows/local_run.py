@@ -1,4 +1,4 @@
-"""The Prefect flows in this process: with the server of PREFECT_API_URL, else with one of their own."""
+"""Runs the Prefect flows in this process, with the server at PREFECT_API_URL or else with a temporary server."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from flows.stage_task import StageSummary
     from infra.executors import ExecutorName
 
-# What the stages say is on the terminal already; Prefect keeps its own log lines, and ours, with the run.
+# The stages log to the terminal themselves; Prefect stores its own log lines and ours with the run.
 _SETTINGS = {
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
     "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",
@@ -29,8 +29,8 @@ def run_pipeline(recipe: str, store: str, overrides: Sequence[str], executor: Ex
     """Run `full_pipeline` and return its summaries.
 
     Raises:
-        ValueError, OSError, StoreError: the recipe or the store cannot be used; before the flow starts.
-        ConnectionError: the server of the run did not start.
+        ValueError, OSError, StoreError: the recipe or the store cannot be used; raised before the flow starts.
+        ConnectionError: the temporary server did not start.
     """
     _check(recipe, store, overrides, executor)
     with _server() as wait:
@@ -44,11 +44,11 @@ def run_pipeline(recipe: str, store: str, overrides: Sequence[str], executor: Ex
 def run_comparison(
     recipe: str, store: str, overrides: Sequence[str], executor: ExecutorName, kinds: list[str], seeds: list[int]
 ) -> Comparison:
-    """Run `compare_tokenizers` and read what it found.
+    """Run `compare_tokenizers` and return its results.
 
     Raises:
-        ValueError, OSError, StoreError: a kind, the recipe or the store cannot be used; before the flow starts.
-        ConnectionError: the server of the run did not start.
+        ValueError, OSError, StoreError: a kind, the recipe or the store cannot be used; raised before the flow starts.
+        ConnectionError: the temporary server did not start.
     """
     from flows.report.comparison import collect_comparison, overrides_of
 

@@ -1,4 +1,4 @@
-"""The pipeline on one screen: which stage feeds which. The store decides what is already done."""
+"""The flow of the whole pipeline: which stage feeds which. Results that the store has already are reused."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ def full_pipeline(
     overrides: list[str] | None = None,
     executor: Literal["ray", "local"] = "ray",
 ) -> list[StageSummary]:
-    """From image-text pairs to an evaluated model.
+    """Run all stages, from image-text pairs to an evaluated model.
 
     Args:
         recipe: name of a recipe, or path of a YAML file.
         store: folder or s3://bucket/prefix; default MUSEVL_STORE, else `.musevl/store`.
         overrides: `section.field=value` strings.
-        executor: where mapped work runs: `ray`, or `local` for this process alone.
+        executor: executor of mapped work: `ray`, or `local` for this process alone.
 
     Returns:
-        One summary a stage, in pipeline order.
+        One summary per stage, in pipeline order.
     """
     with stage_tasks(recipe, store, overrides or [], executor) as stage:
         images = stage("download")

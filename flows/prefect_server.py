@@ -1,7 +1,7 @@
-"""A Prefect server of the run's own, where none is configured: started before the slow imports, gone with the run.
+"""A temporary Prefect server for a run, if none is configured: it starts before slow imports and ends with the run.
 
-Prefect would start one by itself, at the first call and inside an import that takes seconds; as a process of its own it
-comes up while this one still imports PyTorch.
+Prefect would start one by itself, but only at the first call, inside an import that takes seconds. As a separate
+process it starts while this process still imports PyTorch.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from contextlib import contextmanager
 from typing import IO
 
 _START_S = 120.0
-"""How long a server may take until it answers; a loaded machine needs half a minute."""
+"""Seconds until the server must answer; a busy machine needs half a minute."""
 _STOP_S = 5.0
 _PR_SET_PDEATHSIG = 1  # of Linux' prctl
 
@@ -31,13 +31,13 @@ _COMMAND = ["server", "start", "--no-ui", "--no-scheduler", "--no-late-runs", "-
 
 
 def is_ours() -> bool:
-    """Whether the flows of this process report to a server that ends with it, so that nobody is left to be told."""
+    """Return whether the flows use a temporary server of this process, which need not be told when they are stopped."""
     return _ours
 
 
 @contextmanager
 def prefect_server() -> Iterator[Callable[[], None]]:
-    """Start a server on a loopback port, unless PREFECT_API_URL is set (environment or profile); end it at the end.
+    """Run a server on a loopback port in the block, unless PREFECT_API_URL is set (environment or profile).
 
     Yields:
         A function that waits until the server answers and points Prefect at it. Call it before a flow starts.
@@ -79,7 +79,7 @@ def prefect_server() -> Iterator[Callable[[], None]]:
 
 
 def _deliver() -> None:
-    """Have Prefect send the log lines and events that it still holds; at exit it would find no server."""
+    """Make Prefect send its buffered log lines and events before the server ends."""
     from prefect.events.worker import EventsWorker
     from prefect.logging.handlers import APILogWorker
 
@@ -88,7 +88,7 @@ def _deliver() -> None:
 
 
 def _wait(url: str, process: subprocess.Popen[bytes], printed: IO[bytes]) -> None:
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # no proxy stands before a loopback port
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # no proxy for a loopback port
     until = time.monotonic() + _START_S
     while time.monotonic() < until:
         if process.poll() is not None:
@@ -107,5 +107,5 @@ def _wait(url: str, process: subprocess.Popen[bytes], printed: IO[bytes]) -> Non
 
 
 def _end_with_parent() -> None:
-    """Have the kernel end this process when its parent dies, however it dies: a SIGKILL leaves nobody to do it."""
+    """Ask the kernel to end this process when its parent dies, even by SIGKILL."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)

@@ -1,4 +1,4 @@
-"""The one Prefect task: it wraps a stage, retries what the infrastructure did wrong and publishes a summary."""
+"""The Prefect task: it runs a stage, retries infrastructure errors and publishes a summary."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from stages.pipeline.execution import StageResult
 
 RETRY_DELAYS_SECONDS = [5.0, 30.0]
-"""Waits before a stage is tried again after an infrastructure error."""
+"""Seconds to wait before each retry of a stage after an infrastructure error."""
 
 _STARTED_BY_A_WORKER = "PREFECT__FLOW_RUN_ID"
 """Environment variable that Prefect's workers set for the process of a flow run."""
@@ -42,7 +42,7 @@ _INFRASTRUCTURE_ERRORS = (ConnectionError, TimeoutError, InterruptedError)
 
 @dataclass(frozen=True)
 class StageSummary:
-    """How a stage ended, small enough to travel between tasks."""
+    """The result of a stage, small enough to be passed between tasks."""
 
     stage: str
     digest: str
@@ -53,7 +53,7 @@ class StageSummary:
     """Wall time of this call."""
     num_files: int
     size: int
-    """Bytes of the artifact's files together."""
+    """Total size of the artifact's files in bytes."""
 
 
 @contextmanager
@@ -62,11 +62,11 @@ def stage_tasks(
 ) -> Iterator[Callable[..., StageSummary]]:
     """Yield the function `stage(name, *feeders)` that runs a stage as a Prefect task.
 
-    Recipe, store and executor are opened once and reach the task by closure: as task parameters Prefect would walk
-    through them. So one Ray cluster serves the whole run; it starts when the first stage maps something.
+    Recipe, store and executor are opened once and passed to the task as a closure, since Prefect would traverse them as
+    task parameters. So the whole run uses one Ray cluster, which starts when the first stage needs it.
 
     Raises:
-        ValueError, OSError, StoreError: the recipe or the store cannot be used, or a stage lacks what it needs.
+        ValueError, OSError, StoreError: the recipe or the store cannot be used, or a stage lacks a requirement.
     """
     recipe = load_recipe(recipe_name, list(overrides))
     store = Store(store_uri or default_store())
@@ -91,10 +91,10 @@ def stage_tasks(
             result = run_stage(name, recipe, store, executor, run_id=run_id)
         except Exception as error:
             if is_infrastructure_error(error):
-                executor.close()  # so that the next try starts or joins a living cluster
+                executor.close()  # so that the retry starts or joins a working cluster
             raise
         if not result.hit:
-            give_back_freed_memory()  # the next stage's workers need it while this process waits for them
+            give_back_freed_memory()  # the next stage's workers need this memory while this process waits for them
         create_markdown_artifact(
             key=artifact_key(recipe.name, name),
             markdown=summary_markdown(result),
@@ -111,9 +111,9 @@ def stage_tasks(
 
 @contextmanager
 def _signals() -> Iterator[None]:
-    """Signals end a flow whose server ends with it; where the server lives on it is told first."""
+    """End the flow at once on a signal if its server is temporary; otherwise report its state to the server."""
     if is_ours():
-        interrupts.take_back_signals()  # the flow took SIGTERM for Prefect's own handler
+        interrupts.take_back_signals()  # the flow has installed Prefect's own handler of SIGTERM
         yield
         return
     with interrupts.reported_signals(owned=_STARTED_BY_A_WORKER in os.environ):
@@ -121,7 +121,7 @@ def _signals() -> Iterator[None]:
 
 
 def is_infrastructure_error(error: BaseException | None) -> bool:
-    """Whether another try may help: a network, a service or a cluster failed, and not the input or the code."""
+    """Return whether a retry may help: a network, a service or a cluster failed, and not the input or the code."""
     while error is not None:
         module = type(error).__module__.partition(".")[0]
         if isinstance(error, _INFRASTRUCTURE_ERRORS) or module in _INFRASTRUCTURE_MODULES:
@@ -138,12 +138,12 @@ def _is_worth_a_retry(task: Task[..., Any], task_run: TaskRun, state: State[Any]
 
 
 def artifact_key(recipe: str, stage: str) -> str:
-    """The Prefect artifact's key: lower-case letters, digits and dashes."""
+    """Return the key of a Prefect artifact: lower-case letters, digits and dashes."""
     return re.sub(r"[^a-z0-9]+", "-", f"{recipe}-{stage}".lower()).strip("-")
 
 
 def summary_markdown(result: StageResult) -> str:
-    """A stage's result as two Markdown tables: what it is, and its metrics."""
+    """Format a stage's result as two Markdown tables: facts and metrics."""
     manifest = result.manifest
     facts = {
         "artifact": f"`{result.digest}`",
@@ -167,7 +167,7 @@ def _table(left: str, right: str, rows: dict[str, Any]) -> str:
 
 
 def _flat(prefix: str, values: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Scalars of nested dictionaries under dotted names; lists (curves) are left to the artifact itself."""
+    """Yield scalars of nested dictionaries under dotted names; lists (curves) are left out."""
     for name, value in values.items():
         if isinstance(value, dict):
             yield from _flat(f"{prefix}{name}.", value)

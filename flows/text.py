@@ -1,4 +1,4 @@
-"""Plain text for terminals and logs."""
+"""Formatting of text for terminals and logs."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ if TYPE_CHECKING:
 
 
 def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Left-aligned columns that are never wrapped; says so when there are no rows.
+    """Format rows as left-aligned columns without wrapping, or as a text that says that there are no rows.
 
-    Cells may come from anywhere: line breaks in them become spaces, and control characters are spelled out.
+    Cells may contain untrusted text: line breaks become spaces, and control characters are escaped.
     """
     if not rows:
         return "nothing there yet"
@@ -29,25 +29,25 @@ def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def one_line(text: str) -> str:
-    """Text from anywhere on one line, with control characters spelled out."""
+    """Return untrusted text on one line, with control characters escaped."""
     return printable(" ".join(text.splitlines()))
 
 
 @contextmanager
 def byte_bar(label: str, total: int) -> Iterator[Callable[[FileEntry], object]]:
-    """A progress bar over files, which shows itself after five seconds.
+    """Show a progress bar over files, which appears after five seconds.
 
     Args:
-        label: what is done.
-        total: bytes of all files.
+        label: description of the work.
+        total: total size of the files in bytes.
 
     Yields:
-        What is to be called after each file.
+        The function to call after each file.
     """
     with tqdm(total=total, desc=label, unit="B", unit_scale=True, delay=5, mininterval=5, miniters=1) as bar:
         yield lambda entry: bar.update(entry.size)
 
 
 def megabytes(size: int) -> str:
-    """Bytes as `12.3 MB`."""
+    """Format a number of bytes as `12.3 MB`."""
     return f"{size / 1e6:.1f} MB"
