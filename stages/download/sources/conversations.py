@@ -57,7 +57,7 @@ class ConversationFiles(Config):
     """Folder that the entries' `image` paths are relative to."""
 
     def open(self, options: SourceOptions) -> Conversations:
-        """The entries of the file."""
+        """Open the source of the file's entries."""
         return Conversations(self, options)
 
 

@@ -56,7 +56,7 @@ class FolderFiles(Config):
     """Column of `captions` with the images' paths within the folder."""
 
     def open(self, options: SourceOptions) -> ImageFolder:
-        """The images of the folder."""
+        """Open the source of the folder's images."""
         return ImageFolder(self, options)
 
 

@@ -45,7 +45,7 @@ class ParquetFiles(Config):
     """Column of `{bytes, path}` structs (Hugging Face's layout) or of binary values."""
 
     def open(self, options: SourceOptions) -> ParquetImages:
-        """The rows of the files."""
+        """Open the source of the files' rows."""
         return ParquetImages(self)
 
 

@@ -109,14 +109,14 @@ class Source(Protocol):
 
 @dataclass(frozen=True)
 class SourceOptions:
-    """What a source of files needs of the stage's config beside its own."""
+    """The settings of the stage's config that a source of files needs in addition to its own config."""
 
     caption_column: str
-    """Name of the caption's column."""
+    """Name of the caption column."""
     max_bytes: int
-    """Largest image file; of larger ones no more is read."""
+    """Largest size of an image file in bytes; of a larger file only one byte more is read."""
     tsv_quotes: bool
-    """In lists whose values tabs separate, double quotes enclose values."""
+    """Whether double quotes enclose values in lists separated by tabs."""
 
 
 TAKE_COLUMNS = "set download.caption_column, .extra_columns and .keep to what it has"

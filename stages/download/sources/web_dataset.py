@@ -47,7 +47,7 @@ class WebDatasetFiles(Config):
     unless the .json has one."""
 
     def open(self, options: SourceOptions) -> WebDataset:
-        """The samples of the tars."""
+        """Open the source of the tars' samples."""
         return WebDataset(self, options)
 
 
