@@ -273,6 +273,6 @@ def _checked(reader: Any, header: list[str]) -> Iterator[list[str]]:
             begins = reader.line_num + 1
     except csv.Error as error:
         raise _Damaged(
-            f"line {begins}: a value in double quotes ends early or not at all ({error}); write a quote within a "
+            f"line {begins}: a value in double quotes ends in the middle or nowhere ({error}); write a quote within a "
             "quoted value twice"
         ) from error

@@ -48,7 +48,7 @@ def test_a_model_is_trained_and_asked_on_given_codes(tiny_run: TinyRun, theirs: 
     assert "external.understanding.accuracy_same_category" in metrics
     assert "external.reconstruction.codebook_usage" in metrics
     assert not any("psnr" in name or "generation" in name for name in metrics)
-    with pytest.raises(ValueError, match="neither encoded nor drawn"):
+    with pytest.raises(ValueError, match="neither encoded nor decoded"):
         load_tokenizer(store, results["train_tokenizer"].digest)
 
     shown = inspect_code_table(store, results["tokenize"].digest, tmp_path)
