@@ -3,7 +3,7 @@
 Marked are the artifacts that actions and pins stand for, everything that they were made from, and the files of plans
 and receipts. Whatever else is older than a grace period is garbage. The grace period is for runs at work: a blob is
 stored before the receipt or the manifest that names it, and a run that takes up earlier work renews its plan or its
-checkpoint first (`Store.read_plan`, `Store.load_checkpoint`), which makes all of that work young.
+checkpoint first (`Work.read_plan`, `Work.load_checkpoint`), which makes all of that work young.
 
 What cannot be read cannot be marked from: while an action record, a manifest or a plan in use is damaged or missing, no
 blob is garbage.
@@ -19,8 +19,8 @@ from storage.objects.info import ObjectInfo
 from storage.objects.object_store import ObjectStore
 from storage.records import plan_files, read_record, receipt_files
 
-WORK_FOLDERS = ("plans", "receipts", "checkpoints", "attempts")
-"""Where work in progress stands, by action key."""
+WORK_FOLDERS = ("plans", "receipts", "checkpoints", "marks", "attempts")
+"""Where work in progress stands, by action key; `attempts` has the marks of older versions."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def find_garbage(
             marks.live |= _received(objects, held)
         elif action_key in actions:
             # Plan and receipts stay: with them a damaged artifact is rebuilt shard by shard.
-            left = [item for item in held if item.key.startswith(("checkpoints/", "attempts/"))]
+            left = [item for item in held if item.key.startswith(("checkpoints/", "marks/", "attempts/"))]
             found += _old(left, cutoff, "left over from a finished stage")
         else:
             found += _old(held, cutoff, "work that was given up")

@@ -6,6 +6,7 @@ for absent. Records that older versions wrote have none and are read as they are
 
 import json
 import logging
+import re
 from typing import Any
 
 from storage.digests import canonical_json, is_sha256, sha256_bytes
@@ -16,6 +17,7 @@ from storage.objects.object_store import ObjectStore
 logger = logging.getLogger(__name__)
 
 CHECKSUM = "checksum"
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _HEAD = b'{"checksum":"'
 _HEAD_BYTES = len(_HEAD) + 64 + len(b'"')
 _RUN_FIELDS: dict[str, type | tuple[type, ...]] = {
@@ -63,6 +65,13 @@ def parse_record(data: bytes) -> dict[str, Any]:
 def has_checksum(data: bytes) -> bool:
     """Say whether a readable record has a checksum."""
     return data.startswith(_HEAD)
+
+
+def checked_name(name: str, what: str) -> str:
+    """Return a name that may stand in a key; ValueError, naming `what` it is of, when it may not."""
+    if not _NAME.fullmatch(name):
+        raise ValueError(f"{what} {name!r} is no plain name; use letters, digits, '.', '_' and '-'")
+    return name
 
 
 def read_record(objects: ObjectStore, key: str) -> dict[str, Any]:

@@ -1,21 +1,19 @@
 """The artifact store: files by digest, artifacts by action key, and the records of work in progress.
 
 Layout under one URI: `cas/sha256/ab/...` blobs and manifests, `actions/KEY.json` the one point where a result becomes
-visible, `pins/`, `plans/`, `receipts/KEY/SHARD.json`, `attempts/KEY/SHARD/`, `checkpoints/KEY/STEP/`, `runs/`
+visible, `pins/`, `plans/`, `receipts/KEY/SHARD.json`, `marks/KEY/SHARD/`, `checkpoints/KEY/STEP/`, `runs/`
 provenance, `quarantine/` damaged bytes.
 """
 
 import logging
-import re
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, Literal
 
-from storage import attempts, checkpoints
 from storage.blobs import Blobs, blob_key
 from storage.cache import Cache, cache_limit_bytes, default_cache_dir
 from storage.digests import is_sha256, sha256_bytes
@@ -27,15 +25,14 @@ from storage.manifest import FileEntry, Manifest
 from storage.objects.object_store import ObjectStore
 from storage.records import (
     action_digest,
-    parse_record,
-    plan_files,
+    checked_name,
     read_pins,
     read_record,
     read_runs,
-    receipt_files,
     record_bytes,
 )
 from storage.verify import Problem, Verifier
+from storage.work import Work
 
 logger = logging.getLogger(__name__)
 
@@ -43,8 +40,6 @@ Access = Literal["create", "write", "read"]
 """What a store is opened for; see `Store`."""
 
 ACTION_SCHEMA = 1
-_RECEIPTS_AT_A_TIME = 256
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
 @dataclass(frozen=True)
@@ -328,130 +323,14 @@ class Store:
 
     # Work in progress
 
-    def create_plan(self, action_key: str, plan: dict[str, Any]) -> dict[str, Any]:
-        """Fix the plan of an action (its shard boundaries), create-only; return the plan that holds.
-
-        Args:
-            action_key: of the action.
-            plan: JSON. Those of its values that are objects are entries of stored files, which the garbage collection
-                keeps for as long as the action or its work is there.
-        """
-        key = _plan_path(action_key)
-        plan_files(plan)
-        data = record_bytes(plan)
-        if self._objects.create(key, data):
-            return plan
-        earlier = self.read_plan(action_key)
-        if earlier is not None:
-            return earlier
-        self._objects.put(key, data)
-        return plan
-
-    def read_plan(self, action_key: str) -> dict[str, Any] | None:
-        """Return the plan of an action, None when there is none that is readable.
-
-        Whoever asks is about to take up the work, so plan, receipts and all become young for the garbage collection.
-        """
-        key = _plan_path(action_key)
-        try:
-            data = self._objects.read(key)
-            plan = parse_record(data)
-            plan_files(plan)
-        except ObjectMissing:
-            return None
-        except (ValueError, DamagedObject) as error:
-            logger.warning("ignored the plan %s: %s", key, error)
-            return None
-        self._objects.put(key, data)
-        return plan
-
-    def write_receipt(self, action_key: str, shard: str, receipt: dict[str, Any]) -> dict[str, Any]:
-        """Record that a shard is done, create-only; return the receipt that holds.
-
-        Args:
-            action_key: of the action that the shard is a part of.
-            shard: its name: letters, digits, '.', '_' and '-'.
-            receipt: JSON, with the shard's files as entries under `files`. An earlier receipt whose blobs are missing
-                is replaced.
-        """
-        key = _receipt_path(action_key, shard)
-        receipt_files(receipt)
-        data = record_bytes(receipt)
-        if self._objects.create(key, data):
-            return receipt
-        winner = self._valid_receipt(key)
-        if winner is not None:
-            return winner
-        self._objects.put(key, data)
-        return receipt
-
-    def receipts(self, action_key: str, known: Mapping[str, dict[str, Any]] | None = None) -> dict[str, dict[str, Any]]:
-        """Return the receipts of an action by shard name, sorted; those whose blobs are not all there are left out.
-
-        Args:
-            action_key: of the action.
-            known: what an earlier call returned; those are not read and checked again. Without, the work is being taken
-                up, and becomes young as by `read_plan`.
-        """
-        if known is None:
-            self.read_plan(action_key)
-        prefix = f"receipts/{_checked_name(action_key, 'action key')}/"
-        found = dict(known or {})
-        keys = {key.removeprefix(prefix).removesuffix(".json"): key for key in self._objects.list(prefix)}
-        new = [shard for shard in keys if shard not in found]
-        read = self._objects.map(lambda shard: self._valid_receipt(keys[shard]), new)
-        for shard, receipt in zip(new, read, strict=True):
-            if receipt is not None:
-                found[shard] = receipt
-        return dict(sorted(found.items()))
-
-    def receipt(self, action_key: str, shard: str) -> dict[str, Any] | None:
-        """Return the receipt of one shard, None when there is none or its blobs are not all there."""
-        key = _receipt_path(action_key, shard)
-        return None if self._objects.size(key) is None else self._valid_receipt(key)
-
-    def receipts_of(self, action_key: str, shards: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
-        """Yield name and receipt of those of these shards that are done, with few receipts in memory at a time.
-
-        One of `download` counts the hosts of its rows, about 100 kB where each row has its own: those of 24,000 shards
-        do not fit in memory together.
-        """
-        for start in range(0, len(shards), _RECEIPTS_AT_A_TIME):
-            some = shards[start : start + _RECEIPTS_AT_A_TIME]
-            found = self._objects.map(lambda shard: self.receipt(action_key, shard), some)
-            yield from ((shard, receipt) for shard, receipt in zip(some, found, strict=True) if receipt is not None)
-
-    def drop_receipts(self, action_key: str) -> None:
-        """Forget which shards of an action are done."""
-        self._objects.delete_prefix(f"receipts/{_checked_name(action_key, 'action key')}/")
-
-    def attempt_at(self, action_key: str, shard: str) -> AbstractContextManager[int]:
-        """Mark a shard as being worked on; yields how many earlier attempts at it died (or are still running)."""
-        return attempts.attempt(self._objects, _checked_name(action_key, "action key"), _checked_name(shard, "shard"))
-
-    def forget_attempts(self, action_key: str, shard: str) -> None:
-        """Remove the marks of a shard that is done."""
-        attempts.forget(self._objects, _checked_name(action_key, "action key"), _checked_name(shard, "shard"))
-
-    def save_checkpoint(self, action_key: str, step: int, folder: str | Path, *, keep: int = 1) -> None:
-        """Store the files of `folder` as the checkpoint of `step`; older ones beyond the newest `keep` go."""
-        checkpoints.save(self._objects, _checked_name(action_key, "action key"), step, Path(folder), keep)
-
-    def load_checkpoint(self, action_key: str, folder: str | Path) -> int | None:
-        """Copy the newest undamaged checkpoint into `folder`; return its step, None when there is none.
-
-        The checkpoint becomes young for the garbage collection.
-        """
-        return checkpoints.load(self._objects, _checked_name(action_key, "action key"), Path(folder))
-
-    def drop_checkpoints(self, action_key: str) -> None:
-        """Remove all checkpoints of an action."""
-        checkpoints.drop(self._objects, _checked_name(action_key, "action key"))
+    def work(self, action_key: str) -> Work:
+        """Return the work in progress on an action: its plan, receipts, marks and checkpoints."""
+        return Work(self._objects, self._blobs, action_key)
 
     @contextmanager
-    def attempt_dir(self) -> Iterator[Path]:
+    def scratch_dir(self) -> Iterator[Path]:
         """Yield a private local scratch folder (in MUSEVL_SCRATCH if set), removed at the end."""
-        with scratch_folder("musevl-attempt-") as folder:
+        with scratch_folder("musevl-scratch-") as folder:
             yield folder
 
     # Provenance
@@ -534,18 +413,6 @@ class Store:
             )
         return matches[0]
 
-    def _valid_receipt(self, key: str) -> dict[str, Any] | None:
-        try:
-            receipt = read_record(self._objects, key)
-            missing = self._blobs.missing(receipt_files(receipt))
-        except (ValueError, ObjectMissing, DamagedObject) as error:
-            logger.warning("ignored the receipt %s: %s", key, error)
-            return None
-        if missing:
-            logger.warning("ignored the receipt %s: blob of %s is missing", key, missing[0].path)
-            return None
-        return receipt
-
 
 def _reopen(uri: str, cache_dir: Path | None, endpoint_url: str | None) -> Store:
     # A worker's store is the one that its driver has opened, and checked, for what it does
@@ -553,18 +420,4 @@ def _reopen(uri: str, cache_dir: Path | None, endpoint_url: str | None) -> Store
 
 
 def _action_path(action_key: str) -> str:
-    return f"actions/{_checked_name(action_key, 'action key')}.json"
-
-
-def _receipt_path(action_key: str, shard: str) -> str:
-    return f"receipts/{_checked_name(action_key, 'action key')}/{_checked_name(shard, 'shard')}.json"
-
-
-def _plan_path(action_key: str) -> str:
-    return f"plans/{_checked_name(action_key, 'action key')}.json"
-
-
-def _checked_name(name: str, what: str) -> str:
-    if not _NAME.fullmatch(name):
-        raise ValueError(f"{what} {name!r} is no plain name; use letters, digits, '.', '_' and '-'")
-    return name
+    return f"actions/{checked_name(action_key, 'action key')}.json"

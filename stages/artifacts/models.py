@@ -145,7 +145,7 @@ def load_teacher(store: Store, manifest: Manifest) -> Teacher:
     description = read_json(store, manifest, "teacher.json")
     config = description["config"]
     if config["kind"] == "transformers":
-        with store.attempt_dir() as folder:
+        with store.scratch_dir() as folder:
             store.materialise(manifest, folder, "model")
             published = TransformersTeacher(TransformersTeacherConfig(path=str(folder / "model")))
         published.normalisation = _as_prepared(published.normalisation, description)
@@ -168,7 +168,7 @@ def _open_clip_teacher(store: Store, manifest: Manifest, config: dict[str, Any])
     """Build the teacher with random weights; older artifacts without a folder name a model of open_clip instead."""
     if "name" in config:
         return OpenClipTeacher(OpenClipTeacherConfig(**config, pretrained=None))
-    with store.attempt_dir() as folder:
+    with store.scratch_dir() as folder:
         store.materialise(manifest, folder, "model")
         return read_open_clip_folder(folder / "model")
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -12,6 +13,7 @@ from infra.terminal import printable
 from stages.artifacts.rows import FILTERED, OK, SPLIT, split_of
 from stages.download.sources.source import NUM_EXAMPLES
 from stages.download.splits import unused_splits
+from stages.mapped.engine import Receipt
 from storage.manifest import FileEntry
 
 _COUNTED = ("status", "errors", "filters", "hosts", "failed_hosts", "splits")
@@ -23,7 +25,26 @@ _TOLD, _LONGEST_TOLD = 3, 80
 """Largest number of reasons in a message, and of characters of an example there."""
 
 
-def receipt_of(files: Sequence[FileEntry], metadata: Iterable[dict[str, Any]]) -> dict[str, Any]:
+@dataclass(frozen=True)
+class DownloadedShard(Receipt):
+    """The receipt of a shard: how often each thing is there in its metadata."""
+
+    status: dict[str, int]
+    errors: dict[str, int]
+    """Failures by reason (`reason_of`)."""
+    filters: dict[str, int]
+    """Rows that were left out by reason."""
+    hosts: dict[str, int]
+    """Rows by host of their URL."""
+    failed_hosts: dict[str, int]
+    """Failures by host."""
+    splits: dict[str, int]
+    """Images by split."""
+    examples: dict[str, list[str]]
+    """URLs, or numbers of rows, by reason."""
+
+
+def receipt_of(files: Sequence[FileEntry], metadata: Iterable[dict[str, Any]]) -> DownloadedShard:
     """Build the receipt of a shard: its files, counts of its metadata, and examples for each reason."""
     counted: dict[str, Counter[str]] = {name: Counter() for name in _COUNTED}
     examples: dict[str, list[str]] = {}
@@ -42,7 +63,7 @@ def receipt_of(files: Sequence[FileEntry], metadata: Iterable[dict[str, Any]]) -
             reason = row["error"] if status == FILTERED else reason_of(status, row["error"])
             _add_examples(examples.setdefault(reason, []), [row["url"][:_LONGEST_EXAMPLE] or f"row {row['key']}"])
     counts = {name: dict(counts) for name, counts in counted.items()}
-    return {"files": [entry.to_json() for entry in files], "examples": examples} | counts
+    return DownloadedShard(files=tuple(files), examples=examples, **counts)
 
 
 class Totals:
@@ -52,7 +73,7 @@ class Totals:
         receipts: the first receipts to add.
     """
 
-    def __init__(self, receipts: Iterable[Mapping[str, Any]] = ()) -> None:
+    def __init__(self, receipts: Iterable[DownloadedShard] = ()) -> None:
         self._counts: dict[str, Counter[str]] = {name: Counter() for name in _COUNTED}
         self._examples: dict[str, list[str]] = {}
         for receipt in receipts:
@@ -62,18 +83,19 @@ class Totals:
         """Return one of the counts of a receipt, summed over all shards."""
         return self._counts[name]
 
-    def add(self, receipt: Mapping[str, Any]) -> None:
+    def add(self, receipt: DownloadedShard) -> None:
         """Add the counts of a shard."""
         for name, counts in self._counts.items():
-            counts.update(receipt[name])
-        for reason, examples in receipt["examples"].items():
+            counts.update(getattr(receipt, name))
+        for reason, examples in receipt.examples.items():
             _add_examples(self._examples.setdefault(reason, []), examples)
 
-    def take_back(self, receipt: Mapping[str, Any]) -> None:
+    def take_back(self, receipt: DownloadedShard) -> None:
         """Subtract the counts of a shard, which is added again with more rows filtered; its examples stay."""
         for name, counts in self._counts.items():
-            counts.subtract(receipt[name])
-            for thing in receipt[name]:
+            taken = getattr(receipt, name)
+            counts.subtract(taken)
+            for thing in taken:
                 if not counts[thing]:
                     del counts[thing]
 

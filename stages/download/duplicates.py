@@ -138,7 +138,7 @@ class LeaveOut:
             at = table.column_names.index(name)
             table = table.set_column(at, table.schema.field(name), pa.array(values, pa.string()))
         gone = {table["key"][row].as_py() for row in reasons}
-        with self.store.attempt_dir() as scratch:
+        with self.store.scratch_dir() as scratch:
             samples = (s for s in read_image_shard(self.store.fetch(files[0])) if s.key not in gone)
             write_image_shard(scratch / "shard.tar", samples)
             write_table(table, scratch / "shard.parquet")
@@ -146,7 +146,8 @@ class LeaveOut:
                 self.store.put_file(scratch / name, file.path)
                 for name, file in zip(("shard.tar", "shard.parquet"), files, strict=True)
             ]
-        return {"shard": item["shard"], "before": before, "after": receipt_of(written, table.to_pylist())}
+        after = receipt_of(written, table.to_pylist())
+        return {"shard": item["shard"], "before": before.to_json(), "after": after.to_json()}
 
 
 def _words(digests: Sequence[str], words: int) -> np.ndarray:

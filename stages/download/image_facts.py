@@ -51,7 +51,7 @@ class Inspector:
 
 
 @contextmanager
-def apart(factory: Callable[[], Inspect]) -> Iterator[Inspect]:
+def in_child_process(factory: Callable[[], Inspect]) -> Iterator[Inspect]:
     """Run an inspector in a child process; an image that kills the process `TRIES` times is undecodable.
 
     Args:

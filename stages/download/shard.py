@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -15,28 +14,39 @@ import pyarrow.parquet as pq
 
 from models.images import Limits
 from stages.artifacts.rows import FILTERED, OK
-from stages.download.counts import receipt_of
+from stages.download.counts import DownloadedShard, receipt_of
 from stages.download.filters import FilterConfig
-from stages.download.image_facts import Inspect, Inspector, apart
+from stages.download.image_facts import Inspect, Inspector, in_child_process
 from stages.download.image_rows import DescribedRow, describe, unwanted_caption, without_image
 from stages.download.sources.source import Fetched, Row, Source
-from stages.runtime.child_process import DEATHS_BEFORE_ISOLATION
+from stages.mapped.engine import Shard
 from storage.image_shards import ImageSample, read_image_shard, write_image_shard
 from storage.manifest import FileEntry
 from storage.store import Store
 from storage.tables import image_metadata_table, read_table, write_table
 
-logger = logging.getLogger(__name__)
+
+@dataclass(frozen=True)
+class RowRange(Shard):
+    """Some rows of the plan, which become one shard."""
+
+    start: int
+    count: int
+    earlier: tuple[FileEntry, ...] = ()
+    """The shard's images and metadata of an earlier attempt, whose good and filtered rows are kept as they are."""
+
+    def key(self, position: int) -> str:
+        """The key of a row, by its position in this range."""
+        return f"{self.start + position:09d}"
 
 
 @dataclass(frozen=True)
-class DownloadShard:
-    """Works on one item: a shard's name, its `start` and `count` in the plan's rows, and its files of an `earlier`
-    attempt, whose good and filtered rows are kept as they are.
-    """
+class DownloadWorker:
+    """Fetches the rows of one shard after the other."""
 
     store: Store
-    action_key: str
+    rows: FileEntry
+    """Of the plan: a Parquet file with every row."""
     source: Callable[[], Source]
     """Opens the source in the process that fetches."""
     filters: FilterConfig
@@ -46,39 +56,25 @@ class DownloadShard:
     metadata_columns: tuple[str, ...]
     """Of the metadata, after those of its schema."""
 
-    def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
-        shard, store, key = item["shard"], self.store, self.action_key
-        if (found := store.receipt(key, shard)) is not None:
-            # a worker can die between the receipt and its answer; then the item comes again
-            return {"shard": shard, "receipt": found}
-        with store.attempt_at(key, shard) as deaths, self._inspector(shard, deaths) as inspect:
-            receipt = store.write_receipt(key, shard, self._make(item, inspect))
-        if deaths:
-            store.forget_attempts(key, shard)
-        return {"shard": shard, "receipt": receipt}
-
-    def _inspector(self, shard: str, deaths: int) -> AbstractContextManager[Inspect]:
-        """What decodes the images; in a child process where workers died of the shard."""
-        factory = partial(Inspector, self.limits, self.filters.near_duplicate_bits is not None)
-        if deaths < DEATHS_BEFORE_ISOLATION:
-            return nullcontext(factory())
-        logger.warning("%d workers died on shard %s: decoding its images in a child process", deaths, shard)
-        return apart(factory)
-
-    def _make(self, item: dict[str, Any], inspect: Inspect) -> dict[str, Any]:
-        """Store a shard's files and return its receipt."""
-        rows = read_slice(self.store.fetch(FileEntry.from_json(item["rows"])), item["start"], item["count"]).to_pylist()
-        with self.store.attempt_dir() as scratch:
+    def make(self, item: RowRange, *, isolated: bool) -> DownloadedShard:
+        """Fetch the rows of a shard and store its files; see `stages.mapped.engine.MakesShards`."""
+        rows = read_slice(self.store.fetch(self.rows), item.start, item.count).to_pylist()
+        with self._inspector(isolated) as inspect, self.store.scratch_dir() as scratch:
             shard = _Shard(scratch / "images")
             self._carry(item, shard)
             self._fetch(item, rows, shard, scratch / "fetched", inspect)
             return self._put(item, rows, shard, scratch)
 
-    def _carry(self, item: dict[str, Any], shard: _Shard) -> None:
+    def _inspector(self, isolated: bool) -> AbstractContextManager[Inspect]:
+        """What decodes the images; in a child process where workers died of the shard."""
+        factory = partial(Inspector, self.limits, self.filters.near_duplicate_bits is not None)
+        return in_child_process(factory) if isolated else nullcontext(factory())
+
+    def _carry(self, item: RowRange, shard: _Shard) -> None:
         """Take over what an earlier attempt got."""
-        if item["earlier"] is None:
+        if not item.earlier:
             return
-        images, metadata = (self.store.fetch(FileEntry.from_json(entry)) for entry in item["earlier"])
+        images, metadata = map(self.store.fetch, item.earlier)
         positions = {}
         for position, row in enumerate(read_table(metadata).to_pylist()):
             if row["status"] == FILTERED:
@@ -89,37 +85,37 @@ class DownloadShard:
             position, row = positions[sample.key]
             shard.add(position, DescribedRow(row, sample.image, sample.extension))
 
-    def _fetch(self, item: dict[str, Any], rows: list[Row], shard: _Shard, scratch: Path, inspect: Inspect) -> None:
+    def _fetch(self, item: RowRange, rows: list[Row], shard: _Shard, scratch: Path, inspect: Inspect) -> None:
         wanted = []
         for position in (position for position in range(len(rows)) if position not in shard.rows):
             unwanted = unwanted_caption(rows[position], self.filters)
             if unwanted is None:
                 wanted.append(position)
             else:
-                shard.add(position, without_image(rows[position], _key(item, position), item["shard"], unwanted))
+                shard.add(position, without_image(rows[position], item.key(position), item.shard, unwanted))
         if not wanted:
             return
         scratch.mkdir()
 
         def describe_row(position: int, fetched: Fetched | None) -> None:
-            row, key = rows[position], _key(item, position)
-            shard.add(position, describe(row, key, item["shard"], fetched, inspect, self.filters))
+            row, key = rows[position], item.key(position)
+            shard.add(position, describe(row, key, item.shard, fetched, inspect, self.filters))
 
         try:
             for index, fetched in self.source().fetch([rows[position] for position in wanted], scratch):
                 describe_row(wanted[index], fetched)
         except ChildProcessError as error:
-            raise ChildProcessError(f"shard {item['shard']} of the download: {error}") from error
+            raise ChildProcessError(f"shard {item.shard} of the download: {error}") from error
         for position in (position for position in wanted if position not in shard.rows):
             describe_row(position, None)
 
-    def _put(self, item: dict[str, Any], rows: list[Row], shard: _Shard, scratch: Path) -> dict[str, Any]:
+    def _put(self, item: RowRange, rows: list[Row], shard: _Shard, scratch: Path) -> DownloadedShard:
         metadata = [shard.rows[position] for position in range(len(rows))]
         write_image_shard(scratch / "shard.tar", self._samples(rows, shard))
         write_table(image_metadata_table(metadata, self.metadata_columns), scratch / "shard.parquet")
         files = [
-            self.store.put_file(scratch / "shard.tar", f"images/{item['shard']}.tar"),
-            self.store.put_file(scratch / "shard.parquet", f"metadata/{item['shard']}.parquet"),
+            self.store.put_file(scratch / "shard.tar", f"images/{item.shard}.tar"),
+            self.store.put_file(scratch / "shard.parquet", f"metadata/{item.shard}.parquet"),
         ]
         return receipt_of(files, metadata)
 
@@ -166,7 +162,3 @@ def read_slice(path: Path, start: int, count: int) -> pa.Table:
                 first = first if groups else begins
                 groups.append(group)
         return file.read_row_groups(groups).slice(start - first, count)
-
-
-def _key(item: dict[str, Any], position: int) -> str:
-    return f"{item['start'] + position:09d}"

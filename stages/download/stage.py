@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
+from collections.abc import Callable
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -22,10 +23,10 @@ from pydantic import Field, NonNegativeInt, PositiveInt, field_validator, model_
 from models.config import Config, Fraction
 from models.images import MOST_PIXELS, Limits
 from stages.artifacts.rows import CODE_TABLE_COLUMNS, OK, SPLIT, TRAIN
-from stages.download.counts import Totals
+from stages.download.counts import DownloadedShard, Totals
 from stages.download.duplicates import LeaveOut, ShardFiles, find_duplicates
 from stages.download.filters import PERCEPTUAL_HASH, FilterConfig
-from stages.download.shard import DownloadShard
+from stages.download.shard import DownloadWorker, RowRange
 from stages.download.sources.conversations import ConversationFiles
 from stages.download.sources.folder import FolderFiles
 from stages.download.sources.guarded_http import Guard
@@ -34,6 +35,7 @@ from stages.download.sources.source import PLACE, URL, Source, SourceOptions
 from stages.download.sources.url_list import SAMPLE, HttpConfig, UrlList
 from stages.download.sources.web_dataset import WebDatasetFiles
 from stages.download.splits import hold_out, split_counts, split_problem
+from stages.mapped.engine import FailureLimit, Job, finish_shards
 from stages.protocol import DoesNotAffectResult, Outcome, RuntimeInt, RuntimeStr, Stage, StageContext
 from stages.runtime.progress import tracked
 from storage.digests import sha256_file
@@ -136,12 +138,12 @@ class DownloadConfig(Config):
 class _Done:
     """The shards that are done: what the outcome needs of their receipts."""
 
-    files: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
-    """Entries by shard."""
+    files: dict[str, tuple[FileEntry, ...]] = field(default_factory=dict)
+    """By shard."""
     totals: Totals = field(default_factory=Totals)
 
-    def add(self, shard: str, receipt: dict[str, Any]) -> None:
-        self.files[shard] = receipt["files"]
+    def add(self, shard: str, receipt: DownloadedShard) -> None:
+        self.files[shard] = receipt.files
         self.totals.add(receipt)
 
 
@@ -151,25 +153,18 @@ def run(context: StageContext[DownloadConfig]) -> Outcome:
     Raises:
         ValueError: the source cannot be read, lacks a column or is empty; or too many rows failed.
     """
-    config, store, key = context.config, context.store, context.action_key
-    plan = store.read_plan(key) or _make_plan(context)
-    shards = [item["shard"] for item in plan["shards"]]
-    done = _Done()
-    for shard, receipt in store.receipts_of(key, shards):
-        done.add(shard, receipt)
-    _download(context, plan, done)
-    missing = [shard for shard in shards if shard not in done.files]
-    assert not missing, f"every shard was mapped, yet {missing} have no receipt"
+    config = context.config
+    plan = _Plan.of(context.store.work(context.action_key).read_plan() or _make_plan(context))
+    done = _download(context, plan)
     _check_images(context)
     if not done.totals["status"][OK]:
         reasons = done.totals.reasons("errors", "filters")
         raise ValueError(
             f"none of {done.totals.num_rows} rows gave an image ({reasons}); mend the list or loosen download.filters"
         )
-    done.files = {shard: done.files[shard] for shard in shards}  # in the list's order
     if config.filters.exact_duplicates or config.filters.near_duplicate_bits is not None:
         _leave_out_duplicates(context, done)
-    files = [FileEntry.from_json(entry) for entries in done.files.values() for entry in entries]
+    files = [entry for entries in done.files.values() for entry in entries]
     metadata = {"splits": dict(done.totals["splits"])}
     return Outcome("image_shards", files, metrics=done.totals.metrics(), metadata=metadata)
 
@@ -219,14 +214,15 @@ def next_attempt(config: DownloadConfig, seed: int, store: Store) -> int:
     attempt = config.attempt
     while True:
         key = _attempt_key(config, attempt, seed)
-        artifact, plan = store.lookup(key), store.read_plan(key)
+        artifact, known = store.lookup(key), store.work(key).read_plan()
         if artifact is not None:
             failed = bool(artifact.metrics["num_failed"])
-        elif plan is not None:
-            shards = [item["shard"] for item in plan["shards"]]
-            totals = Totals(receipt for _, receipt in store.receipts_of(key, shards))
-            num_rows = _num_rows(plan)
-            if totals.num_rows < num_rows and not _too_many(config, totals.num_failed, num_rows):
+        elif known is not None:
+            plan = _Plan.of(known)
+            receipts = store.work(key).receipts([shard.shard for shard in plan.shards])
+            totals = Totals(DownloadedShard.from_json(receipt) for _, receipt in receipts)
+            may_end_well = not _limit(config, plan.num_rows).is_passed(totals.num_failed)
+            if totals.num_rows < plan.num_rows and may_end_well:
                 return attempt
             failed = bool(totals.num_failed)
         else:
@@ -234,6 +230,24 @@ def next_attempt(config: DownloadConfig, seed: int, store: Store) -> int:
         if not failed:
             return attempt
         attempt += 1
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What a download is to fetch."""
+
+    rows: FileEntry
+    shards: list[RowRange]
+
+    @classmethod
+    def of(cls, plan: dict[str, Any]) -> _Plan:
+        """Read a plan of the store."""
+        return cls(FileEntry.from_json(plan["rows"]), [RowRange.from_json(shard) for shard in plan["shards"]])
+
+    @property
+    def num_rows(self) -> int:
+        """Of all shards."""
+        return sum(shard.count for shard in self.shards)
 
 
 def _make_plan(context: StageContext[DownloadConfig]) -> dict[str, Any]:
@@ -244,8 +258,8 @@ def _make_plan(context: StageContext[DownloadConfig]) -> dict[str, Any]:
     if _attempt_key(config, config.attempt, context.seed) != context.action_key:
         raise ValueError(f"{open_source(config).what} changed while it was read; run the stage again")
     entry = store.put_file(path, "rows.parquet")
-    shards = _cut(num_rows, config.rows_per_shard)
-    return store.create_plan(context.action_key, {"rows": entry.to_json(), "shards": shards})
+    shards = [shard.to_json() for shard in _cut(num_rows, config.rows_per_shard)]
+    return store.work(context.action_key).create_plan({"rows": entry.to_json(), "shards": shards})
 
 
 class _Written(NamedTuple):
@@ -284,41 +298,49 @@ def _restore_rows(context: StageContext[DownloadConfig], entry: FileEntry) -> No
     store.put_file(path, entry.path)
 
 
-def _cut(num_rows: int, rows_per_shard: int) -> list[dict[str, Any]]:
+def _cut(num_rows: int, rows_per_shard: int) -> list[RowRange]:
     return [
-        {"shard": f"{index:05d}", "start": start, "count": min(rows_per_shard, num_rows - start)}
+        RowRange(f"{index:05d}", start, min(rows_per_shard, num_rows - start))
         for index, start in enumerate(range(0, num_rows, rows_per_shard))
     ]
 
 
-def _download(context: StageContext[DownloadConfig], plan: dict[str, Any], done: _Done) -> None:
+def _download(context: StageContext[DownloadConfig], plan: _Plan) -> _Done:
     """Make the shards that are not done.
+
+    Returns:
+        All shards, in the list's order.
 
     Raises:
         ValueError: too many rows failed, in these shards or before.
     """
-    config, store, num_rows = context.config, context.store, _num_rows(plan)
-    _check_failures(context, done.totals, num_rows)
-    left = [item for item in plan["shards"] if item["shard"] not in done.files]
-    if not left:
-        return
-    _restore_rows(context, FileEntry.from_json(plan["rows"]))
-    earlier = _earlier_shards(context, [item["shard"] for item in left]) if config.attempt else {}
-    items = [item | {"rows": plan["rows"], "earlier": earlier.get(item["shard"])} for item in left]
-    worker = _worker(store, context.action_key, config)
-    map_items = partial(context.executor.map, num_workers=config.num_workers)
-    # closed where the check raises, or workers would go on as long as somebody keeps the exception
-    with closing(tracked(map_items(lambda: worker, items), len(items), "download shards")) as results:
-        for result in results:
-            done.add(result["shard"], result["receipt"])
-            _check_failures(context, done.totals, num_rows)
+    config, done = context.config, _Done()
+    job = Job(_worker(context, plan), RowRange, DownloadedShard, "download shards", "rows", _num_rows)
+
+    def prepare(left: list[RowRange]) -> list[RowRange]:
+        _restore_rows(context, plan.rows)
+        earlier = _earlier_shards(context, [shard.shard for shard in left])
+        return [replace(shard, earlier=earlier.get(shard.shard, ())) for shard in left]
+
+    with closing(finish_shards(context, plan.shards, job, num_workers=config.num_workers, prepare=prepare)) as finished:
+        for shard, receipt in finished:
+            done.add(shard, receipt)
+            _check_failures(context, done.totals, plan.num_rows)
+    done.files = {shard.shard: done.files[shard.shard] for shard in plan.shards}
+    return done
 
 
-def _worker(store: Store, action_key: str, config: DownloadConfig) -> DownloadShard:
+def _num_rows(receipt: DownloadedShard) -> int:
+    return sum(receipt.status.values())
+
+
+def _worker(context: StageContext[DownloadConfig], plan: _Plan) -> Callable[[], DownloadWorker]:
+    config = context.config
     hashed = (PERCEPTUAL_HASH,) if config.filters.near_duplicate_bits is not None else ()
-    return DownloadShard(
-        store=store,
-        action_key=action_key,
+    return partial(
+        DownloadWorker,
+        store=context.store,
+        rows=plan.rows,
         source=partial(open_source, config),
         filters=config.filters,
         limits=config.limits,
@@ -327,17 +349,17 @@ def _worker(store: Store, action_key: str, config: DownloadConfig) -> DownloadSh
     )
 
 
-def _earlier_shards(context: StageContext[DownloadConfig], shards: list[str]) -> dict[str, list[dict[str, Any]]]:
+def _earlier_shards(context: StageContext[DownloadConfig], shards: list[str]) -> dict[str, tuple[FileEntry, ...]]:
     """Files of the shards of earlier attempts, each of the latest one that has it."""
-    store, found = context.store, dict[str, list[dict[str, Any]]]()
+    store, found = context.store, dict[str, tuple[FileEntry, ...]]()
     for attempt in range(context.config.attempt):
         key = _attempt_key(context.config, attempt, context.seed)
         if (artifact := store.lookup(key)) is not None:
             for entry in artifact.files_under("images"):
                 shard = entry.path.removeprefix("images/").removesuffix(".tar")
-                found[shard] = [entry.to_json(), artifact.file(f"metadata/{shard}.parquet").to_json()]
-        for shard, receipt in store.receipts_of(key, shards):
-            found[shard] = receipt["files"]
+                found[shard] = (entry, artifact.file(f"metadata/{shard}.parquet"))
+        for shard, receipt in store.work(key).receipts(shards):
+            found[shard] = DownloadedShard.from_json(receipt).files
     return found
 
 
@@ -347,23 +369,19 @@ def _attempt_key(config: DownloadConfig, attempt: int, seed: int) -> str:
 
 def _check_failures(context: StageContext[DownloadConfig], totals: Totals, num_rows: int) -> None:
     """Raise ValueError once it is certain that too many rows will have failed, however many are still to come."""
-    config, failed, to_come = context.config, totals.num_failed, num_rows - totals.num_rows
-    if _too_many(config, failed, num_rows):
+    config, limit = context.config, _limit(context.config, num_rows)
+    if limit.is_passed(totals.num_failed):
         _check_images(context)  # they may have failed because somebody moved them
-        raise ValueError(
-            f"{failed} of {num_rows} images failed{f' with {to_come} still to come' if to_come else ''}, more than "
-            f"download.max_failed_fraction={config.max_failed_fraction} ({totals.reasons('errors')}); mend the list, "
-            f"raise the limit, or fetch the failed ones again with `--retry-failed` or "
+        remedy = (
+            "mend the list, raise the limit, or fetch the failed ones again with `--retry-failed` or "
             f"`--set download.attempt={config.attempt + 1}`; what arrived is kept"
         )
+        to_come = num_rows - totals.num_rows
+        raise limit.error(totals.num_failed, totals.reasons("errors"), remedy, to_come=to_come)
 
 
-def _too_many(config: DownloadConfig, num_failed: int, num_rows: int) -> bool:
-    return num_failed > config.max_failed_fraction * num_rows
-
-
-def _num_rows(plan: dict[str, Any]) -> int:
-    return sum(item["count"] for item in plan["shards"])
+def _limit(config: DownloadConfig, num_rows: int) -> FailureLimit:
+    return FailureLimit("download.max_failed_fraction", config.max_failed_fraction, num_rows, "images failed")
 
 
 def _check_images(context: StageContext[DownloadConfig]) -> None:
@@ -375,7 +393,7 @@ def _check_images(context: StageContext[DownloadConfig]) -> None:
     if config.files is None or _attempt_key(config, config.attempt, context.seed) == key:
         return
     # Else a later run with the files as they were would find them done, with other images in them
-    store.drop_receipts(key)
+    store.work(key).drop_receipts()
     raise ValueError(
         f"{open_source(config).what} changed while its images were read, so the shards that were made of it are thrown "
         "away; run the stage again, and change nothing there meanwhile"
@@ -385,7 +403,7 @@ def _check_images(context: StageContext[DownloadConfig]) -> None:
 def _leave_out_duplicates(context: StageContext[DownloadConfig], done: _Done) -> None:
     """Make the shards again that hold an image which came before."""
     config, names = context.config, list(done.files)
-    files = {name: _shard_files(done.files[name]) for name in names}
+    files = {name: ShardFiles(*done.files[name]) for name in names}
     found = find_duplicates(context.store, list(files.values()), config.filters)
     items = [
         {
@@ -399,12 +417,8 @@ def _leave_out_duplicates(context: StageContext[DownloadConfig], done: _Done) ->
     worker = LeaveOut(context.store)
     results = context.executor.map(lambda: worker, items, num_workers=config.num_workers)
     for result in tracked(results, len(items), "leave out duplicates"):
-        done.totals.take_back(result["before"])
-        done.add(result["shard"], result["after"])
-
-
-def _shard_files(entries: list[dict[str, Any]]) -> ShardFiles:
-    return ShardFiles(*(FileEntry.from_json(entry) for entry in entries))
+        done.totals.take_back(DownloadedShard.from_json(result["before"]))
+        done.add(result["shard"], DownloadedShard.from_json(result["after"]))
 
 
 def _external_inputs(config: DownloadConfig) -> dict[str, str]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
 
+from stages.mapped.engine import LeftOut
 from storage.manifest import FileEntry
 from storage.store import Store
 from storage.tables import read_table, write_table
@@ -33,21 +35,37 @@ _TYPES: dict[str, pa.DataType] = {
 }
 
 
-def store_rows(store: Store, action_key: str, shard: str, task: str, rows: list[dict[str, Any]]) -> None:
-    """Write the rows of one shard into the store, and its receipt."""
+LEFT_OUT = "left_out"
+"""Name of the table of rows that could not be measured."""
+
+
+def store_rows(store: Store, shard: str, task: str, rows: list[dict[str, Any]]) -> list[FileEntry]:
+    """Write what was found on the rows of one shard into the store; no file where nothing was found."""
+    if not rows:
+        return []
     names = list(rows[0])
     arrays = [pa.array([row[name] for row in rows], _TYPES.get(name)) for name in names]
-    with store.attempt_dir() as scratch:
+    with store.scratch_dir() as scratch:
         write_table(pa.table(arrays, names=names), scratch / "rows.parquet")
-        entry = store.put_file(scratch / "rows.parquet", f"{FILES[task]}/{shard}.parquet")
-    store.write_receipt(action_key, shard, {"files": [entry.to_json()], "task": task})
+        return [store.put_file(scratch / "rows.parquet", f"{FILES[task]}/{shard}.parquet")]
 
 
-def gather(store: Store, receipts: dict[str, dict[str, Any]]) -> dict[str, pa.Table]:
-    """All rows of each task, in the order of the shards."""
+def gather(store: Store, shards: Iterable[tuple[str, Sequence[FileEntry]]]) -> dict[str, pa.Table]:
+    """Join the tables of each task.
+
+    Args:
+        store: holds them.
+        shards: task and files of each shard, in order.
+    """
     parts: dict[str, list[pa.Table]] = {}
-    for shard in sorted(receipts):
-        receipt = receipts[shard]
-        tables = [read_table(store.fetch(FileEntry.from_json(entry))) for entry in receipt["files"]]
-        parts.setdefault(receipt["task"], []).extend(tables)
-    return {task: pa.concat_tables(tables) for task, tables in parts.items()}
+    for task, files in shards:
+        parts.setdefault(task, []).extend(read_table(store.fetch(entry)) for entry in files)
+    return {task: pa.concat_tables(tables) for task, tables in parts.items() if tables}
+
+
+def left_out_table(left_out: Mapping[str, Sequence[LeftOut]]) -> pa.Table:
+    """The rows that could not be measured, with task, key, status and error; by task."""
+    rows = [(task, row.key, row.status, row.error) for task, some in left_out.items() for row in some]
+    columns = zip(*rows, strict=True)
+    names = ("task", "key", "status", "error")
+    return pa.table({name: pa.array(column, pa.string()) for name, column in zip(names, columns, strict=True)})

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from contextlib import closing
+from typing import Annotated
 
 import pyarrow.compute as pc
 import torch
@@ -16,12 +17,13 @@ from stages.artifacts.models import load_teacher
 from stages.artifacts.rows import TEST
 from stages.artifacts.templates import ChoiceTemplate, Template
 from stages.evaluate.metric_rows import evaluation_metrics
-from stages.evaluate.results import DRAWN_FEATURES, FILES, ORIGINAL_FEATURES, TEXT_CUT, gather
+from stages.evaluate.results import DRAWN_FEATURES, FILES, LEFT_OUT, ORIGINAL_FEATURES, TEXT_CUT, gather, left_out_table
 from stages.evaluate.tasks import TaskFactory
+from stages.evaluate.worker import EvaluationShard, EvaluationWorkerFactory, MeasuredShard
+from stages.mapped.engine import FailureLimit, Job, LeftOut, finish_shards
 from stages.metrics.measuring import SetDistance, feature_space, weights_inputs
-from stages.protocol import Device, Outcome, RuntimeFloat, RuntimeInt, RuntimeStr, Stage, StageContext
+from stages.protocol import Device, Outcome, RuntimeFloat, RuntimeFraction, RuntimeInt, RuntimeStr, Stage, StageContext
 from stages.runtime.devices import PrecisionConfig, resolve_device
-from stages.runtime.progress import tracked
 from storage.code_table import check_tokenizer
 from storage.digests import canonical_json
 from storage.tables import metrics_table, write_table
@@ -61,6 +63,9 @@ class EvaluateConfig(PrecisionConfig):
     sentences of CLIP's ImageNet evaluation."""
     rows_per_shard: PositiveInt = 48
     """Held-out rows measured, and lost by a crash, together."""
+    max_failed_fraction: RuntimeFraction = 0.01
+    """The stage stops as soon as a larger part of the rows, of all tasks together, brings its worker down; what is done
+    stays done, and a run with a higher limit goes on from there."""
     num_workers: RuntimeInt = 1
     """Workers at a time."""
     gpus_per_worker: RuntimeFloat = 0.0
@@ -80,45 +85,66 @@ def run(context: StageContext[EvaluateConfig]) -> Outcome:
     Raises:
         ValueError: the parts were not made for each other, or nothing is held out.
     """
-    config, store, key = context.config, context.store, context.action_key
+    config, store = context.config, context.store
     tokenizer = context.inputs["train_tokenizer"]
     rows = load_rows(store, context.inputs["tokenize"], split=TEST, views=False)
     check_tokenizer(rows.info, tokenizer.digest)
-    trained_on = context.inputs["sft"].metadata["tokenizer"]
-    check_tokenizer(rows.info, trained_on)
+    check_tokenizer(rows.info, context.inputs["sft"].metadata["tokenizer"])
     count = len(rows) if config.max_rows is None else min(len(rows), config.max_rows)
     tasks = ["understanding"] if tokenizer.kind == external_codes.KIND else list(FILES)
     # here, so that wrong weights end it at once
     distance = _set_distance(context) if "reconstruction" in tasks else None
-    plan = store.create_plan(key, {"items": _items(tasks, count, config.rows_per_shard)})
-    done = store.receipts(key)
-    items = [item for item in plan["items"] if item["shard"] not in done]
-    factory = TaskFactory(store, key, config, context.seed, context.inputs)
-    for _ in tracked(
-        context.executor.map(factory, items, num_workers=config.num_workers, num_gpus=config.gpus_per_worker),
-        len(items),
-        "evaluate shards",
-    ):
-        pass
-    receipts = store.receipts(key, done)
-    missing = [item["shard"] for item in plan["items"] if item["shard"] not in receipts]
-    assert not missing, f"every shard was mapped, yet {missing} have no receipt"
-    tables = gather(store, receipts)
+    planned = [shard.to_json() for shard in _shards(tasks, count, config.rows_per_shard)]
+    plan = store.work(context.action_key).create_plan({"shards": planned})
+    shards = [EvaluationShard.from_json(shard) for shard in plan["shards"]]
+    receipts = _measure(context, shards)
+    tables = gather(store, ((receipt.task, receipt.files) for receipt in receipts))
     metric_rows = evaluation_metrics(context, tables, rows, distance)
     if distance is not None:
         tables["reconstruction"] = tables["reconstruction"].drop_columns([ORIGINAL_FEATURES, DRAWN_FEATURES])
+    num_cut = sum(pc.sum(table[TEXT_CUT]).as_py() for table in tables.values() if TEXT_CUT in table.column_names)
+    written = {"metrics": metrics_table(metric_rows), **{FILES[task]: table for task, table in tables.items()}}
+    left_out = {
+        task: [row for receipt in receipts if receipt.task == task for row in receipt.left_out] for task in tasks
+    }
+    if num_failed := sum(map(len, left_out.values())):
+        written[LEFT_OUT] = left_out_table(left_out)
     files = []
-    for name, table in {
-        "metrics": metrics_table(metric_rows),
-        **{FILES[task]: t for task, t in tables.items()},
-    }.items():
+    for name, table in written.items():
         path = context.scratch / f"{name}.parquet"
         write_table(table, path)
         files.append(store.put_file(path, f"{name}.parquet"))
     files.append(store.put_bytes(canonical_json(metric_rows), "metrics.json"))
     headline = {f"{row['model']}.{row['benchmark']}.{row['metric']}": row["value"] for row in metric_rows}
-    num_cut = sum(pc.sum(table[TEXT_CUT]).as_py() for table in tables.values() if TEXT_CUT in table.column_names)
-    return Outcome("evaluation", files, metrics=headline | {"num_cut": num_cut})
+    return Outcome("evaluation", files, metrics=headline | {"num_cut": num_cut, "num_failed": num_failed})
+
+
+def _measure(context: StageContext[EvaluateConfig], shards: list[EvaluationShard]) -> list[MeasuredShard]:
+    """The receipts of the shards, in their order.
+
+    Raises:
+        ValueError: too many rows could not be measured.
+    """
+    config = context.config
+    factory = EvaluationWorkerFactory(TaskFactory(context.store, config, context.seed, context.inputs))
+    job = Job(factory, EvaluationShard, MeasuredShard, "evaluate shards", "rows", lambda receipt: receipt.rows)
+    total = sum(shard.count for shard in shards)
+    limit = FailureLimit(
+        "evaluate.max_failed_fraction", config.max_failed_fraction, total, "rows could not be measured"
+    )
+    receipts: dict[str, MeasuredShard] = {}
+    failures: list[LeftOut] = []
+    with closing(
+        finish_shards(context, shards, job, num_workers=config.num_workers, num_gpus=config.gpus_per_worker)
+    ) as finished:
+        for shard, receipt in finished:
+            receipts[shard] = receipt
+            failures += receipt.left_out
+            if limit.is_passed(len(failures)):
+                first = "; ".join(f"{failure.key}: {failure.error}" for failure in failures[:3])
+                remedy = "look at these rows, or raise the limit: what is measured is kept"
+                raise limit.error(len(failures), f"first: {first}", remedy)
+    return [receipts[shard.shard] for shard in shards]
 
 
 def _set_distance(context: StageContext[EvaluateConfig]) -> SetDistance:
@@ -127,9 +153,9 @@ def _set_distance(context: StageContext[EvaluateConfig]) -> SetDistance:
     return feature_space("evaluate", context.config.inception_weights, teacher, torch.device("cpu")).distance
 
 
-def _items(tasks: list[str], count: int, rows_per_shard: int) -> list[dict[str, Any]]:
+def _shards(tasks: list[str], count: int, rows_per_shard: int) -> list[EvaluationShard]:
     return [
-        {"shard": f"{task}-{start:07d}", "task": task, "start": start, "count": min(rows_per_shard, count - start)}
+        EvaluationShard(f"{task}-{start:07d}", task, start, min(rows_per_shard, count - start))
         for task in tasks
         for start in range(0, count, rows_per_shard)
     ]

@@ -32,7 +32,7 @@ from stages.artifacts.images import ImageSource
 from stages.artifacts.models import load_teacher, load_tokenizer
 from stages.artifacts.rows import TEST, TRAIN
 from stages.artifacts.templates import fill, fill_row
-from stages.evaluate.results import DRAWN_FEATURES, ORIGINAL_FEATURES, RANK, TEACHER_RANK, TEXT_CUT, store_rows
+from stages.evaluate.results import DRAWN_FEATURES, ORIGINAL_FEATURES, RANK, TEACHER_RANK, TEXT_CUT
 from stages.language.sequences import SequenceBuilder
 from stages.language.training import load_vlm
 from stages.metrics.measuring import FeatureSpace, Perceptual, ZeroShot, feature_space, lpips_distance, perceptual_of
@@ -102,20 +102,19 @@ class Concepts:
 
 @dataclass(frozen=True)
 class TaskFactory:
-    """What travels to a worker; calling it there opens the store and loads what the first item needs."""
+    """Picklable description of the models; calling it in a worker process loads them as they are needed."""
 
     store: Store
-    action_key: str
     config: Any
     seed: int
     inputs: dict[str, Manifest]
 
-    def __call__(self) -> EvaluationWorker:
-        return EvaluationWorker(self)
+    def __call__(self) -> EvaluationTasks:
+        return EvaluationTasks(self)
 
 
-class EvaluationWorker:
-    """Holds the models; each call measures a range of held-out rows and returns what it found through a receipt."""
+class EvaluationTasks:
+    """Holds the models; each task measures some held-out rows and returns what it found, a dictionary a result."""
 
     def __init__(self, job: TaskFactory) -> None:
         self.job = job
@@ -123,15 +122,14 @@ class EvaluationWorker:
         self.device = resolve_device(self.config.device)
         torch.set_num_threads(self.config.threads_per_worker)
 
-    def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
-        rows = list(range(item["start"], item["start"] + item["count"]))
-        found = {
+    def measure(self, task: str, rows: list[int]) -> list[dict[str, Any]]:
+        """Do one of the tasks, by its name, on some held-out rows."""
+        tasks = {
             "reconstruction": self.reconstruct,
             "understanding": self.understand,
             "generation": self.generate,
-        }[item["task"]](rows)
-        store_rows(self.job.store, self.job.action_key, item["shard"], item["task"], found)
-        return {"shard": item["shard"]}
+        }
+        return tasks[task](rows)
 
     @cached_property
     def teacher(self) -> Teacher:

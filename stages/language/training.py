@@ -236,7 +236,7 @@ def load_vlm(store: Store, manifest: Manifest) -> tuple[UnifiedVlm, SequenceBuil
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     vocabulary = Vocabulary.from_json(store.read_bytes(manifest.file(VOCABULARY)).decode())
-    with store.attempt_dir() as scratch:
+    with store.scratch_dir() as scratch:
         store.materialise(manifest, scratch, _FOLDER)
         llm = AutoModelForCausalLM.from_pretrained(scratch / _FOLDER, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(scratch / _FOLDER)

@@ -82,7 +82,7 @@ def run_stage(name: str, recipe: Recipe, store: Store, executor: Executor, *, ru
         logger.info("stage %s: making %s", name, key[:12])
         warn_of_emulation(config, stage.section)
         with (
-            store.attempt_dir() as scratch,
+            store.scratch_dir() as scratch,
             done_at_end(partial(remove_scratch, scratch)),
             named_full_disk(scratch, store.uri),
         ):
@@ -100,7 +100,7 @@ def run_stage(name: str, recipe: Recipe, store: Store, executor: Executor, *, ru
             metadata=outcome.metadata,
         )
         digest = store.commit(key, manifest).digest
-        store.drop_checkpoints(key)
+        store.work(key).drop_checkpoints()
         result = StageResult(name, key, store.load(digest), False, time.monotonic() - started)
     store.record_run(_record(result, recipe, run_id))
     return result

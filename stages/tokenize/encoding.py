@@ -26,7 +26,7 @@ from stages.tokenize.caption_match import CaptionMatch
 from storage.store import Store
 
 Pixels = npt.NDArray[np.uint8]
-Codes = npt.NDArray[np.int64]
+CodeArray = npt.NDArray[np.int64]
 Scores = npt.NDArray[np.float32]
 
 CPU_CHUNK = 8
@@ -35,7 +35,7 @@ kernels, which round a code otherwise now and then. Faster than the batches that
 
 
 @dataclass(frozen=True)
-class Batch:
+class ImageBatch:
     """Images that are encoded together."""
 
     pixels: Pixels
@@ -90,13 +90,15 @@ class Encoder:
             self.tokenizer.teacher.to(self.device)
         self._caption_match = None if job.scorer_digest is None else self._scorer(job.scorer_digest)
 
-    def encode(self, batch: Batch, slots: list[int]) -> Codes:
+    def encode(self, batch: ImageBatch, slots: list[int]) -> CodeArray:
         """Codes `[len(slots), N, D, h, w]` of the images in these places of a batch.
 
         The other places are blank, but there: some kernels round differently for another batch size, and an image must
         not change its codes because one beside it was taken out.
         """
-        codes: Codes = self._in_lots(self._codes, _only(batch.pixels, slots), batch.keys, batch.views)[slots].numpy()
+        codes: CodeArray = self._in_chunks(self._codes, _only(batch.pixels, slots), batch.keys, batch.views)[
+            slots
+        ].numpy()
         return codes
 
     def scores(self, pixels: Pixels, captions: list[str], slots: list[int]) -> Scores:
@@ -107,7 +109,7 @@ class Encoder:
         assert self._caption_match is not None, "it was made without a teacher that scores captions"
         wanted = set(slots)
         texts = [caption if slot in wanted else "" for slot, caption in enumerate(captions)]
-        scores: Scores = self._in_lots(self._caption_match.scores, _only(pixels, slots), texts)[slots].numpy()
+        scores: Scores = self._in_chunks(self._caption_match.scores, _only(pixels, slots), texts)[slots].numpy()
         return scores
 
     def _scorer(self, digest: str) -> CaptionMatch:
@@ -117,18 +119,20 @@ class Encoder:
             teacher = load_teacher(self._job.store, self._job.store.load(digest))
         return CaptionMatch(teacher, self.device)
 
-    def _in_lots(self, work: Callable[..., Tensor], pixels: Pixels, *columns: list[str]) -> Tensor:
+    def _in_chunks(self, work: Callable[..., Tensor], pixels: Pixels, *columns: list[str]) -> Tensor:
         """What `work` gives for a batch, on the CPU: on a GPU at once, else by threads of CPU_CHUNK images each.
 
-        The last lot is filled up with more of its last image, whose results are dropped.
+        The last chunk is filled up with more of its last image, whose results are dropped.
         """
         if self._threads is None:
             return work(pixels, *columns).cpu()
         count = len(pixels)
         waiting = []
         for start in range(0, count, CPU_CHUNK):
-            lot = [min(at, count - 1) for at in range(start, start + CPU_CHUNK)]
-            waiting.append(self._threads.submit(work, pixels[lot], *([column[at] for at in lot] for column in columns)))
+            chunk = [min(at, count - 1) for at in range(start, start + CPU_CHUNK)]
+            waiting.append(
+                self._threads.submit(work, pixels[chunk], *([column[at] for at in chunk] for column in columns))
+            )
         return torch.cat([future.result() for future in waiting])[:count]
 
     @torch.no_grad()
@@ -141,7 +145,7 @@ class Encoder:
         if any(view != ORIGINAL for view in views):
             pairs = enumerate(zip(keys, views, strict=True))
             images = torch.stack([self._shown(images[at], key, view) for at, (key, view) in pairs])
-        # Each layout has kernels of its own, which round otherwise: one for all lots, with views or without; the faster
+        # Each memory layout has kernels of its own, which round differently: the faster one, with or without views
         images = images.contiguous(memory_format=torch.channels_last)
         with autocast(self.device, self._job.precision):
             return self.tokenizer.encode(images)

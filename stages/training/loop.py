@@ -295,7 +295,7 @@ def _save(
     folder.mkdir()
     state = {"trainable": trainable.state_dict(), "history": history.points, "pending": pending}
     torch.save(state, folder / _CHECKPOINT)
-    context.store.save_checkpoint(context.action_key, step, folder)
+    context.store.work(context.action_key).save_checkpoint(step, folder)
     (folder / _CHECKPOINT).unlink()
 
 
@@ -304,7 +304,7 @@ def _restore(
 ) -> int:
     folder: Path = context.scratch / "restored"
     folder.mkdir()
-    step = context.store.load_checkpoint(context.action_key, folder)
+    step = context.store.work(context.action_key).load_checkpoint(folder)
     if len(set(gather_objects(step))) > 1:
         raise ValueError(
             f"the workers found different checkpoints in the store {context.store.uri}; all of them have to reach the "

@@ -97,7 +97,7 @@ class _Part:
     def __call__(self) -> Outcome | None:
         prepare_process()
         config = self.config.model_copy(update={"device": self.config.shared_device})
-        with self.store.attempt_dir() as scratch, done_at_end(partial(remove_scratch, scratch)), thread_count(config):
+        with self.store.scratch_dir() as scratch, done_at_end(partial(remove_scratch, scratch)), thread_count(config):
             return self.function(
                 StageContext(config, self.seed, self.inputs, self.store, self.action_key, LocalExecutor(), scratch)
             )

@@ -41,10 +41,10 @@ def main() -> None:
         download = _download(shards, arguments.rows)
         for shard, entry in zip(shards, _blobs(store, shards), strict=True):
             counts = {"rows": arguments.rows_per_shard, "images": arguments.rows_per_shard, "left_out": []}
-            store.write_receipt(KEY, shard, {"files": [entry.to_json()], **counts})
+            store.work(KEY).write_receipt(shard, {"files": [entry.to_json()], **counts})
 
         start = time.perf_counter()
-        assert len(store.receipts(KEY)) == len(shards)
+        assert len(dict(store.work(KEY).receipts())) == len(shards)
         report(f"{name}: list receipts", time.perf_counter() - start, LIMIT_SECONDS, "s")
 
         start = time.perf_counter()

@@ -36,9 +36,8 @@ from models.transforms import load_image, normalise
 from stages.artifacts.rows import ORIGINAL
 from stages.pipeline.execution import find_artifacts
 from stages.protocol import StageContext
-from stages.tokenize.encoding import CPU_CHUNK, Batch, Encoder
+from stages.tokenize.encoding import CPU_CHUNK, Encoder, EncoderFactory, ImageBatch
 from stages.tokenize.stage import STAGE
-from stages.tokenize.stage import WorkerFactory as TokenizeFactory
 from storage.store import Store
 from tests.benchmarks.measuring import report
 from tests.helpers.light import LightRun, light_run
@@ -137,7 +136,7 @@ def _stage(
     store = run.store(str(folder))
     found = find_artifacts(run.recipe, store, list(STAGE.feeders(run.recipe.tokenize)))
     inputs = {name: manifest for name, manifest in found.items() if manifest is not None}
-    with store.attempt_dir() as scratch:
+    with store.scratch_dir() as scratch:
         context: StageContext[Any] = StageContext(
             run.recipe.tokenize, run.recipe.seed, inputs, store, run.action_key, executor, scratch
         )
@@ -152,9 +151,17 @@ def _stage(
 def _encoder(run: LightRun, store: Store) -> Encoder:
     tokenizer = find_artifacts(run.recipe, store, ["train_tokenizer"])["train_tokenizer"]
     assert tokenizer is not None
-    config, seed = run.recipe.tokenize, run.recipe.seed
-    factory = TokenizeFactory(store, run.action_key, config, seed, "", None, tokenizer.digest)
-    return factory.encoder()()
+    config = run.recipe.tokenize
+    return EncoderFactory(
+        store=store,
+        tokenizer_digest=tokenizer.digest,
+        scorer_digest=None,
+        views=config.views,
+        precision=config.precision,
+        on_gpu=config.gpus_per_worker > 0,
+        num_threads=config.threads_per_worker,
+        seed=run.recipe.seed,
+    )()
 
 
 def _pixels(run: LightRun, encoder: Encoder, key: str) -> np.ndarray[Any, Any]:
@@ -188,7 +195,7 @@ def _loop_of_the_stages_encoder(run: LightRun, folder: Path) -> float:
     for start in range(0, len(run.keys), size):
         keys = run.keys[start : start + size]
         pixels = np.stack([_pixels(run, encoder, key) for key in keys])
-        batches.append(Batch(pixels, keys, [ORIGINAL] * len(keys)))
+        batches.append(ImageBatch(pixels, keys, [ORIGINAL] * len(keys)))
     encoder.encode(batches[0], list(range(len(batches[0]))))
     start_s = time.perf_counter()
     for batch in batches:

@@ -26,7 +26,7 @@ IMAGES = [png(colour) for colour in COLOURS]
 
 def run_download(config: DownloadConfig, folder: Path) -> tuple[list[dict[str, Any]], list[ImageSample], Outcome]:
     store = Store(str(folder / "store"))
-    with store.attempt_dir() as scratch:  # not in `folder`: the files there are the source's
+    with store.scratch_dir() as scratch:  # not in `folder`: the files there are the source's
         context = StageContext(config, 0, {}, store, STAGE.action_key(config, 0, {}), LocalExecutor(), scratch)
         outcome = STAGE.run(context)
     rows, samples = list[dict[str, Any]](), list[ImageSample]()

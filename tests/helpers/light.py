@@ -98,7 +98,7 @@ def light_run(
 def _fill(store: Store, recipe: Recipe, shards: list[list[ImageSample]]) -> dict[str, str]:
     """Commit the three artifacts that tokenize starts from; return their digests."""
     digests: dict[str, str] = {}
-    with store.attempt_dir() as scratch:
+    with store.scratch_dir() as scratch:
         images = []
         for number, samples in enumerate(shards):
             write_image_shard(scratch / "shard.tar", samples)

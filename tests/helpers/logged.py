@@ -11,22 +11,23 @@ import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from stages.mapped.engine import Shard
 from stages.pipeline.command import run_one_stage
 from stages.tokenize import stage as tokenize
+from stages.tokenize.worker import EncodedShard, TokenizeWorker, TokenizeWorkerFactory
 
 
-class LoggedWorker(tokenize.TokenizeWorker):
-    def _encode_shard(self, shard: str, encoder: Any) -> Any:
-        receipt = Path(self.job.store.uri, "receipts", self.job.action_key, f"{shard}.json")
+class LoggedWorker(TokenizeWorker):
+    def make(self, shard: Shard, *, isolated: bool) -> EncodedShard:
+        receipts = Path(self.store.uri, "receipts").glob(f"*/{shard.shard}.json")
         with open(os.environ["TEST_LOG"], "a") as log:
-            log.write(f"{shard} {'again' if receipt.exists() else 'first'}\n")
-        return super()._encode_shard(shard, encoder)
+            log.write(f"{shard.shard} {'again' if list(receipts) else 'first'}\n")
+        return super().make(shard, isolated=isolated)
 
 
 @dataclass(frozen=True)
-class LoggedWorkers(tokenize.WorkerFactory):
+class LoggedWorkers(TokenizeWorkerFactory):
     def __call__(self) -> LoggedWorker:
         return LoggedWorker(self)
 
@@ -34,7 +35,7 @@ class LoggedWorkers(tokenize.WorkerFactory):
 def main() -> None:
     recipe, store, executor, log = sys.argv[1:]
     os.environ["TEST_LOG"] = log
-    tokenize.WorkerFactory = LoggedWorkers  # type: ignore[misc]
+    tokenize.TokenizeWorkerFactory = LoggedWorkers  # type: ignore[misc]
     run_one_stage("tokenize", recipe, store, executor)  # type: ignore[arg-type]
 
 

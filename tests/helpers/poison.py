@@ -17,7 +17,7 @@ import torch
 
 from stages.pipeline.command import run_one_stage
 from stages.tokenize import stage as tokenize
-from stages.tokenize.encoding import Batch, Codes, Encoder, EncoderFactory, Pixels, Scores
+from stages.tokenize.encoding import CodeArray, Encoder, EncoderFactory, ImageBatch, Pixels, Scores
 
 LOST = "CUDA error: device-side assert triggered"
 
@@ -29,7 +29,7 @@ class PoisonableEncoder(Encoder):
     effect: str = "crash"
     lost: bool = False
 
-    def encode(self, batch: Batch, slots: list[int]) -> Codes:
+    def encode(self, batch: ImageBatch, slots: list[int]) -> CodeArray:
         if {batch.keys[slot] for slot in slots} & set(self.poison):
             if self.effect == "raise":
                 raise ValueError("cannot take this one")
@@ -50,30 +50,19 @@ class PoisonableEncoder(Encoder):
 
 @dataclass(frozen=True)
 class PoisonableFactory(EncoderFactory):
-    poison: tuple[str, ...] = ()
-    effect: str = "crash"
+    """Takes its poison from the environment, which workers inherit."""
 
     def __call__(self) -> Encoder:
         encoder = PoisonableEncoder(self)
-        encoder.poison, encoder.effect = self.poison, self.effect
+        encoder.poison = tuple(os.environ["TEST_POISON"].split(","))
+        encoder.effect = os.environ["TEST_POISON_EFFECT"]
         return encoder
-
-
-@dataclass(frozen=True)
-class PoisonableWorkers(tokenize.WorkerFactory):
-    """Takes its settings from the environment, which workers inherit."""
-
-    def encoder(self) -> EncoderFactory:
-        plain = super().encoder()
-        fields = {name: getattr(plain, name) for name in EncoderFactory.__dataclass_fields__}
-        poison = tuple(os.environ["TEST_POISON"].split(","))
-        return PoisonableFactory(**fields, poison=poison, effect=os.environ["TEST_POISON_EFFECT"])
 
 
 def main() -> None:
     recipe, store, executor, poison, *effect = sys.argv[1:]
     os.environ["TEST_POISON"], os.environ["TEST_POISON_EFFECT"] = poison, (effect or ["crash"])[0]
-    tokenize.WorkerFactory = PoisonableWorkers  # type: ignore[misc]
+    tokenize.EncoderFactory = PoisonableFactory  # type: ignore[misc]
     run_one_stage("tokenize", recipe, store, executor)  # type: ignore[arg-type]
 
 

@@ -84,29 +84,31 @@ def create(sides: Sides, name: str) -> Case:
 
 def create_plan(sides: Sides, name: str) -> Case:
     def check(store: Store, plan: object) -> bool:
-        return plan == {"shards": [name]} == store.create_plan(name, {"shards": []})
+        return plan == {"shards": [name]} == store.work(name).create_plan({"shards": []})
 
-    return Case(lambda store: store.create_plan(name, {"shards": [name]}), check)
+    return Case(lambda store: store.work(name).create_plan({"shards": [name]}), check)
 
 
 def read_plan(sides: Sides, name: str) -> Case:
-    sides.direct.create_plan(name, {"shards": [name]})
-    return Case(lambda store: store.read_plan(name), lambda store, plan: plan == {"shards": [name]})
+    sides.direct.work(name).create_plan({"shards": [name]})
+    return Case(lambda store: store.work(name).read_plan(), lambda store, plan: plan == {"shards": [name]})
 
 
 def write_receipt(sides: Sides, name: str) -> Case:
     receipt = {"files": [sides.direct.put_bytes(name.encode(), "file").to_json()]}
     return Case(
-        lambda store: store.write_receipt(name, "0", receipt),
-        lambda store, written: written == receipt and store.receipts(name) == {"0": receipt},
+        lambda store: store.work(name).write_receipt("0", receipt),
+        lambda store, written: written == receipt and dict(store.work(name).receipts()) == {"0": receipt},
     )
 
 
 def receipts(sides: Sides, name: str) -> Case:
     receipt = {"files": [sides.direct.put_bytes(name.encode(), "file").to_json()]}
     for shard in ("0", "1"):
-        sides.direct.write_receipt(name, shard, receipt)
-    return Case(lambda store: store.receipts(name), lambda store, found: found == {"0": receipt, "1": receipt})
+        sides.direct.work(name).write_receipt(shard, receipt)
+    return Case(
+        lambda store: dict(store.work(name).receipts()), lambda store, found: found == {"0": receipt, "1": receipt}
+    )
 
 
 def commit(sides: Sides, name: str) -> Case:
@@ -147,13 +149,13 @@ def _checkpoint(sides: Sides, name: str) -> Path:
 
 def _loaded(store: Store, sides: Sides, name: str) -> tuple[int | None, bytes]:
     target = sides.folder / f"{name}-{uuid.uuid4().hex}"
-    return store.load_checkpoint(name, target), (target / "model").read_bytes()
+    return store.work(name).load_checkpoint(target), (target / "model").read_bytes()
 
 
 def save_checkpoint(sides: Sides, name: str) -> Case:
     folder = _checkpoint(sides, name)
     return Case(
-        lambda store: store.save_checkpoint(name, 7, folder),
+        lambda store: store.work(name).save_checkpoint(7, folder),
         lambda store, _: _loaded(store, sides, name) == (7, (folder / "model").read_bytes()),
     )
 
@@ -162,7 +164,7 @@ def load_checkpoint(sides: Sides, name: str) -> Case:
     """An older step is there too: it must not be taken because the service stumbled over the newer one."""
     folder = _checkpoint(sides, name)
     for step in (6, 7):
-        sides.direct.save_checkpoint(name, step, folder, keep=2)
+        sides.direct.work(name).save_checkpoint(step, folder, keep=2)
     return Case(
         lambda store: _loaded(store, sides, name),
         lambda store, loaded: loaded == (7, (folder / "model").read_bytes()),

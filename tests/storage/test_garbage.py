@@ -79,36 +79,39 @@ def test_young_things_stay(store_uri: str) -> None:
 
 def test_work_in_progress_keeps_its_shards(tmp_path: Path) -> None:
     store = Store(str(tmp_path / "store"))
-    store.create_plan("going", {"shards": ["a"]})
+    store.work("going").create_plan({"shards": ["a"]})
     kept = store.put_bytes(b"a shard", "a")
-    store.write_receipt("going", "a", {"files": [kept.to_json()]})
+    store.work("going").write_receipt("a", {"files": [kept.to_json()]})
     _age(tmp_path / "store" / blob_key(kept.sha256))
     assert keys(store, timedelta(hours=1)) == set(), "an old blob that young work needs"
 
     folder = tmp_path / "checkpoint"
     folder.mkdir()
     (folder / "state").write_bytes(b"state")
-    store.save_checkpoint("going", 3, folder)
+    store.work("going").save_checkpoint(3, folder)
     for path in (tmp_path / "store").rglob("*"):
         if path.is_file() and "going" in str(path):
             _age(path)
     given_up = keys(store, timedelta(hours=1))
     assert {key.split("/")[0] for key in given_up} == {"plans", "receipts", "checkpoints", "cas"}
     store.collect_garbage(timedelta(hours=1), delete=True)
-    assert store.receipts("going") == {} and store.load_checkpoint("going", tmp_path / "restored") is None
+    assert (
+        dict(store.work("going").receipts()) == {}
+        and store.work("going").load_checkpoint(tmp_path / "restored") is None
+    )
 
 
 def test_checkpoints_of_finished_stages_go_and_their_receipts_stay(tmp_path: Path) -> None:
     store = Store(str(tmp_path / "store"))
     manifest = commit(store, "first")
-    store.write_receipt("key-first", "a", {"files": [manifest.files[0].to_json()]})
+    store.work("key-first").write_receipt("a", {"files": [manifest.files[0].to_json()]})
     folder = tmp_path / "checkpoint"
     folder.mkdir()
     (folder / "state").write_bytes(b"state")
-    store.save_checkpoint("key-first", 3, folder)
+    store.work("key-first").save_checkpoint(3, folder)
     found = keys(store, NOW, delete=True)
     assert found and all(key.startswith("checkpoints/") for key in found)
-    assert list(store.receipts("key-first")) == ["a"]
+    assert list(dict(store.work("key-first").receipts())) == ["a"]
 
 
 def test_unfinished_and_quarantined_files_go_when_they_are_old(tmp_path: Path) -> None:
@@ -139,7 +142,7 @@ def test_rows_that_a_plan_names_stay_while_its_shards_may_be_made_again(tmp_path
     store = Store(str(tmp_path / "store"))
     rows = store.put_bytes(b"what is to be fetched", "rows.parquet")
     name = "key-first" if finished else "going"
-    store.create_plan(name, {"rows": rows.to_json(), "shards": ["a"]})
+    store.work(name).create_plan({"rows": rows.to_json(), "shards": ["a"]})
     if finished:
         commit(store, "first")
         _age(tmp_path / "store" / "plans" / f"{name}.json")
@@ -165,7 +168,7 @@ def test_a_damaged_manifest_costs_no_blob_and_its_stage_finds_its_shards_again(s
         assert not [item for item in found.garbage if not item.key.startswith("quarantine/")]
         store.verify()
     assert {key for key in kept if key != blob_key(info.digest)} <= set(store.objects.list("cas/"))
-    assert list(store.receipts("key-shards")) == list(shards)
+    assert list(dict(store.work("key-shards").receipts())) == list(shards)
     finished_work(store)  # which is what the stage does: the same artifact
     assert store.lookup("key-shards") is not None
     assert store.collect_garbage(NOW, delete=False).unreadable == []
@@ -176,7 +179,7 @@ def test_an_unreadable_action_record_costs_neither_work_nor_blobs(tmp_path: Path
     shards = finished_work(store)
     (tmp_path / "checkpoint").mkdir()
     (tmp_path / "checkpoint" / "state").write_bytes(b"state")
-    store.save_checkpoint("key-shards", 1, tmp_path / "checkpoint")
+    store.work("key-shards").save_checkpoint(1, tmp_path / "checkpoint")
     store.objects.put("actions/key-shards.json", b'{"manifest":"0')
     for _ in range(2):
         found = store.collect_garbage(NOW, delete=True)
@@ -185,7 +188,7 @@ def test_an_unreadable_action_record_costs_neither_work_nor_blobs(tmp_path: Path
             "actions/key-shards.json is no action record: run its stage again, or `musevl artifacts forget key-shards`"
         ]
         assert [problem.path for problem in store.verify()] == ["actions/key-shards.json"]
-    assert list(store.receipts("key-shards")) == list(shards)
+    assert list(dict(store.work("key-shards").receipts())) == list(shards)
     assert store.forget("key-shards") == "key-shards"
     expected = "a manifest, two shards, rows, two receipts, a plan, two objects of a checkpoint"
     assert len(keys(store, NOW, delete=True)) == 9, expected
@@ -212,8 +215,8 @@ def test_an_unreadable_plan_keeps_all_blobs_until_it_is_set_aside_or_planned_aga
     store = Store(store_uri)
     plan = {"rows": store.put_bytes(b"what is to be fetched", "rows.parquet").to_json(), "shards": ["a"]}
     commit(store, "first")
-    for mend in (store.verify, lambda: store.create_plan("key-first", plan)):
-        store.create_plan("key-first", plan)
+    for mend in (store.verify, lambda: store.work("key-first").create_plan(plan)):
+        store.work("key-first").create_plan(plan)
         store.objects.put("plans/key-first.json", b'{"rows":{"path":"rows.parquet"},"shards":["a"]}')
         found = store.collect_garbage(NOW, delete=True)
         assert found.garbage == [] or {item.reason for item in found.garbage} == {"set aside as damaged"}
@@ -223,7 +226,7 @@ def test_an_unreadable_plan_keeps_all_blobs_until_it_is_set_aside_or_planned_aga
         )
         mend()
         assert store.collect_garbage(NOW, delete=False).unreadable == []
-    assert store.read_plan("key-first") == plan
+    assert store.work("key-first").read_plan() == plan
 
 
 @pytest.mark.parametrize("folder", ["actions", "pins", "plans", "receipts", "cas"])
@@ -255,16 +258,16 @@ def test_a_run_that_takes_up_old_work_makes_it_young(tmp_path: Path, store_uri: 
 
     def begin() -> float:
         for key in ("planned", "read", "listed"):
-            store.create_plan(key, {"shards": ["a"]})
-            store.write_receipt(key, "a", {"files": [store.put_bytes(key.encode(), "a").to_json()]})
-        store.save_checkpoint("trained", 1, tmp_path / "checkpoint")
+            store.work(key).create_plan({"shards": ["a"]})
+            store.work(key).write_receipt("a", {"files": [store.put_bytes(key.encode(), "a").to_json()]})
+        store.work("trained").save_checkpoint(1, tmp_path / "checkpoint")
         return _later()
 
     ups: list[Callable[[], object]] = [
-        lambda: store.create_plan("planned", {"shards": ["a"]}),
-        lambda: store.read_plan("read"),
-        lambda: store.receipts("listed"),
-        lambda: store.load_checkpoint("trained", tmp_path / "restored"),
+        lambda: store.work("planned").create_plan({"shards": ["a"]}),
+        lambda: store.work("read").read_plan(),
+        lambda: dict(store.work("listed").receipts()),
+        lambda: store.work("trained").load_checkpoint(tmp_path / "restored"),
     ]
     cutoff = begin()
     assert len(_garbage_before(store, cutoff)) == 3 * 3 + 2
@@ -290,9 +293,9 @@ def test_what_is_taken_up_while_garbage_is_being_removed_stays(
 ) -> None:
     """A run that begins after the first look: before records are deleted, or just before a blob is."""
     store = Store(store_uri)
-    store.create_plan("old", {"shards": ["a"]})
+    store.work("old").create_plan({"shards": ["a"]})
     entry = store.put_bytes(b"a shard", "a")
-    store.write_receipt("old", "a", {"files": [entry.to_json()]})
+    store.work("old").write_receipt("a", {"files": [entry.to_json()]})
     cutoff = _later()
     found = {"plan": "cas/", "blob": "nothing"}[renewed]
     details, modified = ObjectStore.details, ObjectStore.modified
@@ -301,7 +304,7 @@ def test_what_is_taken_up_while_garbage_is_being_removed_stays(
         listed = details(self, prefix)
         if prefix == found:
             monkeypatch.setattr(ObjectStore, "details", details)
-            assert list(store.receipts("old")) == ["a"]
+            assert list(dict(store.work("old").receipts())) == ["a"]
         return listed
 
     def run_then_modified(self: ObjectStore, key: str) -> float | None:
@@ -313,16 +316,16 @@ def test_what_is_taken_up_while_garbage_is_being_removed_stays(
     monkeypatch.setattr(ObjectStore, "modified", run_then_modified)
     store.collect_garbage(datetime.now(UTC) - datetime.fromtimestamp(cutoff, UTC), delete=True)
     assert store.read_bytes(entry) == b"a shard"
-    assert list(store.receipts("old")) == (["a"] if renewed == "plan" else [])
+    assert list(dict(store.work("old").receipts())) == (["a"] if renewed == "plan" else [])
 
 
 def finished_work(store: Store) -> list[str]:
     """A mapped stage: a plan with a file of its own, a receipt a shard, and the artifact of both."""
     rows = store.put_bytes(b"rows", "rows.parquet")
-    plan = store.create_plan("key-shards", {"rows": rows.to_json(), "shards": ["a", "b"]})
+    plan = store.work("key-shards").create_plan({"rows": rows.to_json(), "shards": ["a", "b"]})
     entries = [store.put_bytes(f"shard {name}".encode(), name) for name in plan["shards"]]
     for entry in entries:
-        store.write_receipt("key-shards", entry.path, {"files": [entry.to_json()]})
+        store.work("key-shards").write_receipt(entry.path, {"files": [entry.to_json()]})
     store.commit("key-shards", Manifest("thing", 1, "shards", {}, {}, tuple(entries), {}, {}))
     return [entry.path for entry in entries]
 

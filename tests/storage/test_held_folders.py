@@ -14,11 +14,11 @@ from storage import held_folders
 from storage.held_folders import HeldFolder, remove_dead, remove_scratch, scratch_folder
 
 ROOT = Path(__file__).parents[2]
-PREFIX = "musevl-attempt-"
+PREFIX = "musevl-scratch-"
 OWNER = """
 import sys, time
 from storage.held_folders import scratch_folder
-with scratch_folder("musevl-attempt-") as folder:
+with scratch_folder("musevl-scratch-") as folder:
     (folder / "checkpoint.pt").write_bytes(b"large")
     print(folder, flush=True)
     time.sleep(60)

@@ -32,8 +32,8 @@ class Reader:
         self.writable.commit("key", self.manifest)
         self.writable.pin(self.manifest.digest, "why")
         self.writable.record_run({"stage": "stage"})
-        self.writable.create_plan("going", {"shards": ["0"]})
-        self.writable.write_receipt("going", "0", {"files": []})
+        self.writable.work("going").create_plan({"shards": ["0"]})
+        self.writable.work("going").write_receipt("0", {"files": []})
 
     @contextmanager
     def reading(self) -> Iterator[None]:
@@ -64,7 +64,7 @@ def read_everything(store: Store, reader: Reader, folder: Path) -> None:
     assert store.fetch(reader.entry).read_bytes() == store.read_bytes(reader.entry) == b"data"
     store.materialise(manifest, folder)
     assert (folder / "folder" / "a").read_bytes() == b"data"
-    assert store.receipt("going", "0") == {"files": []}
+    assert store.work("going").receipt("0") == {"files": []}
     assert store.verify() == []
     assert store.collect_garbage(timedelta(days=1), delete=False).garbage == []
 
@@ -104,7 +104,7 @@ def test_writing_to_it_all_the_same_is_refused_in_one_line_too(reader: Reader, t
             lambda: store.record_run({}),
             lambda: store.unpin(reader.manifest.digest),
             lambda: store.pin(reader.manifest.digest),
-            lambda: store.write_receipt("new", "0", {"files": []}),
+            lambda: store.work("new").write_receipt("0", {"files": []}),
         ]
         for use in uses:
             with pytest.raises(StoreError, match=r"cannot \w+ '.*' in the store .*; check .*permissions") as caught:

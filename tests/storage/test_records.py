@@ -85,26 +85,26 @@ def test_a_flipped_digit_in_a_receipt_makes_its_shard_anew(
     local_store: Store, caplog: pytest.LogCaptureFixture
 ) -> None:
     receipt = {"files": [local_store.put_bytes(b"shard", "a").to_json()], "rows": 12}
-    local_store.write_receipt("key", "0", receipt)
+    local_store.work("key").write_receipt("0", receipt)
     flip(local_store, "receipts/key/0.json", b'"rows":12', b'"rows":92')
-    assert local_store.receipts("key") == {} and local_store.receipt("key", "0") is None
+    assert dict(local_store.work("key").receipts()) == {} and local_store.work("key").receipt("0") is None
     assert "ignored the receipt receipts/key/0.json" in caplog.text
     assert "its checksum is not that of its contents" in caplog.text
     (problem,) = local_store.verify()
     assert (
         problem.path == "receipts/key/0.json" and "the next run of its stage makes this shard again" in problem.reason
     )
-    assert local_store.write_receipt("key", "0", receipt) == receipt
-    assert local_store.receipts("key") == {"0": receipt} and local_store.verify() == []
+    assert local_store.work("key").write_receipt("0", receipt) == receipt
+    assert dict(local_store.work("key").receipts()) == {"0": receipt} and local_store.verify() == []
 
 
 def test_a_flipped_digit_in_a_plan_plans_anew(local_store: Store, caplog: pytest.LogCaptureFixture) -> None:
     plan = {"shards": [{"start": 0, "count": 10}]}
-    local_store.create_plan("key", plan)
+    local_store.work("key").create_plan(plan)
     flip(local_store, "plans/key.json", b'"count":10', b'"count":18')
-    assert local_store.read_plan("key") is None
+    assert local_store.work("key").read_plan() is None
     assert "ignored the plan plans/key.json: its checksum is not that of its contents" in caplog.text
-    assert local_store.create_plan("key", plan) == plan == local_store.read_plan("key")
+    assert local_store.work("key").create_plan(plan) == plan == local_store.work("key").read_plan()
 
 
 def test_a_flipped_digit_in_an_action_is_a_miss_and_is_replaced(
@@ -127,13 +127,13 @@ def test_a_flipped_digit_in_the_record_of_a_checkpoint_takes_the_one_before(
         folder = tmp_path / str(step)
         folder.mkdir()
         (folder / "state").write_bytes(f"state {step}".encode())
-        local_store.save_checkpoint("key", step, folder, keep=2)
+        local_store.work("key").save_checkpoint(step, folder, keep=2)
     flip(local_store, "checkpoints/key/000000000002/complete.json", b'"path":"state"', b'"path":"stats"')
-    assert local_store.load_checkpoint("key", tmp_path / "loaded") == 1
+    assert local_store.work("key").load_checkpoint(tmp_path / "loaded") == 1
     assert (tmp_path / "loaded" / "state").read_bytes() == b"state 1"
     assert "skipped the damaged checkpoint of step 2" in caplog.text and "checksum" in caplog.text
-    local_store.save_checkpoint("key", 2, tmp_path / "2", keep=2)
-    assert local_store.load_checkpoint("key", tmp_path / "again") == 2
+    local_store.work("key").save_checkpoint(2, tmp_path / "2", keep=2)
+    assert local_store.work("key").load_checkpoint(tmp_path / "again") == 2
 
 
 @pytest.mark.parametrize("folder", ["../../../../outside", "..", "", 3, None])
@@ -145,10 +145,10 @@ def test_the_record_of_a_checkpoint_from_elsewhere_names_nothing_outside_of_it(
     entry = local_store.put_bytes(b"data", "state")
     record = {"step": 1, "folder": folder, "files": [entry.to_json()]}
     local_store.objects.put("checkpoints/key/000000000001/complete.json", record_bytes(record))
-    assert local_store.load_checkpoint("key", tmp_path / "loaded") is None
-    local_store.save_checkpoint("key", 1, tmp_path / "outside")
+    assert local_store.work("key").load_checkpoint(tmp_path / "loaded") is None
+    local_store.work("key").save_checkpoint(1, tmp_path / "outside")
     assert (tmp_path / "outside" / "state").read_bytes() == b"data"
-    assert local_store.load_checkpoint("key", tmp_path / "loaded") == 1
+    assert local_store.work("key").load_checkpoint(tmp_path / "loaded") == 1
 
 
 def test_one_damaged_record_of_a_run_is_skipped_and_named(local_store: Store, caplog: pytest.LogCaptureFixture) -> None:
@@ -175,18 +175,20 @@ def test_a_store_of_a_version_without_checksums_goes_on(
     entry = local_store.put_bytes(b"data", "a")
     manifest, receipt = manifest_of(entry), {"files": [entry.to_json()], "rows": 1}
     local_store.commit("key", manifest)
-    local_store.create_plan("going", {"shards": ["0"]})
-    local_store.write_receipt("going", "0", receipt)
+    local_store.work("going").create_plan({"shards": ["0"]})
+    local_store.work("going").write_receipt("0", receipt)
     local_store.record_run({"stage": "x"})
-    local_store.save_checkpoint("going", 1, _folder_with_a_file(tmp_path))
+    local_store.work("going").save_checkpoint(1, _folder_with_a_file(tmp_path))
     local_store.pin(manifest.digest, "why")
     for key in local_store.objects.list(""):
         if key.endswith(".json") and not key.startswith("probes/"):
             local_store.objects.put(key, canonical_json(parse_record(local_store.objects.read(key))))
     assert local_store.lookup("key") == manifest
-    assert local_store.read_plan("going") == {"shards": ["0"]} and local_store.receipts("going") == {"0": receipt}
+    assert local_store.work("going").read_plan() == {"shards": ["0"]} and dict(
+        local_store.work("going").receipts()
+    ) == {"0": receipt}
     assert local_store.runs()[0]["stage"] == "x" and local_store.pins() == {manifest.digest: "why"}
-    assert local_store.load_checkpoint("going", tmp_path / "loaded") == 1
+    assert local_store.work("going").load_checkpoint(tmp_path / "loaded") == 1
     assert caplog.text == ""
     assert local_store.verify() == []
     assert "4 records are of a version without checksums" in caplog.text

@@ -198,38 +198,38 @@ def test_a_blob_that_is_no_manifest_cannot_be_loaded(local_store: Store) -> None
 
 def test_the_first_plan_holds(store: Store) -> None:
     plan = {"shards": [[0, 10], [10, 20]]}
-    assert store.create_plan("key", plan) == plan
-    assert store.create_plan("key", {"shards": [[0, 20]]}) == plan
-    assert store.create_plan("other", {"shards": []}) == {"shards": []}
+    assert store.work("key").create_plan(plan) == plan
+    assert store.work("key").create_plan({"shards": [[0, 20]]}) == plan
+    assert store.work("other").create_plan({"shards": []}) == {"shards": []}
 
 
 def test_the_first_receipt_of_a_shard_holds(store: Store) -> None:
     first = {"files": [store.put_bytes(b"1", "a").to_json()], "rows": 10}
     second = {"files": [store.put_bytes(b"2", "a").to_json()], "rows": 11}
-    assert store.write_receipt("key", "00000", first) == first
-    assert store.write_receipt("key", "00000", second) == first
-    assert store.write_receipt("key", "00001", second) == second
-    assert store.write_receipt("key2", "00002", second) == second
-    assert store.receipts("key") == {"00000": first, "00001": second}
-    assert store.receipts("nothing") == {}
+    assert store.work("key").write_receipt("00000", first) == first
+    assert store.work("key").write_receipt("00000", second) == first
+    assert store.work("key").write_receipt("00001", second) == second
+    assert store.work("key2").write_receipt("00002", second) == second
+    assert dict(store.work("key").receipts()) == {"00000": first, "00001": second}
+    assert dict(store.work("nothing").receipts()) == {}
 
 
 def test_a_receipt_whose_blob_is_missing_is_dropped_and_replaced(store: Store, damage: Damage) -> None:
     entries = [store.put_bytes(str(i).encode() * 5, "a") for i in range(3)]
     for shard, entry in enumerate(entries):
-        store.write_receipt("key", str(shard), {"files": [entry.to_json()]})
+        store.work("key").write_receipt(str(shard), {"files": [entry.to_json()]})
     damage(store, blob_key(entries[0].sha256), b"")
     damage(store, blob_key(entries[1].sha256), b"1111")
-    assert list(store.receipts("key")) == ["2"]
+    assert list(dict(store.work("key").receipts())) == ["2"]
     again = {"files": [store.put_bytes(b"again", "a").to_json()]}
-    assert store.write_receipt("key", "0", again) == again
-    assert store.receipts("key")["0"] == again
+    assert store.work("key").write_receipt("0", again) == again
+    assert dict(store.work("key").receipts())["0"] == again
 
 
 def test_receipts_without_file_entries_are_refused(local_store: Store) -> None:
     for receipt in ({}, {"files": "a"}, {"files": [{"path": "a"}]}):
         with pytest.raises(ValueError, match="files|file entry"):
-            local_store.write_receipt("key", "0", receipt)
+            local_store.work("key").write_receipt("0", receipt)
     assert local_store.objects.list("") == []
 
 
@@ -238,9 +238,9 @@ def test_action_keys_and_shards_are_plain_names(name: str, local_store: Store, m
     uses: list[Callable[[], Any]] = [
         lambda: local_store.commit(name, manifest_of()),
         lambda: local_store.lookup(name),
-        lambda: local_store.create_plan(name, {}),
-        lambda: local_store.write_receipt("key", name, {"files": []}),
-        lambda: local_store.drop_checkpoints(name),
+        lambda: local_store.work(name).create_plan({}),
+        lambda: local_store.work("key").write_receipt(name, {"files": []}),
+        lambda: local_store.work(name).drop_checkpoints(),
     ]
     for use in uses:
         with pytest.raises(ValueError, match="no plain name"):
@@ -285,11 +285,11 @@ def test_the_back_end_is_probed_when_the_store_is_first_opened_only(
     assert len(probes) == 1
 
 
-def test_attempt_dirs_are_private_and_removed(
+def test_scratch_dirs_are_private_and_removed(
     local_store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MUSEVL_SCRATCH", str(tmp_path / "scratch"))
-    with pytest.raises(RuntimeError, match="boom"), local_store.attempt_dir() as one, local_store.attempt_dir() as two:
+    with pytest.raises(RuntimeError, match="boom"), local_store.scratch_dir() as one, local_store.scratch_dir() as two:
         assert one != two
         assert one.parent == two.parent == tmp_path / "scratch"
         (one / "file").write_bytes(b"1")
@@ -326,40 +326,27 @@ def test_an_endpoint_that_does_not_answer_is_named_on_one_line(s3_uri: str) -> N
     assert "\n" not in message
 
 
-def test_receipts_that_are_known_are_not_read_again(store_uri: str) -> None:
-    store = Store(store_uri)
-    entry = store.put_bytes(b"bytes", "file")
-    for shard in ("b", "a"):
-        store.write_receipt("key", shard, {"files": [entry.to_json()], "shard": shard})
-    known = store.receipts("key")
-    assert list(known) == ["a", "b"]
-    store.objects.put("receipts/key/a.json", b"damaged")
-    store.write_receipt("key", "aa", {"files": [], "shard": "aa"})
-    assert list(store.receipts("key", known)) == ["a", "aa", "b"]
-    assert list(store.receipts("key")) == ["aa", "b"]
-
-
 def test_attempts_that_ended_leave_no_mark_and_those_that_died_do(store: Store) -> None:
-    with store.attempt_at("key", "0") as deaths:
+    with store.work("key").mark("0") as deaths:
         assert deaths == 0
-    with pytest.raises(ValueError, match="failed"), store.attempt_at("key", "0"):
+    with pytest.raises(ValueError, match="failed"), store.work("key").mark("0"):
         raise ValueError("failed")
-    assert store.objects.list("attempts/") == []
-    died = store.attempt_at("key", "0")  # held: a block that is collected ends
+    assert store.objects.list("marks/") == []
+    died = store.work("key").mark("0")  # held: a block that is collected ends
     died.__enter__()
-    with store.attempt_at("key", "0") as deaths:
+    with store.work("key").mark("0") as deaths:
         assert deaths == 1
-    with store.attempt_at("key", "00") as deaths:
+    with store.work("key").mark("00") as deaths:
         assert deaths == 0
-    store.forget_attempts("key", "0")
-    assert store.objects.list("attempts/") == []
+    store.work("key").forget_marks("0")
+    assert store.objects.list("marks/") == []
 
 
 def test_one_receipt_is_found_by_its_name_unless_its_blobs_are_gone(store: Store) -> None:
     entry = store.put_bytes(b"data", "a")
     receipt = {"files": [entry.to_json()], "rows": 1}
-    assert store.receipt("key", "0") is None
-    store.write_receipt("key", "0", receipt)
-    assert store.receipt("key", "0") == receipt
+    assert store.work("key").receipt("0") is None
+    store.work("key").write_receipt("0", receipt)
+    assert store.work("key").receipt("0") == receipt
     store.objects.delete(blob_key(entry.sha256))
-    assert store.receipt("key", "0") is None
+    assert store.work("key").receipt("0") is None

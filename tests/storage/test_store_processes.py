@@ -35,7 +35,7 @@ for round in range(int(sys.argv[3])):
     print("ready", flush=True)
     sys.stdin.readline()
     commit = store.commit(f"key{round}", manifest)
-    winner = store.write_receipt(f"key{round}", "0", receipt)
+    winner = store.work(f"key{round}").write_receipt("0", receipt)
     results.append([manifest.digest, commit.digest, commit.created, commit.adopted, winner == receipt])
 print(json.dumps(results))
 """
@@ -131,8 +131,8 @@ def test_a_process_killed_at_any_step_leaves_a_store_that_the_next_one_completes
         work(folder, manifest_of)
         store = Store(str(folder / "store"))
         assert store.lookup("key") is not None
-        assert list(store.receipts("key")) == ["0"]
-        assert store.load_checkpoint("key", folder / "final") == 2
+        assert list(dict(store.work("key").receipts())) == ["0"]
+        assert store.work("key").load_checkpoint(folder / "final") == 2
         assert store.verify() == []
         if exit_code == 0:
             break
@@ -146,11 +146,11 @@ def work(folder: Path, manifest_of: Callable[..., Manifest]) -> None:
     (folder / "state" / "model").write_bytes(b"state")
     (folder / "state" / "rng").write_bytes(b"rng")
     store = Store(str(folder / "store"))
-    store.create_plan("key", {"shards": 1})
-    store.save_checkpoint("key", 1, folder / "state")
-    store.save_checkpoint("key", 2, folder / "state")
+    store.work("key").create_plan({"shards": 1})
+    store.work("key").save_checkpoint(1, folder / "state")
+    store.work("key").save_checkpoint(2, folder / "state")
     entry = store.put_file(folder / "state" / "model", "model")
-    store.write_receipt("key", "0", {"files": [entry.to_json()]})
+    store.work("key").write_receipt("0", {"files": [entry.to_json()]})
     store.commit("key", manifest_of(entry))
 
 
@@ -178,9 +178,9 @@ def check_consistent(store: Store, folder: Path) -> None:
             json.loads(store.objects.read(key))
     if store.objects.list("actions/"):
         assert store.lookup("key") is not None
-    assert len(store.receipts("key")) == len(store.objects.list("receipts/"))
+    assert len(dict(store.work("key").receipts())) == len(store.objects.list("receipts/"))
     complete = [key for key in store.objects.list("checkpoints/") if key.endswith("complete.json")]
-    step = store.load_checkpoint("key", folder / "loaded")
+    step = store.work("key").load_checkpoint(folder / "loaded")
     assert (step is None) == (not complete)
 
 

@@ -97,8 +97,8 @@ def test_a_blob_that_two_artifacts_share_is_a_problem_of_both(
 
 def test_files_of_plans_and_of_work_in_progress_are_read_too(store: Store, damage: Damage) -> None:
     rows, shard = store.put_bytes(b"rows", "rows.parquet"), store.put_bytes(b"a shard", "images/a.tar")
-    plan = store.create_plan("going", {"rows": rows.to_json(), "shards": ["a"]})
-    store.write_receipt("going", "a", {"files": [shard.to_json()]})
+    plan = store.work("going").create_plan({"rows": rows.to_json(), "shards": ["a"]})
+    store.work("going").write_receipt("a", {"files": [shard.to_json()]})
     assert store.verify() == []
     damage(store, blob_key(rows.sha256), b"rowz")
     damage(store, blob_key(shard.sha256), b"A shard")
@@ -108,23 +108,23 @@ def test_files_of_plans_and_of_work_in_progress_are_read_too(store: Store, damag
         ("", "receipts/going/a.json images/a.tar"),
     ]
     assert all("damaged" in problem.reason and "moved to quarantine/" in problem.reason for problem in problems)
-    assert store.receipts("going") == {}, "the shard is made again"
-    assert store.read_plan("going") == plan
+    assert dict(store.work("going").receipts()) == {}, "the shard is made again"
+    assert store.work("going").read_plan() == plan
     store.put_bytes(b"rows", "rows.parquet")
-    store.write_receipt("going", "a", {"files": [store.put_bytes(b"a shard", "images/a.tar").to_json()]})
+    store.work("going").write_receipt("a", {"files": [store.put_bytes(b"a shard", "images/a.tar").to_json()]})
     assert store.verify() == []
 
 
 def test_an_unreadable_plan_is_set_aside_and_an_unreadable_receipt_is_made_again(store: Store, damage: Damage) -> None:
-    store.create_plan("going", {"shards": ["a"]})
+    store.work("going").create_plan({"shards": ["a"]})
     damage(store, "plans/going.json", b'{"shards":["a"')
     damage(store, "receipts/going/a.json", b"[]")
     plan, receipt = store.verify()
     assert plan.path == "plans/going.json" and "the next run of its stage plans again" in plan.reason
     assert receipt.path == "receipts/going/a.json" and "makes this shard again" in receipt.reason
-    assert store.read_plan("going") is None
-    store.create_plan("going", {"shards": ["a"]})
-    store.write_receipt("going", "a", {"files": []})
+    assert store.work("going").read_plan() is None
+    store.work("going").create_plan({"shards": ["a"]})
+    store.work("going").write_receipt("a", {"files": []})
     assert store.verify() == []
 
 
@@ -132,7 +132,7 @@ def test_a_shard_that_a_finished_stage_has_no_more_use_for_may_be_gone_but_not_d
     store: Store, manifest: Manifest, damage: Damage
 ) -> None:
     unused = store.put_bytes(b"before duplicates were dropped", "a")
-    store.write_receipt("key", "0", {"files": [unused.to_json()]})
+    store.work("key").write_receipt("0", {"files": [unused.to_json()]})
     damage(store, blob_key(unused.sha256), b"before duplicates were dr0pped")
     assert [problem.path for problem in store.verify()] == ["receipts/key/0.json a"]
     assert store.verify() == []

@@ -5,9 +5,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import weakref
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,8 +19,8 @@ from infra.executors import Item, LocalExecutor, WorkerFactory
 from infra.terminal import printable
 from models.images import Limits
 from stages.artifacts.rows import UNDECODABLE
-from stages.download.counts import Totals, receipt_of
-from stages.download.image_facts import DIED, ImageFacts, Inspector, apart
+from stages.download.counts import DownloadedShard, Totals, receipt_of
+from stages.download.image_facts import DIED, ImageFacts, Inspector, in_child_process
 from stages.download.sources import url_list
 from stages.download.sources.source import Failure
 from stages.download.stage import STAGE, DownloadConfig, next_attempt
@@ -64,7 +63,7 @@ class _Run:
         self.store = Store(str(self.folder / "store"))
 
     def __call__(self, config: DownloadConfig, executor: Any = None, key: str = "") -> Outcome:
-        with self.store.attempt_dir() as scratch:
+        with self.store.scratch_dir() as scratch:
             key = key or self.key(config)
             return STAGE.run(StageContext(config, 0, {}, self.store, key, executor or LocalExecutor(), scratch))
 
@@ -86,7 +85,7 @@ def test_an_image_that_kills_its_decoder_twice_is_undecodable_and_the_next_one_i
 ) -> None:
     good, bad = png("red"), png("blue")
     monkeypatch.setenv("TEST_POISON", sha256_bytes(bad))
-    with apart(partial(PoisonableInspector, LIMITS, False)) as inspect:
+    with in_child_process(partial(PoisonableInspector, LIMITS, False)) as inspect:
         found = [inspect(data) for data in (bad, good, b"no image")]
     assert found[0] == Failure(UNDECODABLE, DIED)
     assert isinstance(found[1], ImageFacts)
@@ -129,7 +128,7 @@ def test_a_shard_that_kills_the_run_costs_one_image_in_the_third_run(tmp_path: P
     found = rows(store)
     assert (found[3]["status"], found[3]["error"]) == (UNDECODABLE, DIED)
     assert found[:3] + found[4:] == whole[:3] + whole[4:]
-    assert store.objects.list("attempts/") == [], "the marks of dead workers are gone"
+    assert store.objects.list("marks/") == [], "the marks of dead workers are gone"
 
 
 def test_decoding_in_a_child_process_changes_nothing_in_the_result(run: _Run, tmp_path: Path) -> None:
@@ -138,9 +137,9 @@ def test_decoding_in_a_child_process_changes_nothing_in_the_result(run: _Run, tm
     careful = _Run(tmp_path / "careful")
     for shard in ("00001", "00002"):
         for number in range(2):
-            careful.store.objects.put(f"attempts/{run.key(config)}/{shard}/dead{number}.json", b"{}")
+            careful.store.objects.put(f"marks/{run.key(config)}/{shard}/dead{number}.json", b"{}")
     assert run(config) == careful(config)
-    assert careful.store.objects.list("attempts/") == []
+    assert careful.store.objects.list("marks/") == []
 
 
 class _Watched(LocalExecutor):
@@ -166,7 +165,7 @@ def test_a_run_that_must_fail_stops_at_once_and_goes_on_with_a_higher_limit(run:
         with pytest.raises(ValueError, match=stopped) as raised:
             run(config, executor)
         assert executor.ended == ended, f"workers go on although the run ended with {raised.value}"
-        assert list(run.store.receipts(run.key(config))) == [f"{number:05d}" for number in range(5)]
+        assert list(dict(run.store.work(run.key(config)).receipts())) == [f"{number:05d}" for number in range(5)]
     assert next_attempt(config, 0, run.store) == 1, "an attempt that cannot succeed is not the one to go on with"
     assert run(config.model_copy(update={"max_failed_fraction": 0.3})).metrics["num_ok"] == 31
 
@@ -174,7 +173,7 @@ def test_a_run_that_must_fail_stops_at_once_and_goes_on_with_a_higher_limit(run:
 def test_lost_rows_of_a_plan_are_written_again(run: _Run, tmp_path: Path) -> None:
     config = _folder(tmp_path / "given", _squares(6))
     first, key = run(config), run.key(config)
-    plan = run.store.read_plan(key)
+    plan = run.store.work(key).read_plan()
     assert plan is not None
     run.store.objects.delete(blob_key(plan["rows"]["sha256"]))
     run.store.objects.delete(f"receipts/{key}/00001.json")
@@ -226,7 +225,7 @@ def test_a_source_that_changes_while_its_rows_are_read_makes_no_plan(run: _Run, 
     (tmp_path / "given" / "00.txt").write_text("another caption")
     with pytest.raises(ValueError, match="folder .*given changed while it was read"):
         run(config, key=key)
-    assert run.store.read_plan(key) is None
+    assert run.store.work(key).read_plan() is None
 
 
 def _deaths(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -261,29 +260,6 @@ def test_a_fetch_process_that_dies_twice_is_an_error_that_names_the_shard(
         run(config)
 
 
-class _Receipt(dict[str, Any]):
-    """One that weak references can watch."""
-
-
-def test_no_more_receipts_are_in_memory_than_are_read_together(run: _Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("storage.store._RECEIPTS_AT_A_TIME", 4)
-    store, most = run.store, 0
-    made: list[weakref.ref[_Receipt]] = []
-
-    def receipt(action_key: str, shard: str) -> _Receipt | None:
-        found = _Receipt(shard=shard)
-        made.append(weakref.ref(found))
-        return None if shard == "7" else found
-
-    monkeypatch.setattr(store, "receipt", receipt)
-    names = []
-    for shard, _ in store.receipts_of("key", [str(number) for number in range(30)]):
-        names.append(shard)
-        most = max(most, sum(reference() is not None for reference in made))
-    assert names == [str(number) for number in range(30) if number != 7]
-    assert most <= 8
-
-
 def _failed(number: int, url: str, status: str = "missing", error: str = "there is no such file") -> dict[str, Any]:
     return {"key": f"{number:09d}", "url": url, "status": status, "error": error}
 
@@ -311,9 +287,8 @@ def test_what_strangers_wrote_is_spelled_out_in_a_message() -> None:
 
 
 def test_totals_forget_what_is_taken_back() -> None:
-    def receipt(**counts: dict[str, int]) -> dict[str, dict[str, int]]:
-        names = ("status", "errors", "filters", "hosts", "failed_hosts", "splits")
-        return {name: {} for name in (*names, "examples")} | counts
+    def receipt(**counts: dict[str, int]) -> DownloadedShard:
+        return replace(receipt_of([], []), **counts)
 
     one, two = receipt(status={"ok": 2}, hosts={"a": 2}), receipt(status={"ok": 1, "timeout": 1}, hosts={"b": 2})
     totals = Totals([one, two])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,10 +10,15 @@ import pyarrow as pa
 import pytest
 import torch
 
+from infra.executors import LocalExecutor
 from stages.artifacts.codes import CodedRows
 from stages.evaluate.metric_rows import _generation_rows, _reconstruction_rows, _understanding_rows
 from stages.evaluate.stage import EvaluateConfig
-from stages.evaluate.tasks import RANDOM, SAME_CATEGORY, EvaluationWorker, TaskFactory
+from stages.evaluate.tasks import RANDOM, SAME_CATEGORY, EvaluationTasks, TaskFactory
+from stages.evaluate.worker import CRASHED
+from stages.pipeline.execution import run_stage
+from storage.tables import read_table
+from tests.helpers.poison_evaluate import PoisonableTaskFactory
 from tests.helpers.tiny import TinyRun
 
 
@@ -47,10 +53,10 @@ def test_both_ssim_rows_name_window_border_and_range() -> None:
     assert "5 pixels from its edge" in own["border"] and "3 pixels from its edge" in llamagen["border"]
 
 
-def _worker(run: TinyRun, **changes: Any) -> EvaluationWorker:
+def _worker(run: TinyRun, **changes: Any) -> EvaluationTasks:
     inputs = {name: result.manifest for name, result in run.results.items()}
     config = run.recipe.evaluate.model_copy(update={"precision": "fp32"} | changes)
-    return EvaluationWorker(TaskFactory(run.store, "key", config, 0, inputs))
+    return EvaluationTasks(TaskFactory(run.store, config, 0, inputs))
 
 
 def test_captions_may_stand_for_concepts_and_categories_may_lack(tiny_run: TinyRun) -> None:
@@ -101,3 +107,31 @@ def test_a_held_out_image_without_codes_is_left_out_of_the_evaluation(tiny_run: 
     partly.rows.keys[0] = "of another download"
     with pytest.raises(ValueError, match="lacks 1 held-out images of the code table"):
         _ = partly.images
+
+
+def test_a_row_that_kills_its_worker_is_found_and_left_out(
+    tiny_run: TinyRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = tiny_run.results["evaluate"]
+    store = tiny_run.store_before("evaluate", tmp_path / "store")
+    shard = "understanding-0000000"
+    answers = read_table(tiny_run.store.fetch(plain.manifest.file("answers.parquet"))).to_pylist()
+    poison = answers[1]["key"]
+    for number in range(2):  # as if two workers had died of it already
+        store.objects.put(f"marks/{plain.action_key}/{shard}/dead{number}.json", b"{}")
+    monkeypatch.setenv("TEST_POISON", f"understanding:{poison}")
+    monkeypatch.setattr("stages.evaluate.stage.TaskFactory", PoisonableTaskFactory)
+    recipe = tiny_run.recipe.model_copy(
+        update={"evaluate": tiny_run.recipe.evaluate.model_copy(update={"max_failed_fraction": 0.9})}
+    )
+    found = run_stage("evaluate", recipe, store, LocalExecutor()).manifest
+    assert found.metrics["num_failed"] == 1
+    (left_out,) = read_table(store.fetch(found.file("left_out.parquet"))).to_pylist()
+    assert left_out == {
+        "task": "understanding",
+        "key": poison,
+        "status": CRASHED,
+        "error": "InputCrashed: the evaluation worker's process died of this row",
+    }
+    others = read_table(store.fetch(found.file("answers.parquet"))).to_pylist()
+    assert others == [row for row in answers if row["key"] != poison], "no other answer changes, nor their order"

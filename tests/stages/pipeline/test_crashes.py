@@ -30,21 +30,21 @@ SHARDS = ["0", "1"]
 def _square(context: StageContext[Any]) -> Outcome:
     """The smallest stage that maps: plan, a file and a receipt a shard, outcome."""
     store, key = context.store, context.action_key
-    plan = store.create_plan(key, {"shards": SHARDS})
-    done = store.receipts(key)
+    plan = store.work(key).create_plan({"shards": SHARDS})
+    done = dict(store.work(key).receipts())
 
     def work(item: dict[str, Any]) -> dict[str, Any]:
         path = context.scratch / item["shard"]
         path.write_bytes(item["shard"].encode() * 100)
-        with store.attempt_at(key, item["shard"]):
-            store.write_receipt(
-                key, item["shard"], {"files": [store.put_file(path, f"files/{item['shard']}").to_json()]}
+        with store.work(key).mark(item["shard"]):
+            store.work(key).write_receipt(
+                item["shard"], {"files": [store.put_file(path, f"files/{item['shard']}").to_json()]}
             )
         return item
 
     items = [{"shard": shard} for shard in plan["shards"] if shard not in done]
     list(context.executor.map(lambda: work, items, num_workers=1))
-    receipts = store.receipts(key, done)
+    receipts = store.work(key).receipts(done)
     return Outcome("squares", [FileEntry.from_json(entry) for shard in SHARDS for entry in receipts[shard]["files"]])
 
 
@@ -123,7 +123,7 @@ def test_a_real_stage_that_dies_at_any_call_of_the_store_is_completed_by_the_nex
         before = {key: store.objects.read(key) for key in store.objects.list(f"receipts/{expected.action_key}")}
         assert work(store).digest == expected.digest
         assert all(store.objects.read(key) == data for key, data in before.items())
-        assert len(store.receipts(expected.action_key)) == 2
+        assert len(dict(store.work(expected.action_key).receipts())) == 2
 
     assert die_everywhere(fresh, work, resume, every=_every(store_uri, 9)) > 30
 

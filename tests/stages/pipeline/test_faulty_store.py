@@ -50,5 +50,5 @@ def test_a_stage_on_a_store_that_stumbles_gives_what_it_gives_on_a_quiet_one(
     proxy.faults = {}
     assert (result.hit, result.digest) == (False, expected)
     assert direct.verify(result.digest) == []
-    assert len(direct.receipts(result.action_key)) == 4
+    assert len(dict(direct.work(result.action_key).receipts())) == 4
     assert run_stage(stage, recipe, proxied, LocalExecutor()).hit

@@ -62,7 +62,11 @@ class Case:
         """Nothing that can be seen is a part of something, also while a worker outlives its driver for a moment."""
         for key in self.store.objects.list("cas/"):
             assert sha256_bytes(self.store.objects.read(key)) == key.rpartition("/")[2]
-        before, readable, after = self.num_receipts(), len(self.store.receipts(self.action_key)), self.num_receipts()
+        before, readable, after = (
+            self.num_receipts(),
+            len(dict(self.store.work(self.action_key).receipts())),
+            self.num_receipts(),
+        )
         assert before <= readable <= after
         found = self.store.lookup(self.action_key)
         assert found is None or found.digest == self.expected
@@ -128,7 +132,7 @@ def _finish(case: Case, process: subprocess.Popen[str], tmp_path: Path) -> None:
     assert case.store.verify(found.digest) == []
     if case.name == "tokenize":
         lines = [line.split() for line in (tmp_path / "log").read_text().splitlines()]
-        assert {shard for shard, _ in lines} == set(case.store.receipts(case.action_key))
+        assert {shard for shard, _ in lines} == set(dict(case.store.work(case.action_key).receipts()))
         assert all(when == "first" for _, when in lines), "a shard was encoded again after its receipt existed"
         assert len(lines) <= NUM_SHARDS + POINTS, "a kill costs the shards that were being encoded, no other"
 

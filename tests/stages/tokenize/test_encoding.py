@@ -15,12 +15,11 @@ from torch.nn import functional as F
 from models.teachers.teacher import Teacher
 from models.transforms import ViewsConfig
 from stages.artifacts.rows import FILTERED
+from stages.mapped.engine import Shard
 from stages.pipeline.execution import find_artifacts
-from stages.runtime.devices import with_precision
 from stages.tokenize import encoding
 from stages.tokenize.encoding import CPU_CHUNK, Encoder, EncoderFactory, Pixels
-from stages.tokenize.isolation import FAILED
-from stages.tokenize.stage import WorkerFactory
+from stages.tokenize.worker import FAILED, TokenizeWorkerFactory
 from tests.helpers.light import light_run
 
 
@@ -92,18 +91,19 @@ def test_a_pair_that_cannot_be_scored_is_a_row_and_the_others_are_scored(teacher
     store = run.store(str(tmp_path / "store"))
     found = find_artifacts(run.recipe, store, ["download", "prepare_teacher", "train_tokenizer"])
     digests = [manifest.digest for manifest in found.values() if manifest is not None]
-    config = with_precision(run.recipe.tokenize.model_copy(update={"min_caption_match": 0.0}), {})
+    encoder = EncoderFactory(store, digests[2], digests[1], ViewsConfig(count=1), "fp32", False, 2, seed=0)
+    worker = TokenizeWorkerFactory(encoder, digests[0], batch_size=4, decode_threads=2, min_caption_match=0.0)
 
-    def left_out(action_key: str) -> dict[str, tuple[str, str]]:
-        receipt = WorkerFactory(store, action_key, config, 0, *digests)()({"shard": "00000"})["receipt"]
-        assert receipt["rows"] == 2 * (6 - len(receipt["left_out"])), "views go with their image"
-        return {row["key"]: (row["status"], row["error"]) for row in receipt["left_out"]}
+    def left_out() -> dict[str, tuple[str, str]]:
+        receipt = worker().make(Shard("00000"), isolated=False)
+        assert receipt.rows == 2 * (6 - len(receipt.left_out)), "views go with their image"
+        return {row.key: (row.status, row.error) for row in receipt.left_out}
 
-    before = left_out("0" * 64)
+    before = left_out()
     assert 0 < len(before) < 6
     assert all(
         status == FILTERED and error.startswith("image and caption match below 0 (-0.")
         for status, error in before.values()
     )
     teacher.hated = "image 000000003"
-    assert left_out("1" * 64) == before | {"000000003": (FAILED, "ValueError: cannot read this one")}
+    assert left_out() == before | {"000000003": (FAILED, "ValueError: cannot read this one")}

@@ -17,77 +17,66 @@ import torch
 
 from infra.executors import LocalExecutor
 from stages.artifacts.rows import ORIGINAL
+from stages.mapped.isolation import InputCrashed, Isolated, Unusable, isolate, loses_device
 from stages.pipeline.execution import run_stage
 from stages.pipeline.recipe import load_recipe
 from stages.runtime.child_process import TRIES, ChildProcess, RaisedInChild, described
 from stages.tokenize import stage as tokenize
-from stages.tokenize.encoding import Batch, Codes, Pixels, Scores
-from stages.tokenize.isolation import (
-    CRASHED,
-    FAILED,
-    EncoderCrashed,
-    EncoderUnusable,
-    Isolated,
-    Sandbox,
-    isolate,
-    loses_device,
-)
+from stages.tokenize.encoding import CodeArray, ImageBatch
+from stages.tokenize.worker import CRASHED, FAILED, WORDING, EncoderSandbox
 from storage.code_table import read_code_table
 from storage.manifest import Manifest
 from storage.store import Store
 from storage.tables import read_table
 from tests.helpers.light import LightRun, light_run
-from tests.helpers.poison import PoisonableWorkers
+from tests.helpers.poison import PoisonableFactory
 
 ROOT = Path(__file__).parents[3]
 
 
-def _batch(count: int) -> Batch:
+def _batch(count: int) -> ImageBatch:
     pixels = np.arange(count, dtype=np.uint8)[:, None, None, None] * np.ones((1, 3, 2, 2), np.uint8)
-    return Batch(pixels, [str(number) for number in range(count)], [ORIGINAL] * count)
+    return ImageBatch(pixels, [str(number) for number in range(count)], [ORIGINAL] * count)
 
 
-def _isolate(encode: Callable[[Batch, list[int]], Codes], count: int) -> Isolated[Any]:
+def _isolate(encode: Callable[[ImageBatch, list[int]], CodeArray], count: int) -> Isolated[Any]:
     batch = _batch(count)
-    return isolate(partial(encode, batch), batch.keys)
+    return isolate(partial(encode, batch), batch.keys, WORDING)
 
 
 class _Picky:
-    """Codes are the pixels; fails while a bad image is among those asked for."""
+    """CodeArray are the pixels; fails while a bad image is among those asked for."""
 
     def __init__(self, bad: set[int], error: Exception) -> None:
         self.bad, self.error, self.calls = bad, error, 0
 
-    def encode(self, batch: Batch, slots: list[int]) -> Codes:
+    def encode(self, batch: ImageBatch, slots: list[int]) -> CodeArray:
         self.calls += 1
         if self.bad & set(slots):
             raise self.error
         return batch.pixels[slots, :1, :1, :1].astype(np.int64)[:, :, None]
 
-    def scores(self, pixels: Pixels, captions: list[str], slots: list[int]) -> Scores:
-        raise NotImplementedError
-
 
 @pytest.mark.parametrize("bad", [set(), {0}, {15}, {3, 4}, set(range(0, 16, 2)), set(range(15))])
 def test_bisection_loses_the_bad_images_and_no_other(bad: set[int]) -> None:
-    encoder = _Picky(bad, EncoderCrashed("died"))
+    encoder = _Picky(bad, InputCrashed("died"))
     found = _isolate(encoder.encode, 16)
     assert set(found.failures) == bad
-    assert all(status == CRASHED for status, _ in found.failures.values())
+    assert all(failure.crashed for failure in found.failures.values())
     assert found.slots == [slot for slot in range(16) if slot not in bad]
     assert [int(codes.item()) for codes in found.results] == found.slots
 
 
 def test_one_bad_image_costs_a_logarithm_of_tries() -> None:
-    encoder = _Picky({9}, EncoderCrashed("died"))
+    encoder = _Picky({9}, InputCrashed("died"))
     _isolate(encoder.encode, 32)
     assert encoder.calls <= 1 + 2 * 5 + TRIES
 
 
 def test_what_strikes_once_is_no_poison() -> None:
-    encoder = _Picky({2}, EncoderCrashed("died"))
+    encoder = _Picky({2}, InputCrashed("died"))
 
-    def once(batch: Batch, slots: list[int]) -> Codes:
+    def once(batch: ImageBatch, slots: list[int]) -> CodeArray:
         try:
             return encoder.encode(batch, slots)
         finally:
@@ -100,7 +89,7 @@ def test_what_strikes_once_is_no_poison() -> None:
 
 def test_an_encoder_that_fails_on_everything_is_no_row_but_an_error() -> None:
     encoder = _Picky(set(range(8)), RuntimeError("out of memory"))
-    with pytest.raises(EncoderUnusable, match="none of 8 images.*out of memory.*tokenize.batch_size"):
+    with pytest.raises(Unusable, match="none of 8 images.*out of memory.*tokenize.batch_size"):
         _isolate(encoder.encode, 8)
 
 
@@ -136,7 +125,7 @@ def _check_only_missing(run: LightRun, store: Store, table: Manifest, missing: l
 def _leave_marks(run: LightRun, store: Store, shard: str, count: int) -> None:
     """As if so many workers had died on a shard."""
     for number in range(count):
-        store.objects.put(f"attempts/{run.action_key}/{shard}/dead{number}.json", b"{}")
+        store.objects.put(f"marks/{run.action_key}/{shard}/dead{number}.json", b"{}")
 
 
 @pytest.mark.slow
@@ -149,7 +138,7 @@ def test_images_that_kill_ray_workers_end_as_rows(run: LightRun, tmp_path: Path)
     assert table is not None
     assert _left_out(store, table) == [(key, CRASHED) for key in poison]
     _check_only_missing(run, store, table, poison, tmp_path)
-    assert store.objects.list("attempts/") == [], "the marks of dead workers are gone"
+    assert store.objects.list("marks/") == [], "the marks of dead workers are gone"
 
 
 @pytest.mark.slow
@@ -175,8 +164,8 @@ def test_an_image_that_the_encoder_refuses_ends_as_the_same_row_whoever_died_bef
         table = store.lookup(run.action_key)
         assert table is not None
         assert _left_out(store, table) == [("000000001", FAILED)]
-        assert ("looking for the image" in ended.stderr) == (num_deaths == 2)
-        assert store.objects.list("attempts/") == []
+        assert ("looking for the input" in ended.stderr) == (num_deaths == 2)
+        assert store.objects.list("marks/") == []
         digests.add(table.digest)
     assert len(digests) == 1
     _check_only_missing(run, store, table, ["000000001"], tmp_path)
@@ -192,7 +181,7 @@ def test_an_image_that_loses_the_device_is_found_and_the_worker_goes_on_without(
     assert table is not None
     assert _left_out(store, table) == [("000000003", CRASHED)]
     _check_only_missing(run, store, table, ["000000003"], tmp_path)
-    assert store.objects.list("attempts/") == []
+    assert store.objects.list("marks/") == []
 
 
 def test_errors_that_lose_the_device_are_told_from_those_of_memory_and_of_images() -> None:
@@ -229,11 +218,11 @@ def test_a_stage_that_must_fail_stops_at_once_and_goes_on_with_a_higher_limit(
     store = run.store(str(tmp_path / "store"))
     monkeypatch.setenv("TEST_POISON", ",".join(run.keys[:6]))
     monkeypatch.setenv("TEST_POISON_EFFECT", "raise")
-    monkeypatch.setattr(tokenize, "WorkerFactory", PoisonableWorkers)
+    monkeypatch.setattr(tokenize, "EncoderFactory", PoisonableFactory)
     for _ in range(2):  # the second run counts the receipts of the first
         with pytest.raises(ValueError, match="6 of 16 images could not be tokenized.*what is done is kept"):
             run_stage("tokenize", run.recipe, store, LocalExecutor())
-        assert list(store.receipts(run.action_key)) == ["00000", "00001", "00002"]
+        assert list(dict(store.work(run.action_key).receipts())) == ["00000", "00001", "00002"]
     higher = load_recipe(str(run.recipe_path), ["tokenize.max_failed_fraction=0.5"])
     assert run_stage("tokenize", higher, store, LocalExecutor()).manifest.metrics["num_failed"] == 6
 
@@ -248,12 +237,13 @@ def test_too_little_memory_is_no_fault_of_an_image() -> None:
 class _CannotLoad:
     """A factory whose process dies."""
 
-    def __call__(self) -> _Picky:
+    def __call__(self) -> Any:
         os._exit(7)
 
 
 def test_an_encoder_that_dies_while_it_loads_blames_no_image() -> None:
-    with Sandbox(_CannotLoad()) as sandbox, pytest.raises(EncoderUnusable, match="exit code 7 before it was ready"):
+    sandbox = EncoderSandbox(_CannotLoad())
+    with pytest.raises(Unusable, match="exit code 7 before it was ready"):
         _isolate(sandbox.encode, 4)
 
 

@@ -1,0 +1,1 @@
+"""The engine of stages that map over shards: download, tokenize, evaluate."""
