@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from flows.text import megabytes, text_table
 from infra.terminal import printable
 from stages.artifacts.rows import FILTERED, OK
+from stages.artifacts.shards import METADATA
 from stages.download.counts import host_of, reason_of
 from stages.download.sources.source import NUM_EXAMPLES, STATUSES
 from stages.download.splits import unused_splits
@@ -32,7 +33,7 @@ def inspect_download(store: Store, manifest: Manifest) -> str:
     status, reasons, filters = Counter[str](), Counter[str](), Counter[str]()
     examples: dict[str, list[str]] = {}
     hosts: dict[str, Counter[str]] = {}
-    for entry in manifest.files_under("metadata"):
+    for entry in manifest.files_under(METADATA):
         for row in read_table(store.fetch(entry), ["key", "url", "status", "error"]).to_pylist():
             status[row["status"]] += 1
             reason = row["error"] if row["status"] == FILTERED else reason_of(row["status"], row["error"])

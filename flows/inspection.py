@@ -17,9 +17,11 @@ from PIL import Image
 
 from flows.report.code_pictures import code_strips
 from flows.text import one_line, text_table
+from infra.terminal import on_one_line, printable
 from models.transforms import to_pil, to_pixels
 from stages.artifacts import external_codes
 from stages.artifacts.models import load_tokenizer
+from stages.artifacts.shards import CODES, LEFT_OUT
 from storage.code_table import CodeTable, CodeTableInfo, check_tokenizer, read_code_table
 from storage.tables import read_table
 
@@ -103,7 +105,7 @@ def inspect_codes(store: Store, artifact: str, folder: Path, codes: list[int]) -
 
 def left_out_rows(store: Store, manifest: Manifest) -> list[dict[str, str]]:
     """Return the images that a code table has left out, with key, status and error."""
-    return [row for entry in manifest.files_under("left_out") for row in read_table(store.fetch(entry)).to_pylist()]
+    return [row for entry in manifest.files_under(LEFT_OUT) for row in read_table(store.fetch(entry)).to_pylist()]
 
 
 @dataclass
@@ -121,7 +123,7 @@ class _Found:
 
 def _look(store: Store, manifest: Manifest, num_first: int) -> _Found:
     found: _Found | None = None
-    for entry in manifest.files_under("codes"):
+    for entry in manifest.files_under(CODES):
         path = store.fetch(entry)
         table = read_code_table([path])
         if found is None:
@@ -171,7 +173,7 @@ def _first_rows(table: CodeTable) -> str:
 
 
 def _cell(value: object) -> str:
-    text = one_line(" ".join(str(value).split())) if value is not None else "-"
+    text = printable(on_one_line(value)) if value is not None else "-"
     return text if len(text) <= _LONGEST_CELL else text[: _LONGEST_CELL - 3] + "..."
 
 

@@ -18,6 +18,7 @@ from typing import Any, Literal, Protocol
 
 from infra.interrupts import descendants, end_processes, program_name, take_back_signals
 from infra.process_groups import Function, run_here, run_on_ray
+from infra.terminal import on_one_line
 from infra.worker_errors import WorkerDied, is_worker_death, portable
 
 logger = logging.getLogger(__name__)
@@ -278,7 +279,7 @@ def _start_cluster(num_cpus: int | None) -> None:
         except Exception as error:
             ray.shutdown()
             end_processes(spared=before)
-            reason = " ".join(str(error).split())[:300]
+            reason = on_one_line(error, 300)
             if start + 1 == STARTS:
                 raise ClusterNotStarted(
                     f"Ray does not start on this machine, after {STARTS} tries: {reason}; use `--executor local`, "
@@ -422,7 +423,7 @@ def _check_answers(address: str) -> None:
 
 
 def _unreachable(address: str, error: Exception) -> ClusterUnreachable:
-    reason = " ".join(str(error).split())
+    reason = on_one_line(error)
     return ClusterUnreachable(
         f"cannot connect to the Ray cluster of RAY_ADDRESS={address}: {reason}; start it, or unset RAY_ADDRESS to use "
         "this machine alone"

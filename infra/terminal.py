@@ -42,6 +42,11 @@ def printable(text: str, longest: int | None = None, *, lines: bool = False) -> 
     )
 
 
+def on_one_line(text: object, longest: int | None = None) -> str:
+    """Return a text, or an exception's message, with all white space as single spaces; truncated at a length."""
+    return " ".join(str(text).split())[:longest]
+
+
 def say(text: object, *, file: TextIO | None = None) -> None:
     """Print text of one or more lines, with control characters and what the stream cannot encode escaped."""
     stream = sys.stdout if file is None else file

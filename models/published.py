@@ -63,9 +63,14 @@ def is_lfs_pointer(path: Path) -> bool:
         return file.read(len(LFS_POINTER)) == LFS_POINTER
 
 
+def on_one_line(error: BaseException, longest: int | None = None) -> str:
+    """Return an exception's message with all white space as single spaces, truncated at a length."""
+    return " ".join(str(error).split())[:longest]
+
+
 def _reason(error: BaseException) -> str:
     """Return the error's text on one line, without torch's advice to load a file unsafely."""
-    text = " ".join(str(error).split())
+    text = on_one_line(error)
     if "weights_only" in text:
         text = "a file of weights is damaged, or holds more than tensors, which can run code when it is loaded"
     if isinstance(error, LookupError):  # its text is only a key

@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from storage.digests import canonical_json
-from storage.errors import DamagedObject, TokenizerMismatch
+from storage.errors import DamagedObject, TokenizerMismatch, on_one_line
 from storage.tables import read_table, write_table
 
 SCHEMA_VERSION = 1
@@ -213,7 +213,7 @@ def read_code_table(paths: Iterable[str | Path]) -> CodeTable:
     try:
         table = pa.concat_tables(tables, promote_options="default")  # a text column may be empty in one shard
     except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
-        reason = " ".join(str(error).split())
+        reason = on_one_line(error)
         raise ValueError(f"{shards[0]} and the other shards have columns of different types: {reason}") from error
     if not pa.types.is_string(kind := table.schema.field("key").type) and not pa.types.is_large_string(kind):
         raise ValueError(f"{shards[0]}: keys are of type {kind}; give the texts of the metadata tables' column `key`")

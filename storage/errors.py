@@ -31,3 +31,8 @@ class FileNotInManifest(StoreError, KeyError):
 
 class TokenizerMismatch(StoreError, ValueError):
     """A code table was made by another tokenizer than the one that is about to read it."""
+
+
+def on_one_line(text: object) -> str:
+    """Return a text, or an exception's message, with all white space as single spaces."""
+    return " ".join(str(text).split())

@@ -15,6 +15,7 @@ from PIL import Image, ImageDraw
 from models.teachers.backbone import split_words
 from models.transforms import TransformConfig, load_image
 from stages.artifacts.rows import ORIGINAL
+from stages.artifacts.shards import CODES, images_file, shard_of
 from storage.code_table import CodeTable, read_code_table
 from storage.image_shards import read_image_shard
 from storage.manifest import Manifest
@@ -98,10 +99,9 @@ def _read(store: Store, table: Manifest, download: Manifest) -> tuple[CodeTable,
     """Rows of images themselves, not of views, from the first shards, and the images."""
     paths, count = [], 0
     encoded: dict[str, bytes] = {}
-    for entry in table.files_under("codes"):
+    for entry in table.files_under(CODES):
         paths.append(store.fetch(entry))
-        shard = entry.path.removeprefix("codes/").removesuffix(".parquet")
-        samples = read_image_shard(store.fetch(download.file(f"images/{shard}.tar")))
+        samples = read_image_shard(store.fetch(download.file(images_file(shard_of(entry)))))
         encoded |= {sample.key: sample.image for sample in samples}
         count = len(encoded)
         if count >= MAX_IMAGES:

@@ -14,6 +14,7 @@ import pyarrow as pa
 
 from flows.report.code_pictures import CodeStrip, code_strips
 from models.images import decode_image
+from stages.artifacts.shards import METADATA
 from storage.manifest import Manifest
 from storage.store import Store
 from storage.tables import read_table
@@ -364,7 +365,7 @@ def _table(store: Store, manifest: Manifest, path: str) -> pa.Table | None:
 
 
 def _uses_sample_data(store: Store, download: Manifest) -> bool:
-    for entry in download.files_under("metadata")[:1]:
+    for entry in download.files_under(METADATA)[:1]:
         urls = read_table(store.fetch(entry), ["url"])["url"]
         return any(url.startswith("sample://") for url in urls.to_pylist())
     return False

@@ -11,6 +11,8 @@ from importlib import metadata
 import torch
 from torch import Tensor, nn
 
+from models.published import on_one_line
+
 INCEPTION_FEATURES = 2048
 """Width of InceptionV3's last pooling, the features that FID compares (arXiv 1706.08500, section on FID)."""
 
@@ -71,7 +73,7 @@ class InceptionFeatures(nn.Module):
                 "inception", [str(INCEPTION_FEATURES)], feature_extractor_weights_path=copy
             )
         except (RuntimeError, TypeError) as error:
-            reason = " ".join(str(error).split())[:300]
+            reason = on_one_line(error, 300)
             raise ValueError(
                 f"the Inception weights do not fit torch-fidelity's network: {reason}; give its "
                 f"weights-inception-2015-12-05-6726825d.pth"

@@ -15,6 +15,7 @@ from pydantic import NonNegativeInt, PositiveInt
 from torch import Tensor, nn
 
 from models.config import Config, CountsByContent, Fraction
+from models.published import on_one_line
 from models.teachers.teacher import (
     PixelNormalisation,
     Teacher,
@@ -282,7 +283,7 @@ def _load_backbone(backbone: nn.Module, state_dict: dict[str, Tensor], config: B
     try:
         backbone.load_state_dict(state_dict)
     except RuntimeError as error:
-        reason = " ".join(str(error).split())[:300]
+        reason = on_one_line(error, 300)
         raise ValueError(
             f"teacher.model.weights={config.weights!r} are not those of timm's {config.architecture}: {reason}; give "
             f"timm's own state dict, or the teacher.model.architecture that fits"

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from stages.artifacts.rows import ORIGINAL, SPLIT, TRAIN, image_key, split_of
+from stages.artifacts.shards import CODES
 from stages.runtime.progress import tracked
 from storage.code_table import CodeTableInfo, read_code_table
 from storage.manifest import Manifest
@@ -53,7 +54,7 @@ def load_rows(store: Store, table: Manifest, *, split: str, views: bool) -> Code
     Raises:
         ValueError: the split has no row.
     """
-    entries = table.files_under("codes")
+    entries = table.files_under(CODES)
     loaded = read_code_table(
         [store.fetch(entry) for entry in tracked(iter(entries), len(entries), "reading the code table", delay=5)]
     )

@@ -7,7 +7,6 @@ captions, categories and splits are the same as for every other tokenizer.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +14,7 @@ import numpy as np
 from models.transforms import TransformConfig
 from stages.artifacts.images import table_columns
 from stages.artifacts.rows import ORIGINAL, VIEW, image_key
+from stages.artifacts.shards import IMAGES, codes_file, shard_of
 from stages.protocol import Outcome, StageContext
 from storage.code_table import CodeTableInfo, code_files, read_code_table, write_code_shard
 from storage.digests import digest_of, sha256_file
@@ -76,11 +76,11 @@ def join(context: StageContext[Any]) -> Outcome:
     )
     files: list[FileEntry] = []
     count = 0
-    for entry in download.files_under("images"):
+    for entry in download.files_under(IMAGES):
         samples = list(read_image_shard(store.fetch(entry)))
         if missing := [sample.key for sample in samples if sample.key not in rows_of]:
             raise ValueError(
-                f"{len(missing)} of {len(samples)} images of shard {Path(entry.path).stem} have no codes, first key "
+                f"{len(missing)} of {len(samples)} images of shard {shard_of(entry)} have no codes, first key "
                 f"{missing[0]!r}; make codes for every image of the download, by the keys of its metadata tables"
             )
         chosen = [(sample, row) for sample in samples for row in rows_of[sample.key]]
@@ -95,7 +95,7 @@ def join(context: StageContext[Any]) -> Outcome:
             {name: [row[name] for row in columns] for name in columns[0]},
             np.stack([table.codes[row] for _, row in chosen]),
         )
-        files.append(store.put_file(path, f"codes/{Path(entry.path).stem}.parquet"))
+        files.append(store.put_file(path, codes_file(shard_of(entry))))
         count += len(chosen)
     metadata = {"tokenizer": given.digest, "code_shape": list(info.code_shape)}
     return Outcome("code_table", files, metrics={"num_rows": count}, metadata=metadata)

@@ -16,6 +16,7 @@ from torch import Tensor
 from models.ranks import num_ranks
 from models.transforms import RandomCrop, TransformConfig, load_image, to_tensor
 from stages.artifacts.rows import CODE_TABLE_COLUMNS, OK, SPLIT, VIEW, split_of
+from stages.artifacts.shards import METADATA, images_file, shard_of
 from stages.runtime.progress import tracked
 from storage.image_shards import ImageSample
 from storage.manifest import Manifest
@@ -61,11 +62,10 @@ class ImageSource:
         self.captions: list[str] = []
         self.columns: dict[str, list[str]] = {}
         self._places: list[_Place] = []
-        tables = download.files_under("metadata")
+        tables = download.files_under(METADATA)
         for entry in tracked(iter(tables), len(tables), "reading image shards", delay=5):
             table = read_table(store.fetch(entry))
-            name = Path(entry.path).stem
-            shard = store.fetch(download.file(f"images/{name}.tar"))
+            shard = store.fetch(download.file(images_file(shard_of(entry))))
             offsets = _image_offsets(shard)
             for row in table.to_pylist():
                 if row["status"] == OK and split in (None, split_of(row.get(SPLIT))):

@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 
 from models.images import Limits
 from stages.artifacts.rows import FILTERED, OK
+from stages.artifacts.shards import images_file, metadata_file
 from stages.download.counts import DownloadedShard, receipt_of
 from stages.download.filters import FilterConfig
 from stages.download.image_facts import Inspect, Inspector, in_child_process
@@ -114,8 +115,8 @@ class DownloadWorker:
         write_image_shard(scratch / "shard.tar", self._samples(rows, shard))
         write_table(image_metadata_table(metadata, self.metadata_columns), scratch / "shard.parquet")
         files = [
-            self.store.put_file(scratch / "shard.tar", f"images/{item.shard}.tar"),
-            self.store.put_file(scratch / "shard.parquet", f"metadata/{item.shard}.parquet"),
+            self.store.put_file(scratch / "shard.tar", images_file(item.shard)),
+            self.store.put_file(scratch / "shard.parquet", metadata_file(item.shard)),
         ]
         return receipt_of(files, metadata)
 

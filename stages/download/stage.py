@@ -23,6 +23,7 @@ from pydantic import Field, NonNegativeInt, PositiveInt, field_validator, model_
 from models.config import Config, Fraction
 from models.images import MOST_PIXELS, Limits
 from stages.artifacts.rows import CODE_TABLE_COLUMNS, OK, SPLIT, TRAIN
+from stages.artifacts.shards import images_file, metadata_file, shards_of
 from stages.download.counts import DownloadedShard, Totals
 from stages.download.duplicates import LeaveOut, ShardFiles, find_duplicates
 from stages.download.filters import PERCEPTUAL_HASH, FilterConfig
@@ -355,9 +356,8 @@ def _earlier_shards(context: StageContext[DownloadConfig], shards: list[str]) ->
     for attempt in range(context.config.attempt):
         key = _attempt_key(context.config, attempt, context.seed)
         if (artifact := store.lookup(key)) is not None:
-            for entry in artifact.files_under("images"):
-                shard = entry.path.removeprefix("images/").removesuffix(".tar")
-                found[shard] = (entry, artifact.file(f"metadata/{shard}.parquet"))
+            for shard in shards_of(artifact):
+                found[shard] = (artifact.file(images_file(shard)), artifact.file(metadata_file(shard)))
         for shard, receipt in store.work(key).receipts(shards):
             found[shard] = DownloadedShard.from_json(receipt).files
     return found

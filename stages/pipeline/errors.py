@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 
-from infra.terminal import printable, say
+from infra.terminal import on_one_line, printable, say
 from infra.worker_errors import WorkerDied, WorkerFailed
 from storage.errors import StoreError
 
@@ -50,13 +50,13 @@ def report(error: BaseException) -> int:
 
 def complain(text: str) -> int:
     """Print what is wrong as one line on stderr; return the exit code."""
-    say(f"musevl: {' '.join(text.split())}", file=sys.stderr)
+    say(f"musevl: {on_one_line(text)}", file=sys.stderr)
     return EXIT_CODE
 
 
 def one_line(error: BaseException) -> str:
     """An error's message on one line; where a library raised it, also its type and how to see where."""
-    text = printable(" ".join(str(error).split())) or type(error).__name__
+    text = printable(on_one_line(error)) or type(error).__name__
     if not isinstance(error, (OSError, StoreError)) and not _raised_by_us(error.__traceback__):
         text = f"{type(error).__name__}: {text} ({DEBUG_VARIABLE}=1 shows where)"
     return text

@@ -11,6 +11,8 @@ from typing import Any
 
 import yaml
 
+from infra.terminal import on_one_line
+
 STAGE_NAMES = ("download", "prepare_teacher", "train_tokenizer", "tokenize", "pretrain", "sft", "evaluate")
 """Every stage, each after those that feed it."""
 
@@ -83,9 +85,7 @@ def _read(path: Path, readers: tuple[Path, ...]) -> dict[str, Any]:
     try:
         values = _parsed(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise RecipeError(
-            f"cannot read recipe {path}: {' '.join(str(error).split())}; give a readable YAML file"
-        ) from error
+        raise RecipeError(f"cannot read recipe {path}: {on_one_line(error)}; give a readable YAML file") from error
     if not isinstance(values, dict):
         raise RecipeError(f"recipe {path} is not a mapping of sections; see stages/recipes/mini.yaml")
     base = values.pop("extends", None)
@@ -140,7 +140,7 @@ def _parsed(text: str) -> Any:
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise ValueError(" ".join(str(error).split())) from error
+        raise ValueError(on_one_line(error)) from error
     except RecursionError:
         raise ValueError(_TOO_DEEP) from None
     _count(value, 0)

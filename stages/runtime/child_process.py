@@ -14,6 +14,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import IO, Any
 
+from infra.terminal import on_one_line
+
 DEATHS_BEFORE_ISOLATION = 2
 """After this many deaths of workers, a shard is processed in a child process to find the images that crash it. The
 first death is treated as chance: a lost machine, or memory taken by another process."""
@@ -43,7 +45,7 @@ class RaisedInChild(RuntimeError):
 def described(error: BaseException) -> str:
     """Return an exception's type and text on one line, the same whichever process raised it."""
     raised = (error.type_name, error.text) if isinstance(error, RaisedInChild) else (type(error).__name__, str(error))
-    return " ".join(": ".join(raised).split())
+    return on_one_line(": ".join(raised))
 
 
 class ChildProcess:

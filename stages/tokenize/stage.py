@@ -14,6 +14,7 @@ from pydantic import Field, PositiveInt
 from models.transforms import ViewsConfig
 from stages.artifacts import external_codes
 from stages.artifacts.rows import FILTERED
+from stages.artifacts.shards import shards_of
 from stages.mapped.engine import FailureLimit, Job, LeftOut, Shard, finish_shards
 from stages.protocol import Outcome, RuntimeFloat, RuntimeFraction, RuntimeInt, Stage, StageContext
 from stages.runtime.devices import Precision, PrecisionConfig
@@ -65,8 +66,8 @@ def run(context: StageContext[TokenizeConfig]) -> Outcome:
     if tokenizer.kind == external_codes.KIND:
         return external_codes.join(context)
     factory = _worker_factory(context)
-    names = [entry.path.removeprefix("images/").removesuffix(".tar") for entry in download.files_under("images")]
-    plan = context.store.work(context.action_key).create_plan({"shards": [Shard(name).to_json() for name in names]})
+    planned = [Shard(name).to_json() for name in shards_of(download)]
+    plan = context.store.work(context.action_key).create_plan({"shards": planned})
     shards = [Shard.from_json(shard) for shard in plan["shards"]]
     job = Job(factory, Shard, EncodedShard, "tokenize shards", "images", lambda receipt: receipt.rows)
     limit = FailureLimit(

@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from infra.terminal import on_one_line
 from models.transforms import TransformConfig, load_image
 from stages.artifacts.images import table_columns
 from stages.artifacts.rows import (
@@ -32,6 +33,7 @@ from stages.artifacts.rows import (
     split_of,
     view_name,
 )
+from stages.artifacts.shards import codes_file, images_file, left_out_file
 from stages.mapped.engine import LeftOut, Receipt, Shard
 from stages.mapped.isolation import InputFailure, Sandbox, Wording, isolate, loses_device
 from stages.tokenize.encoding import CodeArray, Encoder, EncoderFactory, ImageBatch, Pixels, Scores
@@ -240,7 +242,7 @@ class TokenizeWorker:
 
     def _decoded(self, shard: str, left_out: list[LeftOut]) -> Iterator[_Decoded]:
         """The rows of a shard, each image followed by its views; decoded at most two batches ahead."""
-        samples = read_image_shard(self.store.fetch(self.download.file(f"images/{shard}.tar")))
+        samples = read_image_shard(self.store.fetch(self.download.file(images_file(shard))))
         views = [view_name(number) for number in range(1, self.job.encoder.views.count + 1)]
         ahead = max(1, 2 * self.job.batch_size // (1 + len(views)))
         with ThreadPoolExecutor(self.job.decode_threads, thread_name_prefix="decode") as pool:
@@ -268,7 +270,7 @@ class TokenizeWorker:
         if not originals:
             return
         chosen = {rows.keys[at]: at for at in originals[:: -max(1, len(originals) // _SPOT_CHECKS)][:_SPOT_CHECKS]}
-        tar = self.store.fetch(self.download.file(f"images/{shard}.tar"))
+        tar = self.store.fetch(self.download.file(images_file(shard)))
         samples = [sample for sample in read_image_shard(tar) if sample.key in chosen]
         keys = [sample.key for sample in samples]
         pixels = np.stack([self._pixels(sample) for sample in samples])
@@ -291,14 +293,14 @@ class TokenizeWorker:
                 codes = np.stack(rows.codes)
                 write_code_shard(scratch / "codes.parquet", self._info(), rows.keys, columns, codes)
                 check_written(scratch / "codes.parquet", rows.keys, codes)
-                entries.append(store.put_file(scratch / "codes.parquet", f"codes/{shard}.parquet"))
+                entries.append(store.put_file(scratch / "codes.parquet", codes_file(shard)))
             if rows.left_out:
                 names = ("key", "status", "error")
                 table = pa.table(
                     {name: pa.array([getattr(row, name) for row in rows.left_out], pa.string()) for name in names}
                 )
                 write_table(table, scratch / "left_out.parquet")
-                entries.append(store.put_file(scratch / "left_out.parquet", f"left_out/{shard}.parquet"))
+                entries.append(store.put_file(scratch / "left_out.parquet", left_out_file(shard)))
         return entries
 
     def _info(self) -> CodeTableInfo:
@@ -317,7 +319,7 @@ def _is_train(sample: ImageSample) -> bool:
 
 
 def _left_out(sample: ImageSample, status: str, error: str) -> LeftOut:
-    return LeftOut(sample.key, status, " ".join(error.split())[:200])
+    return LeftOut(sample.key, status, on_one_line(error, 200))
 
 
 def _status(failure: InputFailure) -> str:

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from pydantic import NonNegativeInt
 from torch import Tensor, nn
 
+from infra.terminal import on_one_line
 from models.config import Fraction
 from models.ranks import is_first_rank, mean_terms, num_ranks, own_part, start_equal
 from models.teachers.backbone import BackboneTeacher
@@ -350,7 +351,7 @@ def _load_weights(tokenizer: ImageTokenizer, path: str) -> None:
     try:
         tokenizer.load_state_dict(state)
     except RuntimeError as error:
-        reason = " ".join(str(error).split())[:300]
+        reason = on_one_line(error, 300)
         raise ValueError(
             f"tokenizer.weights={path!r} are not those of this recipe's tokenizer: {reason}; `musevl import-tokenizer` "
             f"with the same recipe writes them"

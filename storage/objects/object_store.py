@@ -13,7 +13,7 @@ from storage.manifest import check_relative_path
 from storage.objects.info import ObjectInfo
 from storage.objects.local import TEMPORARY_FOLDER, LocalBackend
 from storage.objects.s3 import S3Backend, not_writable
-from storage.objects.s3_retries import is_transport_error, one_line
+from storage.objects.s3_retries import described, is_transport_error
 
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
@@ -246,7 +246,7 @@ class ObjectStore:
             if not isinstance(error, OSError) and not is_transport_error(error):
                 raise
             raise StoreError(
-                f"cannot {verb} {key!r} in the store {self.uri}: {one_line(error)}; "
+                f"cannot {verb} {key!r} in the store {self.uri}: {described(error)}; "
                 "check free space, permissions and the network"
             ) from error
 

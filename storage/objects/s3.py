@@ -12,7 +12,7 @@ import fsspec
 
 from storage.errors import StoreError
 from storage.objects.info import ObjectInfo
-from storage.objects.s3_retries import QUICK_ATTEMPTS, one_line, s3_error, steadily
+from storage.objects.s3_retries import QUICK_ATTEMPTS, described, s3_error, steadily
 
 _READ_BYTES = 8 << 20
 _WRITER = "musevl-writer"
@@ -69,7 +69,7 @@ class S3Backend:
             )
         except Exception as error:
             raise StoreError(
-                f"cannot open the store s3://{self._base} at {self.endpoint}: {one_line(error)}; {_remedy(error)}"
+                f"cannot open the store s3://{self._base} at {self.endpoint}: {described(error)}; {_remedy(error)}"
             ) from error
 
     def probe_conditional_create(self) -> None:
@@ -86,7 +86,7 @@ class S3Backend:
             if isinstance(error, PermissionError):
                 raise not_writable(f"s3://{self._base}", error) from error
             raise StoreError(
-                f"create-only puts fail at {self.endpoint} (s3://{self._base}): {one_line(error)}; "
+                f"create-only puts fail at {self.endpoint} (s3://{self._base}): {described(error)}; "
                 "allow writing and deleting there, or use an S3 service with If-None-Match"
             ) from error
         if not holds:
@@ -114,7 +114,7 @@ class S3Backend:
                 if code == "PreconditionFailed" or status == 412:
                     return False
                 if status == 409:  # another conditional put is in progress: retry later to see which one succeeded
-                    raise ConnectionError(one_line(error)) from error
+                    raise ConnectionError(described(error)) from error
                 raise
 
         return self._steadily("create", key, put) or self._writer_of(key) == writer
@@ -132,7 +132,7 @@ class S3Backend:
             except FileNotFoundError as error:
                 # The answer that completes a multipart upload was lost, and s3fs aborted the completed upload
                 if s3_error(error)[0] == "NoSuchUpload":
-                    raise ConnectionError(one_line(error)) from error
+                    raise ConnectionError(described(error)) from error
                 raise
 
         self._steadily("put", key, put)
@@ -264,7 +264,7 @@ class _RangeReader(io.RawIOBase):
 def not_writable(uri: str, error: PermissionError) -> StoreError:
     """Return the error for credentials that may not write to a bucket."""
     return StoreError(
-        f"cannot write to the store {uri}: {one_line(error)}; use credentials that may write and delete there (what "
+        f"cannot write to the store {uri}: {described(error)}; use credentials that may write and delete there (what "
         "only reads, such as `musevl artifacts ls`, works with these)"
     )
 

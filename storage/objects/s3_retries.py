@@ -10,6 +10,8 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
+from storage.errors import on_one_line
+
 logger = logging.getLogger(__name__)
 
 ATTEMPTS = 7
@@ -51,7 +53,7 @@ def steadily(what: str, call: Callable[[], _Result], *, attempts: int | None = N
         except Exception as error:
             if not is_transient(error):
                 raise
-            logger.info("S3: %s failed (%s), attempt %d of %d", what, one_line(error), attempt, attempts)
+            logger.info("S3: %s failed (%s), attempt %d of %d", what, described(error), attempt, attempts)
         time.sleep(min(FIRST_BACKOFF_S * 2 ** (attempt - 1), _LONGEST_BACKOFF_S) * (0.5 + random.random()))
     return call()
 
@@ -88,6 +90,6 @@ def s3_error(error: BaseException) -> tuple[str, int]:
     return code, int(response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
 
 
-def one_line(error: BaseException) -> str:
+def described(error: BaseException) -> str:
     """Return an exception's type and message on one line."""
-    return " ".join(f"{type(error).__name__}: {error}".split())
+    return on_one_line(f"{type(error).__name__}: {error}")
