@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import closing
 from typing import Annotated
 
 import pyarrow.compute as pc
@@ -20,7 +19,7 @@ from stages.evaluate.metric_rows import evaluation_metrics
 from stages.evaluate.results import DRAWN_FEATURES, FILES, LEFT_OUT, ORIGINAL_FEATURES, TEXT_CUT, gather, left_out_table
 from stages.evaluate.tasks import TaskFactory
 from stages.evaluate.worker import EvaluationShard, EvaluationWorkerFactory, MeasuredShard
-from stages.mapped.engine import FailureLimit, Job, LeftOut, finish_shards
+from stages.mapped.engine import FailureLimit, Job, finish_shards, gather_receipts
 from stages.metrics.measuring import SetDistance, feature_space, weights_inputs
 from stages.protocol import Device, Outcome, RuntimeFloat, RuntimeFraction, RuntimeInt, RuntimeStr, Stage, StageContext
 from stages.runtime.devices import PrecisionConfig, resolve_device
@@ -132,18 +131,12 @@ def _measure(context: StageContext[EvaluateConfig], shards: list[EvaluationShard
     limit = FailureLimit(
         "evaluate.max_failed_fraction", config.max_failed_fraction, total, "rows could not be measured"
     )
-    receipts: dict[str, MeasuredShard] = {}
-    failures: list[LeftOut] = []
-    with closing(
-        finish_shards(context, shards, job, num_workers=config.num_workers, num_gpus=config.gpus_per_worker)
-    ) as finished:
-        for shard, receipt in finished:
-            receipts[shard] = receipt
-            failures += receipt.left_out
-            if limit.is_passed(len(failures)):
-                first = "; ".join(f"{failure.key}: {failure.error}" for failure in failures[:3])
-                remedy = "look at these rows, or raise the limit: what is measured is kept"
-                raise limit.error(len(failures), f"first: {first}", remedy)
+    receipts = gather_receipts(
+        finish_shards(context, shards, job, num_workers=config.num_workers, num_gpus=config.gpus_per_worker),
+        limit,
+        lambda receipt: receipt.left_out,
+        "look at these rows, or raise the limit: what is measured is kept",
+    )
     return [receipts[shard.shard] for shard in shards]
 
 

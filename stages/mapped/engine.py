@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any, Generic, NamedTuple, Protocol, Self, TypeVar
 
@@ -22,6 +23,9 @@ from storage.manifest import FileEntry
 from storage.store import Store
 
 logger = logging.getLogger(__name__)
+
+_EXAMPLES = 3
+"""Failures that an error names."""
 
 
 class _Json:
@@ -185,6 +189,38 @@ class FailureLimit:
             f"{num_failed} of {self.total} {self.what}{more}, more than {self.field}={self.fraction} ({examples}); "
             f"{remedy}"
         )
+
+
+def gather_receipts(
+    finished: Generator[Finished[R], None, None],
+    limit: FailureLimit,
+    failures_of: Callable[[R], Iterable[LeftOut]],
+    remedy: str,
+) -> dict[str, R]:
+    """Wait for every shard of `finish_shards`, unless it is certain that too many inputs will have failed.
+
+    Args:
+        finished: of `finish_shards`; closed in any case.
+        limit: on failures.
+        failures_of: the inputs of a shard that failed.
+        remedy: what to do about them, for the error.
+
+    Returns:
+        Receipts by shard.
+
+    Raises:
+        ValueError: too many inputs failed.
+    """
+    receipts: dict[str, R] = {}
+    failures: list[LeftOut] = []
+    with closing(finished):
+        for shard, receipt in finished:
+            receipts[shard] = receipt
+            failures += failures_of(receipt)
+            if limit.is_passed(len(failures)):
+                first = "; ".join(f"{failure.key}: {failure.error}" for failure in failures[:_EXAMPLES])
+                raise limit.error(len(failures), f"first: {first}", remedy)
+    return receipts
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,6 @@ its caption where a least score is asked for.
 
 from __future__ import annotations
 
-from contextlib import closing
 from typing import Annotated
 
 from pydantic import Field, PositiveInt
@@ -15,7 +14,7 @@ from models.transforms import ViewsConfig
 from stages.artifacts import external_codes
 from stages.artifacts.rows import FILTERED
 from stages.artifacts.shards import shards_of
-from stages.mapped.engine import FailureLimit, Job, LeftOut, Shard, finish_shards
+from stages.mapped.engine import FailureLimit, Job, LeftOut, Shard, finish_shards, gather_receipts
 from stages.protocol import Outcome, RuntimeFloat, RuntimeFraction, RuntimeInt, Stage, StageContext
 from stages.runtime.devices import Precision, PrecisionConfig
 from stages.tokenize.encoding import EncoderFactory
@@ -76,16 +75,13 @@ def run(context: StageContext[TokenizeConfig]) -> Outcome:
         download.metrics["num_ok"],
         "images could not be tokenized",
     )
-    receipts: dict[str, EncodedShard] = {}
-    failures: list[LeftOut] = []
-    with closing(
-        finish_shards(context, shards, job, num_workers=config.num_workers, num_gpus=config.gpus_per_worker)
-    ) as finished:
-        for shard, receipt in finished:
-            receipts[shard] = receipt
-            failures += [image for image in receipt.left_out if image.status != FILTERED]
-            _check(limit, failures)
-    metrics = _counts(config, list(receipts.values()), len(failures))
+    receipts = gather_receipts(
+        finish_shards(context, shards, job, num_workers=config.num_workers, num_gpus=config.gpus_per_worker),
+        limit,
+        _failures,
+        "take them out of the download, or raise the limit: what is done is kept",
+    )
+    metrics = _counts(config, list(receipts.values()))
     files: list[FileEntry] = [entry for shard in shards for entry in receipts[shard.shard].files]
     metadata = {"tokenizer": tokenizer.digest, "code_shape": tokenizer.metadata["code_shape"]}
     return Outcome("code_table", files, metrics=metrics, metadata=metadata)
@@ -125,15 +121,12 @@ def _scorer(config: TokenizeConfig, teacher: Manifest | None) -> str | None:
     return teacher.digest
 
 
-def _check(limit: FailureLimit, failures: list[LeftOut]) -> None:
-    """Raise ValueError once it is certain that too many images will have failed, however many are still to come."""
-    if limit.is_passed(len(failures)):
-        first = "; ".join(f"{failure.key}: {failure.error}" for failure in failures[:3])
-        remedy = "take them out of the download, or raise the limit: what is done is kept"
-        raise limit.error(len(failures), f"first: {first}", remedy)
+def _failures(receipt: EncodedShard) -> list[LeftOut]:
+    """Images that could not be decoded or encoded."""
+    return [image for image in receipt.left_out if image.status != FILTERED]
 
 
-def _counts(config: TokenizeConfig, receipts: list[EncodedShard], num_failed: int) -> dict[str, int]:
+def _counts(config: TokenizeConfig, receipts: list[EncodedShard]) -> dict[str, int]:
     num_rows = sum(receipt.rows for receipt in receipts)
     if not num_rows:
         raise ValueError(
@@ -141,6 +134,7 @@ def _counts(config: TokenizeConfig, receipts: list[EncodedShard], num_failed: in
             f"tokenize.min_caption_match={config.min_caption_match}, whose scale depends on the teacher"
         )
     num_left_out = sum(len(receipt.left_out) for receipt in receipts)
+    num_failed = sum(len(_failures(receipt)) for receipt in receipts)
     return {"num_rows": num_rows, "num_filtered": num_left_out - num_failed, "num_failed": num_failed}
 
 
