@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import re
 import shlex
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +18,12 @@ ROOT = Path(__file__).parents[1]
 DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "infra").rglob("*.md"))]
 
 
-def found(pattern: str) -> Iterator[Any]:
-    for document in DOCUMENTS:
-        for match in re.finditer(pattern, document.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE):
-            yield pytest.param(document, match[1], id=f"{document.name}-{match[1].split()[0][:20]}-{match.start()}")
+def found(pattern: str) -> list[Any]:
+    return [
+        pytest.param(document, match[1], id=f"{document.name}-{match[1].split()[0][:20]}-{match.start()}")
+        for document in DOCUMENTS
+        for match in re.finditer(pattern, document.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+    ]
 
 
 @pytest.mark.parametrize(("document", "text"), found(r"```yaml\n(.*?)```"))
