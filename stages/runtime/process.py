@@ -8,8 +8,7 @@ from infra.terminal import LogFormatter
 
 
 def prepare_process() -> None:
-    """Set up logging, and switch off online checks for newer versions."""
-    os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
+    """Set up logging."""
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     handler = logging.StreamHandler()

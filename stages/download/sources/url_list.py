@@ -147,8 +147,7 @@ class UrlList:
         (scratch / "job.json").write_text(json.dumps(job), encoding="utf-8")
         ended = subprocess.run(
             [sys.executable, "-m", "stages.download.sources.fetch_process", str(scratch / "job.json")],
-            # otherwise albumentations, which img2dataset imports, checks for updates over the network
-            env=os.environ | {"NO_ALBUMENTATIONS_UPDATE": "1", "PYTHONPATH": _python_path()},
+            env=os.environ | {"PYTHONPATH": _python_path()},
             capture_output=True,
             text=True,
         )
