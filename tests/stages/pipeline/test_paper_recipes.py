@@ -5,7 +5,7 @@ import functools
 import pytest
 import torch
 
-from models.imports.llamagen import _sources, convert_llamagen
+from models.imports.llamagen import _rules, convert_llamagen
 from models.teachers.teacher import OpenClipTeacher, OpenClipTeacherConfig
 from models.tokenizers.image_tokenizer import ImageTokenizer, TokenizerConfig
 from models.tokenizers.kinds import KINDS, build_tokenizer
@@ -154,7 +154,7 @@ def test_vq_8_names_the_setting_with_which_it_is_imported() -> None:
     with torch.device("meta"):
         tokenizer = build_tokenizer(vq_8)
     own, state = tokenizer.state_dict(), {}
-    for ours, theirs in _sources(tokenizer):
+    for ours, theirs in _rules(tokenizer):
         parts = own[ours].chunk(len(theirs))
         state |= dict(zip(theirs, parts, strict=True))
     with pytest.raises(ValueError, match="by its shapes it is the one of") as refused:
