@@ -1,8 +1,8 @@
-"""What a stage is: a plain function of a config and input artifacts, made restartable by the store.
+"""The interface of a stage: a function of a config and input artifacts, which the store makes restartable.
 
-The action key decides whether a result exists already. It is the digest of everything that decides the bytes of the
-result and of nothing else: stage, code version, config, input digests and seed; never a path, a host, or a number of
-workers that changes nothing.
+The action key decides whether a result exists already. It is the digest of everything that determines the bytes of the
+result, and of nothing else: stage, code version, config, input digests and seed; never a path, a host, or a number of
+workers that does not affect the result.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from storage.store import Store
 
 
 class DoesNotAffectResult:
-    """Marks a config field that changes how a stage runs but not one byte of its result; it stays out of the key."""
+    """Marks a config field that affects how a stage runs but not its result, so it does not enter the action key."""
 
 
 RuntimeInt = Annotated[PositiveInt, DoesNotAffectResult]
@@ -38,23 +38,23 @@ C = TypeVar("C", bound=Config)
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a stage made; execution turns it into a manifest."""
+    """The result of a stage, from which `run_stage` builds a manifest."""
 
     kind: str
-    """What the files are, for example `code_table`."""
+    """Kind of the artifact, for example `code_table`."""
     files: list[FileEntry]
-    """Already in the store."""
+    """The files of the result, which are in the store already."""
     metrics: dict[str, Any] = field(default_factory=dict)
-    """Numbers of the result; JSON."""
+    """Metrics of the result, as JSON."""
     metadata: dict[str, Any] = field(default_factory=dict)
-    """Whatever else readers need; JSON. Never times, hosts or paths."""
+    """Whatever else readers need, as JSON; never times, hosts or paths."""
     schema_version: int = 1
-    """Version of the layout that this kind of artifact has."""
+    """Version of the layout of this kind of artifact."""
 
 
 @dataclass(frozen=True)
 class StageContext(Generic[C]):
-    """Everything that `run` may use."""
+    """Everything that the `run` function of a stage may use."""
 
     config: C
     seed: int
@@ -62,10 +62,10 @@ class StageContext(Generic[C]):
     """Input artifacts by the name of the stage that made them."""
     store: Store
     action_key: str
-    """Under it stand this stage's plan, receipts and checkpoints."""
+    """Key of this stage's plan, receipts and checkpoints in the store."""
     executor: Executor
     scratch: Path
-    """Private local folder, removed at the end."""
+    """Private local folder, which is removed at the end."""
 
 
 @dataclass(frozen=True)
@@ -73,31 +73,32 @@ class Stage(Generic[C]):
     """One step of the pipeline."""
 
     name: str
-    """As in `python -m stages.NAME`."""
+    """Name of the stage, as in `python -m stages.NAME`."""
     section: str
-    """The recipe's section that configures it."""
+    """Name of the recipe's section with its config."""
     config_class: type[C]
     inputs: tuple[str, ...]
-    """Names of the stages that may feed it."""
+    """Names of the stages whose artifacts are its inputs."""
     run: Callable[[StageContext[C]], Outcome]
     version: int = 1
-    """Raise it when a change of code changes results: old artifacts are then no longer hits."""
+    """Version of the code; raise it if a change of the code changes results, so that old artifacts are not reused."""
     external_inputs: Callable[[C], dict[str, str]] | None = None
-    """Digests of what the config names outside the store (a URL list's content, say), by a name; part of the key."""
+    """Returns digests of what the config names outside the store (such as a URL list's content) by name, for the
+    key."""
     unused_inputs: Callable[[C], tuple[str, ...]] | None = None
-    """Those of `inputs` that a config has no use for: they need not be made, and are no part of the key."""
+    """Returns those of `inputs` that a config does not use: they need not exist, and do not enter the key."""
 
     def feeders(self, config: C) -> tuple[str, ...]:
-        """Names of the stages that feed it under a config."""
+        """Return the names of the stages whose artifacts are inputs with a config."""
         unused = self.unused_inputs(config) if self.unused_inputs else ()
         return tuple(name for name in self.inputs if name not in unused)
 
     def action_key(self, config: C, seed: int, inputs: dict[str, str]) -> str:
-        """The identity of the result that this stage would have.
+        """Return the action key of this stage's result.
 
         Args:
-            config: of this stage.
-            seed: of the recipe.
+            config: config of this stage.
+            seed: seed of the recipe.
             inputs: digest of each input artifact by stage name.
         """
         external = self.external_inputs(config) if self.external_inputs else {}
@@ -114,10 +115,10 @@ class Stage(Generic[C]):
 
 
 def normalised_config(config: Config) -> dict[str, Any]:
-    """The config as JSON without the fields, at any depth, that do not affect the result; digests stand for paths.
+    """Return the config as JSON without fields that do not affect the result, and with digests in place of paths.
 
     Raises:
-        OSError: a file whose content counts cannot be read.
+        OSError: a file whose content enters the key cannot be read.
     """
     values: dict[str, Any] = {}
     dumped = config.model_dump(mode="json")
@@ -133,7 +134,7 @@ def normalised_config(config: Config) -> dict[str, Any]:
 
 
 def _content(path: str | None, what: str) -> str | None:
-    """The digest of a file or folder; None where there is none, as where a hub's name is given."""
+    """Return the digest of a file or folder, or None if there is none, as for a hub's name."""
     if not path or not Path(path).exists():
         return None
     return f"sha256:{InputFiles(path, what).digest() if Path(path).is_dir() else sha256_file(path)}"

@@ -1,1 +1,1 @@
-"""The recipe over all stages, and what runs them: one by one, from the shell, or for a question to the model."""
+"""The recipe with the configs of all stages, the execution of stages, and the trained model's inference."""

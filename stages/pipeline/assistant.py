@@ -1,4 +1,4 @@
-"""A trained run to talk to: questions about images, drawings from prompts."""
+"""Inference with the model of a recipe: answers to questions about images, and images for prompts."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _LONGEST_ANSWER = 64
 
 
 class Assistant:
-    """The fine-tuned model of a recipe with its tokenizer."""
+    """The fine-tuned model of a recipe and its tokenizer."""
 
     def __init__(self, recipe: Recipe, store: Store) -> None:
         """
@@ -40,7 +40,7 @@ class Assistant:
 
     @torch.no_grad()
     def ask(self, image: bytes, question: str) -> str:
-        """The model's answer to a question about an encoded image of any size.
+        """Answer a question about an encoded image of any size.
 
         Raises:
             UnusableImage: the image cannot be decoded.
@@ -67,7 +67,7 @@ class Assistant:
         temperature: float | None = None,
         seed: int = 0,
     ) -> list[Image.Image]:
-        """Images for a prompt; settings that are not given are the recipe's.
+        """Generate images for a prompt; settings that are not given are the recipe's.
 
         Raises:
             ValueError: the prompt is longer than the model reads, or a setting is out of range.
@@ -87,7 +87,7 @@ class Assistant:
             return to_pil(to_pixels(self.tokenizer.decode(codes)).cpu())
 
     def _check_length(self, what: str, text: str) -> None:
-        """A person who asks can say it shorter, where the text of a data set is cut."""
+        """Raise ValueError for text that training would truncate, since a user can shorten it."""
         if not self.builder.fits(text):
             raise ValueError(
                 f"the {what} has more than the {self.builder.room} tokens that the model reads beside an image "

@@ -1,4 +1,4 @@
-"""One stage from the shell: `python -m stages.NAME --recipe mini`; this is what `ray job submit` runs."""
+"""The command line of a single stage, `python -m stages.NAME --recipe mini`, which is what `ray job submit` runs."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ STORE_VARIABLE = "MUSEVL_STORE"
 
 
 def default_store() -> str:
-    """The store that commands use unless told otherwise: MUSEVL_STORE, else a folder below the current one."""
+    """Return the default store of commands: MUSEVL_STORE, else a folder below the current one."""
     return os.environ.get(STORE_VARIABLE) or DEFAULT_STORE
 
 
@@ -31,11 +31,11 @@ def run_standalone(name: str, argv: Sequence[str] | None = None) -> int:
     """Parse a stage module's command line, run the stage and print one line about it.
 
     Args:
-        name: of the stage.
-        argv: arguments; default those of the process, which is then started again with the faster allocator.
+        name: name of the stage.
+        argv: arguments; by default those of the process, which is then re-executed with the faster allocator.
 
     Returns:
-        The exit code: 0, or 2 after one line on stderr about what is wrong.
+        The exit code: 0, or 2 after an error message of one line on stderr.
     """
     if argv is None:
         reexec_with_fast_malloc()
@@ -58,7 +58,7 @@ def run_standalone(name: str, argv: Sequence[str] | None = None) -> int:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line, as every command does."""
+    """Raises an error with a message of one line, as every command does."""
 
     def error(self, message: str) -> NoReturn:
         raise ValueError(f"{message}; see `{self.prog} --help`")
@@ -70,12 +70,12 @@ def run_one_stage(
     """Open the recipe, the store and the executor, and run one stage with them.
 
     Raises:
-        ValueError, OSError, StoreError: bad input; the message is one for the user.
+        ValueError, OSError, StoreError: the input is wrong; the message is meant for the user.
     """
     check_stage_name(name)
-    recipe_values(recipe, list(overrides))  # what can be said of them before the imports that take seconds
+    recipe_values(recipe, list(overrides))  # checked before imports that take seconds
     prepare_process()
-    # Here and not above: the recipe imports the stage modules, which import this one
+    # Imported here to keep this module light
     from infra.executors import build_executor
     from stages.pipeline.execution import check_ready, run_stage
     from stages.pipeline.recipe import load_recipe
@@ -92,5 +92,5 @@ def run_one_stage(
 
 
 def result_line(result: StageResult) -> str:
-    """Stage, whether its result was found or made, digest, and seconds."""
+    """Format the result of a stage: its name, whether it was found or made, the digest and the seconds."""
     return f"{result.stage}  {'hit' if result.hit else 'made'}  {result.digest}  {result.seconds:.1f} s"

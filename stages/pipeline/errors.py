@@ -1,4 +1,4 @@
-"""What a user reads when something is wrong: one line that says what, where and what to do."""
+"""Error messages for users: one line that says what, where and the remedy."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from storage.errors import StoreError
 
 DEBUG_VARIABLE = "MUSEVL_DEBUG"
 EXIT_CODE = 2
-"""Of commands that end with such a line."""
+"""Exit code of commands that end with such a message."""
 
 _OF_TORCH = ("inline_container", "iostream error")
-"""What `torch.save` says of a file that could not be written, whatever the reason."""
+"""Texts of the errors of `torch.save` if a file cannot be written, whatever the reason."""
 _NOTHING_FREE = 2**20
-"""Bytes; the file that did not fit has taken the rest."""
+"""Free bytes below which a disk counts as full, since the file that did not fit has taken the rest."""
 
 USER_ERRORS = (ValueError, OSError, StoreError, WorkerDied, WorkerFailed)
 """Exceptions whose message is meant for the user; all others are defects and keep their traceback."""
@@ -31,7 +31,7 @@ _ROOT = Path(__file__).resolve().parents[2]
 
 
 class DiskFull(OSError):
-    """There was no space left for a file."""
+    """Raised if there is no space left for a file."""
 
 
 def report(error: BaseException) -> int:
@@ -41,7 +41,7 @@ def report(error: BaseException) -> int:
         The exit code.
 
     Raises:
-        BaseException: `error` itself when it is none of `USER_ERRORS`, or when MUSEVL_DEBUG is set.
+        BaseException: `error` itself if it is none of `USER_ERRORS`, or if MUSEVL_DEBUG is set.
     """
     if not isinstance(error, USER_ERRORS) or os.environ.get(DEBUG_VARIABLE):
         raise error
@@ -49,13 +49,13 @@ def report(error: BaseException) -> int:
 
 
 def complain(text: str) -> int:
-    """Print what is wrong as one line on stderr; return the exit code."""
+    """Print an error message as one line on stderr; return the exit code."""
     say(f"musevl: {on_one_line(text)}", file=sys.stderr)
     return EXIT_CODE
 
 
 def one_line(error: BaseException) -> str:
-    """An error's message on one line; where a library raised it, also its type and how to see where."""
+    """Return an error's message on one line; if a library raised it, with its type and how to see the traceback."""
     text = printable(on_one_line(error)) or type(error).__name__
     if not isinstance(error, (OSError, StoreError)) and not _raised_by_us(error.__traceback__):
         text = f"{type(error).__name__}: {text} ({DEBUG_VARIABLE}=1 shows where)"
@@ -64,7 +64,7 @@ def one_line(error: BaseException) -> str:
 
 @contextmanager
 def named_full_disk(scratch: Path, store: str) -> Iterator[None]:
-    """Say which disk is full where something in the block could not be written; libraries have many words for it.
+    """Explain which disk is full if the block could not write a file; libraries have different errors for that.
 
     Args:
         scratch: folder for temporary files.

@@ -1,4 +1,4 @@
-"""Runs one stage against the store: looks the result up, else makes it, and records who did what when."""
+"""Execution of a stage: its result is looked up in the store or made, and the run is recorded."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ logger = logging.getLogger(__name__)
 
 
 class MissingInput(ValueError):
-    """A stage was asked for before the stages that feed it."""
+    """Raised if a stage is run before the stages that make its inputs."""
 
 
 @dataclass(frozen=True)
 class StageResult:
-    """How a stage ended."""
+    """The result of running a stage."""
 
     stage: str
     action_key: str
@@ -52,17 +52,17 @@ class StageResult:
 
 
 def run_stage(name: str, recipe: Recipe, store: Store, executor: Executor, *, run_id: str = "") -> StageResult:
-    """Run one stage of a recipe; its inputs are found in the store through the recipe.
+    """Run one stage of a recipe; its inputs are looked up in the store.
 
     Args:
-        name: of the stage.
+        name: name of the stage.
         recipe: configs and seed.
-        store: where inputs are and the result goes.
-        executor: where mapped work runs.
-        run_id: groups the records of one pipeline run.
+        store: the store with the inputs, to which the result is written.
+        executor: executor of mapped work.
+        run_id: identifier that groups the records of one pipeline run.
 
     Returns:
-        The artifact, made now or found.
+        The artifact, made now or found in the store.
 
     Raises:
         MissingInput: an input artifact is not in the store; the message names the command that makes it.
@@ -107,18 +107,18 @@ def run_stage(name: str, recipe: Recipe, store: Store, executor: Executor, *, ru
 
 
 def check_ready(recipe: Recipe, store: Store, executor: Executor, names: list[str] | None = None) -> None:
-    """Refuse before any work what stages would find out after hours: files and GPUs that are not there.
+    """Check before any work that files and GPUs exist, which stages would otherwise notice after hours.
 
-    A stage whose result the store holds needs neither.
+    A stage whose result is in the store needs neither.
 
     Args:
         recipe: configs.
-        store: where results may be already.
-        executor: where mapped work would run.
-        names: of the stages that are about to run; default all.
+        store: the store, which may have results already.
+        executor: executor of mapped work.
+        names: names of the stages that will run; default all.
 
     Raises:
-        ValueError, OSError: something is not there; the message names the field.
+        ValueError, OSError: a file or a GPU is missing; the message names the field.
     """
     for name, artifact in find_artifacts(recipe, store, names).items():
         if artifact is None:
@@ -131,7 +131,7 @@ def check_ready(recipe: Recipe, store: Store, executor: Executor, names: list[st
 
 def _check_device(config: Any, section: str, executor: Executor) -> None:
     together = isinstance(config, SharedLoopConfig) and config.num_workers > 1
-    alone = isinstance(config, LoopConfig) and not together  # in this process, wherever the others are
+    alone = isinstance(config, LoopConfig) and not together  # runs in this process, wherever workers run
     device = getattr(config, "device", "auto")
     gpus = 0.0 if alone else getattr(config, "gpus_per_worker", 0.0)
     if (device != "cuda" and not gpus) or not (alone or executor.on_this_machine) or torch.cuda.is_available():
@@ -142,10 +142,10 @@ def _check_device(config: Any, section: str, executor: Executor) -> None:
 
 
 def require_artifact(name: str, recipe: Recipe, store: Store, *, needed_by: str) -> Manifest:
-    """The artifact that a recipe's stage has in the store.
+    """Return the artifact of a recipe's stage from the store.
 
     Raises:
-        MissingInput: it is not there.
+        MissingInput: it is not in the store.
     """
     return _required(name, find_artifacts(recipe, store, [name]), recipe, store, needed_by=needed_by)
 
@@ -163,12 +163,12 @@ def _required(
 
 
 def find_artifact(name: str, recipe: Recipe, store: Store) -> Manifest | None:
-    """The artifact of a recipe's stage, or None where the store lacks it or one that it is made from."""
+    """Return the artifact of a recipe's stage, or None if it or one of its inputs is not in the store."""
     return find_artifacts(recipe, store, [name])[name]
 
 
 def find_artifacts(recipe: Recipe, store: Store, names: list[str] | None = None) -> dict[str, Manifest | None]:
-    """`find_artifact` of several stages (default: all), each looked up once, in pipeline order."""
+    """Return the artifacts of several stages (default: all) as `find_artifact` does, each looked up once, in order."""
     found: dict[str, Manifest | None] = {}
 
     def resolve(name: str) -> Manifest | None:
@@ -185,14 +185,14 @@ def find_artifacts(recipe: Recipe, store: Store, names: list[str] | None = None)
 
 
 def _wanted(stage: Stage[Any], recipe: Recipe, inputs: dict[str, Manifest]) -> dict[str, Any]:
-    """The configs whose results satisfy the recipe's by their action keys, that of this machine first."""
+    """Return the configs whose results are acceptable by their action keys, the one for this machine first."""
     digests = {feeder: manifest.digest for feeder, manifest in inputs.items()}
     configs = acceptable_precisions(recipe.section(stage), inputs)
     return {stage.action_key(config, recipe.seed, digests): config for config in configs}
 
 
 def _look_up(wanted: dict[str, Any], store: Store) -> tuple[str, Manifest] | None:
-    """The first of some action keys that has an artifact, and that."""
+    """Return the first of some action keys that has an artifact, with the artifact."""
     return next(((key, manifest) for key in wanted if (manifest := store.lookup(key)) is not None), None)
 
 

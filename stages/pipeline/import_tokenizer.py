@@ -1,4 +1,4 @@
-"""Published tokenizer checkpoints as weights that the `train_tokenizer` stage starts from."""
+"""Conversion of published tokenizer checkpoints to weights that `train_tokenizer` can start from."""
 
 from __future__ import annotations
 
@@ -17,20 +17,21 @@ from stages.pipeline.recipe import Recipe
 
 
 def import_weights(checkpoint: Path, recipe: Recipe, out: Path, which: str | None = None) -> str:
-    """Write a published checkpoint as safetensors under our names.
+    """Convert a published checkpoint to this project's state dict, and write it as safetensors.
 
     Args:
-        checkpoint: with the layout of LlamaGen (`tokenizer.kind=vqgan`) or DualToken (`dualtoken`); read with
-            `weights_only`.
-        recipe: whose tokenizer it is for.
-        out: the file to write; its folder is made.
+        checkpoint: a file in the layout of LlamaGen (`tokenizer.kind=vqgan`) or DualToken (`dualtoken`); it is read
+            with `weights_only`.
+        recipe: the recipe whose tokenizer will load the weights.
+        out: the file to write; its folder is created if needed.
         which: the key of the weights in a checkpoint that has several (`ema`, `model`); None prefers averaged ones.
 
     Returns:
-        Which of the checkpoint's weights were taken; empty where it has no others.
+        Which of the checkpoint's weights were taken; '' if the checkpoint itself is the state dict.
 
     Raises:
-        ValueError: the file is missing, damaged, holds more than tensors, or is of another network; the message says
+        ValueError: the file is missing, damaged, holds more than tensors, or belongs to another network; the message
+            says
             which, and names the keys that do not fit.
     """
     config = subset(recipe.tokenizer, TokenizerConfig)

@@ -1,6 +1,6 @@
-"""Recipe files: found, read and overridden, as plain values.
+"""Finding and reading recipe files, and applying overrides, as plain values.
 
-Light to import: what each field may hold, `stages.pipeline.recipe` knows.
+This module is light to import; `stages.pipeline.recipe` validates the values of the fields.
 """
 
 from __future__ import annotations
@@ -14,23 +14,25 @@ import yaml
 from infra.terminal import on_one_line
 
 STAGE_NAMES = ("download", "prepare_teacher", "train_tokenizer", "tokenize", "pretrain", "sft", "evaluate")
-"""Every stage, each after those that feed it."""
+"""The names of all stages, each after the stages that make its inputs."""
 
 RECIPE_FOLDER = Path(__file__).parents[1] / "recipes"
 _DEEPEST = 16
-"""Levels of lists and mappings in each other; a recipe has five."""
+"""Largest depth of nested lists and mappings; a recipe has five levels."""
 _TOO_DEEP = f"lists and mappings stand more than {_DEEPEST} deep in each other"
 _MOST_VALUES = 100_000
 _MOST_BRACKETS = 200
-"""Open at once, some perhaps within a caption; the parser's time grows with their square."""
+"""Largest number of brackets that are open at once, some perhaps within a caption; the parser's time grows with its
+square."""
 
 
 class RecipeError(ValueError):
-    """A recipe that cannot be read, or an override that does not fit; one line that says what and what to do."""
+    """Raised for a recipe that cannot be read or an override that does not fit; one line with what and the remedy."""
 
 
 def check_stage_name(name: str) -> None:
-    """
+    """Check the name of a stage.
+
     Raises:
         ValueError: there is no such stage.
     """
@@ -39,19 +41,19 @@ def check_stage_name(name: str) -> None:
 
 
 def available_recipes() -> list[str]:
-    """Names of the recipes that ship with the project."""
+    """Return the names of the recipes that ship with the project."""
     return sorted(path.stem for path in RECIPE_FOLDER.glob("*.yaml"))
 
 
 def recipe_values(name_or_path: str, overrides: list[str] | None = None) -> dict[str, Any]:
-    """Read a recipe's file, and those that it extends, and apply overrides; nothing is said of what the fields take.
+    """Read a recipe's file, and those that it extends, and apply overrides, without validating the fields.
 
     Args:
         name_or_path: as in `stages.pipeline.recipe.load_recipe`.
-        overrides: likewise.
+        overrides: as in `stages.pipeline.recipe.load_recipe`.
 
     Raises:
-        RecipeError: unknown recipe, unreadable YAML, or an override that is no `section.field=value`.
+        RecipeError: the recipe is unknown, the YAML is unreadable, or an override is not `section.field=value`.
     """
     path = recipe_path(name_or_path)
     values = _read(path, ())
@@ -62,10 +64,10 @@ def recipe_values(name_or_path: str, overrides: list[str] | None = None) -> dict
 
 
 def recipe_path(name_or_path: str) -> Path:
-    """The file of a recipe.
+    """Return the path of a recipe's file.
 
     Raises:
-        RecipeError: there is no recipe of that name.
+        RecipeError: there is no recipe with that name.
     """
     path = Path(name_or_path)
     if path.suffix in (".yaml", ".yml"):
@@ -79,7 +81,7 @@ def recipe_path(name_or_path: str) -> Path:
 
 
 def _read(path: Path, readers: tuple[Path, ...]) -> dict[str, Any]:
-    """The values of a recipe file over those of the recipe that it extends."""
+    """Read the values of a recipe file, merged over those of the recipe that it extends."""
     if path in readers:
         raise RecipeError(f"recipe {path} extends itself; give `extends` the name of another recipe")
     try:
@@ -99,7 +101,7 @@ def _read(path: Path, readers: tuple[Path, ...]) -> dict[str, Any]:
 
 
 def _merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    """`changes` over `base`, section by section; lists and other values are replaced whole, `{}` empties a mapping."""
+    """Merge `changes` over `base`, section by section; lists and other values are replaced, `{}` empties a mapping."""
     merged = dict(base)
     for name, value in changes.items():
         nested = isinstance(value, dict) and value and isinstance(merged.get(name), dict)
@@ -129,10 +131,10 @@ def _apply(values: dict[str, Any], override: str) -> None:
 
 
 def _parsed(text: str) -> Any:
-    """The value of a YAML text.
+    """Parse a YAML text.
 
     Raises:
-        ValueError: it is none, or lists and mappings are nested deeper than any recipe needs.
+        ValueError: it is not YAML, or lists and mappings are nested deeper than any recipe needs.
     """
     depth = accumulate((character in "[{") - (character in "]}") for character in text)
     if max(depth, default=0) > _MOST_BRACKETS:
@@ -148,10 +150,10 @@ def _parsed(text: str) -> Any:
 
 
 def _count(value: Any, depth: int) -> int:
-    """How many values stand in a value, itself included; what is named by several aliases counts as often.
+    """Count the values within a value, itself included; what several aliases name counts each time.
 
     Raises:
-        ValueError: they are too many, or too deep in each other.
+        ValueError: there are too many values, or they are nested too deeply.
     """
     if not isinstance(value, (list, dict)):
         return 1
