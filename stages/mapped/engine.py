@@ -1,8 +1,9 @@
-"""The engine of mapped stages: an action's shards, made by workers, each finished once its receipt is in the store.
+"""The engine of mapped stages: workers make the shards of an action, each finished once its receipt is in the store.
 
-A stage gives it the shards of its plan and a worker that makes one of them. The engine reads which are finished, maps
-the others over the executor's workers, marks a shard while somebody works on it, and tells the worker when earlier ones
-died of the shard, so that it looks for the input that kills them. Receipts arrive typed, and one by one.
+A stage gives it the shards of its plan and a worker that makes one of them. The engine reads the receipts of finished
+shards, maps the others over the executor's workers, marks a shard while a worker processes it, and tells the worker if
+earlier ones died of the shard, so that it searches for the input that kills them. Receipts are typed, and yielded one
+by one.
 """
 
 from __future__ import annotations
@@ -25,11 +26,11 @@ from storage.store import Store
 logger = logging.getLogger(__name__)
 
 _EXAMPLES = 3
-"""Failures that an error names."""
+"""Number of failures that an error message names."""
 
 
 class _Json:
-    """For dataclasses that are written to JSON and read back; the annotations of their fields are checked."""
+    """Base of dataclasses that are written to JSON and read back with validation of their fields' types."""
 
     def to_json(self) -> dict[str, Any]:
         """Return the fields as JSON, without those that have their default."""
@@ -38,22 +39,22 @@ class _Json:
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Self:
-        """Return what `to_json` gave; ValueError where the values are not of this class."""
+        """Read the values that `to_json` returned; raise ValueError if they do not fit this class."""
         found: Self = _adapter(cls).validate_python(values)
         return found
 
 
 @dataclass(frozen=True)
 class Shard(_Json):
-    """What a worker needs to know of the shard that it makes; a stage adds fields."""
+    """What a worker needs to know to make a shard; a stage adds fields."""
 
     shard: str
-    """Its name: letters, digits, '.', '_' and '-'."""
+    """Name of the shard: letters, digits, '.', '_' and '-'."""
 
 
 @dataclass(frozen=True)
 class Receipt(_Json):
-    """What is on record of a finished shard; a stage adds fields."""
+    """The record of a finished shard; a stage adds fields."""
 
     files: tuple[FileEntry, ...]
     """The shard's files, which are in the store."""
@@ -66,7 +67,7 @@ class LeftOut(_Json):
     key: str
     status: str
     error: str
-    """One line."""
+    """The reason, on one line."""
 
 
 S = TypeVar("S", bound=Shard)
@@ -76,21 +77,21 @@ R_co = TypeVar("R_co", bound=Receipt, covariant=True)
 
 
 class MakesShards(Protocol[S_contra, R_co]):
-    """What a stage's worker does."""
+    """The interface of a stage's worker."""
 
     def make(self, shard: S_contra, *, isolated: bool) -> R_co:
         """Store the files of one shard and return its receipt.
 
         Args:
-            shard: of the plan.
-            isolated: workers died of this shard before. Inputs are then to be worked on in a child process, and one
-                that brings it down is left out (`stages.mapped.isolation`).
+            shard: shard of the plan.
+            isolated: whether workers died of this shard before. Inputs are then to be processed in a child process, and
+                an input that kills it is left out (`stages.mapped.isolation`).
         """
         ...
 
 
 class Finished(NamedTuple, Generic[R]):
-    """A shard that is finished."""
+    """A finished shard and its receipt."""
 
     shard: str
     receipt: R
@@ -98,18 +99,18 @@ class Finished(NamedTuple, Generic[R]):
 
 @dataclass(frozen=True)
 class Job(Generic[S, R]):
-    """How the shards of a stage are made; travels to the workers."""
+    """Description of how the shards of a stage are made, which is pickled for the workers."""
 
     make_worker: Callable[[], MakesShards[S, R]]
     """Picklable; called once in each worker process, where it loads what all shards need."""
     shard_class: type[S]
     receipt_class: type[R]
     label: str
-    """Of the progress bar: verb and noun, such as `tokenize shards`."""
+    """Label of the progress bar: verb and noun, such as `tokenize shards`."""
     unit: str
-    """What the rate counts, such as `images`."""
+    """Unit of the rate, such as `images`."""
     count: Callable[[R], int]
-    """How many of them a receipt stands for."""
+    """Returns the number of units of a receipt."""
 
 
 def finish_shards(
@@ -121,20 +122,20 @@ def finish_shards(
     num_gpus: float = 0.0,
     prepare: Callable[[list[S]], list[S]] = lambda left: left,
 ) -> Generator[Finished[R], None, None]:
-    """Yield every shard of a plan as it is finished: those that are so already first, the others in any order.
+    """Yield every shard of a plan when it is finished: first those that are finished already, the others in any order.
 
-    Close the generator where it is left early, or workers go on as long as somebody keeps it.
+    Close the generator if it is not exhausted, since its workers run as long as it exists.
 
     Args:
-        context: of the stage.
-        shards: of the plan.
-        job: makes them.
-        num_workers: most workers at a time.
-        num_gpus: share of a GPU that each worker holds.
-        prepare: given the shards that are left, before any worker starts, returns them with what the plan lacks.
+        context: context of the stage.
+        shards: shards of the plan.
+        job: describes how they are made.
+        num_workers: largest number of workers at a time.
+        num_gpus: number of GPUs, or fraction of a GPU, that each worker reserves.
+        prepare: called with the remaining shards before any worker starts; returns them with what the plan lacks.
 
     Raises:
-        ValueError: a receipt is of another version of the stage's code.
+        ValueError: a receipt was written by another version of the stage's code.
     """
     finished: set[str] = set()
     for name, values in context.store.work(context.action_key).receipts([shard.shard for shard in shards]):
@@ -161,28 +162,28 @@ def finish_shards(
 
 @dataclass(frozen=True)
 class FailureLimit:
-    """The most of a stage's inputs that may fail before it stops."""
+    """The largest fraction of a stage's inputs that may fail before the stage stops."""
 
     field: str
-    """The config's field, such as `tokenize.max_failed_fraction`."""
+    """Name of the config's field, such as `tokenize.max_failed_fraction`."""
     fraction: float
     total: int
-    """Inputs of all shards."""
+    """Number of inputs of all shards."""
     what: str
-    """What they are and what fails, such as `images could not be tokenized`."""
+    """The inputs and the failure in messages, such as `images could not be tokenized`."""
 
     def is_passed(self, num_failed: int) -> bool:
-        """Whether so many are too many, however many are still to come."""
+        """Return whether so many failures exceed the limit, whatever the remaining inputs give."""
         return num_failed > self.fraction * self.total
 
     def error(self, num_failed: int, examples: str, remedy: str, *, to_come: int = 0) -> ValueError:
-        """The error that ends the stage.
+        """Build the error that ends the stage.
 
         Args:
-            num_failed: how many failed.
-            examples: which, and why.
-            remedy: what to do.
-            to_come: inputs of which nothing is known yet.
+            num_failed: number of failed inputs.
+            examples: which inputs failed, and why.
+            remedy: what the user can do.
+            to_come: number of inputs whose result is not known yet.
         """
         more = f" with {to_come} still to come" if to_come else ""
         return ValueError(
@@ -197,16 +198,16 @@ def gather_receipts(
     failures_of: Callable[[R], Iterable[LeftOut]],
     remedy: str,
 ) -> dict[str, R]:
-    """Wait for every shard of `finish_shards`, unless it is certain that too many inputs will have failed.
+    """Wait for every shard of `finish_shards`, unless it is certain that too many inputs fail.
 
     Args:
-        finished: of `finish_shards`; closed in any case.
-        limit: on failures.
-        failures_of: the inputs of a shard that failed.
-        remedy: what to do about them, for the error.
+        finished: the generator of `finish_shards`, which is closed in any case.
+        limit: limit on failures.
+        failures_of: returns the failed inputs of a shard.
+        remedy: what the user can do about them, for the error.
 
     Returns:
-        Receipts by shard.
+        Receipts by name of the shard.
 
     Raises:
         ValueError: too many inputs failed.
@@ -225,7 +226,7 @@ def gather_receipts(
 
 @dataclass(frozen=True)
 class _ShardWorkerFactory(Generic[S, R]):
-    """Picklable description of a worker; calling it in the worker process makes it."""
+    """Picklable description of a worker; calling it in the worker process builds the worker."""
 
     job: Job[S, R]
     store: Store
@@ -246,7 +247,7 @@ class _ShardWorker(Generic[S, R]):
     def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
         shard = self._job.shard_class.from_json(item)
         if (found := self._work.receipt(shard.shard)) is not None:
-            # Another run was here, or this worker's predecessor died between its receipt and its answer
+            # Another run made it, or the previous worker died between writing its receipt and returning it
             return {"shard": shard.shard, "receipt": found}
         with self._work.mark(shard.shard) as deaths:
             isolated = deaths >= DEATHS_BEFORE_ISOLATION

@@ -1,4 +1,5 @@
-"""Inputs of a shard that cannot be worked on: found by bisection, in a child process where they end a process."""
+"""Search for inputs of a shard that cannot be processed: by bisection, and in a child process if they kill a
+process."""
 
 from __future__ import annotations
 
@@ -16,55 +17,55 @@ from stages.runtime.child_process import TRIES, ChildCannotStart, ChildDied, Chi
 logger = logging.getLogger(__name__)
 
 SYSTEMIC = 4
-"""If so many different inputs fail, and no other of the batch succeeds, then they are not the cause."""
+"""If so many different inputs of a batch fail, and none succeeds, the inputs are not treated as the cause."""
 _LONGEST_ERROR = 200
 _T = TypeVar("_T")
 
 
 class InputCrashed(RuntimeError):
-    """The child process died of an input."""
+    """Raised if an input has killed the child process."""
 
 
 class Unusable(ValueError):
-    """Not one input of a batch succeeds, or the worker cannot even be loaded, so the inputs are not the cause."""
+    """Raised if no input of a batch succeeds, or the worker cannot be loaded, so that inputs are not the cause."""
 
 
 @dataclass(frozen=True)
 class Wording:
-    """How messages name what is done."""
+    """The words of a stage's work in messages."""
 
     input: str
-    """One of the inputs, such as `image`."""
+    """Name of one input, such as `image`."""
     done: str
-    """What is done with it, such as `encoded`."""
+    """Participle of what is done with it, such as `encoded`."""
     worker: str
-    """What does it, such as `encoder`."""
+    """Name of what processes it, such as `encoder`."""
     remedy: str
-    """What to check where every input fails."""
+    """What to check if every input fails."""
     memory_remedy: str
-    """What to change where memory does not suffice."""
+    """What to change if there is not enough memory."""
 
 
 @dataclass(frozen=True)
 class InputFailure:
-    """Why an input has no result."""
+    """The reason for which an input has no result."""
 
     crashed: bool
-    """Whether the process that worked on it died."""
+    """Whether the process that processed it died."""
     error: str
-    """One line."""
+    """The reason, on one line."""
 
 
 @dataclass(frozen=True)
 class Isolated(Generic[_T]):
-    """What became of a batch."""
+    """The results and failures of a batch."""
 
     results: list[_T]
-    """Of the inputs that gave one, in their order."""
+    """Results of the inputs that succeeded, in their order."""
     slots: list[int]
-    """Positions in the batch of these inputs."""
+    """Positions of these inputs in the batch."""
     failures: dict[int, InputFailure]
-    """The other inputs, by position."""
+    """Failures of the other inputs by position."""
 
 
 def isolate(
@@ -73,19 +74,19 @@ def isolate(
     wording: Wording,
     causes: type[Exception] = Exception,
 ) -> Isolated[_T]:
-    """Work on a batch; where that fails, halve it until the inputs that cause it are alone.
+    """Process a batch; if that fails, halve it until the inputs that cause the failure are isolated.
 
     Args:
-        work: gives one result for each of some positions of the batch; raises InputCrashed, or another exception, for
-            inputs that it cannot take.
-        keys: of the inputs, at least one.
-        wording: of messages.
-        causes: exceptions that an input can cause; any other is raised.
+        work: returns one result for each of some positions of the batch; raises InputCrashed, or another exception, for
+            inputs that it cannot process.
+        keys: keys of the inputs, at least one.
+        wording: words for messages.
+        causes: exceptions that an input can cause; others are not caught.
 
     Raises:
         Unusable: no input of a batch of SYSTEMIC or more succeeds.
-        MemoryError: there is too little of it, for a batch that is of the same size whatever inputs are in it.
-        RuntimeError: the device can no longer be used in this process (`loses_device`).
+        MemoryError: there is not enough memory, for a batch whose size does not depend on its inputs.
+        RuntimeError: the device has become unusable in this process (`loses_device`).
     """
     failures: dict[int, InputFailure] = {}
 
@@ -116,10 +117,10 @@ def isolate(
 
 
 def loses_device(error: Exception) -> bool:
-    """Whether the process that saw this error can no longer use its GPU.
+    """Return whether the process that raised this error can no longer use its GPU.
 
-    After a failed assertion or an illegal access in a kernel, every later call fails with the same words, whichever
-    input it is for: only another process can tell which one it was.
+    After a failed assertion or an illegal access in a kernel, every later call fails with the same error for any input,
+    so only another process can find out which input caused it.
     """
     if _out_of_memory(error):
         return False
@@ -131,11 +132,11 @@ def _out_of_memory(error: Exception) -> bool:
 
 
 class Sandbox:
-    """An object in a child process, whose methods inputs may bring down; started when needed and again after it died.
+    """An object in a child process, whose methods inputs may crash; it is started on first use and after it died.
 
     Args:
-        factory: picklable; makes the object in the child.
-        wording: of messages.
+        factory: picklable; builds the object in the child process.
+        wording: words for messages.
     """
 
     def __init__(self, factory: Callable[[], Any], wording: Wording) -> None:
@@ -149,24 +150,24 @@ class Sandbox:
         self.close()
 
     def close(self) -> None:
-        """End the child; the sandbox can be used again and then starts another."""
+        """End the child process; the sandbox can be used again and then starts another one."""
         self._child.close()
 
     def call(self, method: str, *arguments: Any) -> Any:
-        """Return what a method of the object in the child returns.
+        """Call a method of the object in the child process and return its result.
 
         Raises:
-            InputCrashed: the child died of it.
-            Unusable: the child died before.
-            MemoryError: as in the child.
-            RaisedInChild: any other exception there.
+            InputCrashed: the child process died during the call.
+            Unusable: the child process died before.
+            MemoryError: the method raised MemoryError.
+            RaisedInChild: the method raised another exception.
         """
         worker = self._wording.worker
         try:
             return self._child(method, *arguments)
         except ChildDied as error:
             logger.warning("the %s's process died: %s", worker, error)
-            # The exit code is not part of the message, which ends up in the artifact: it may differ from run to run
+            # The message enters the artifact, so it has no exit code, which may differ from run to run
             raise InputCrashed(f"the {worker}'s process died of this {self._wording.input}") from None
         except ChildCannotStart as error:
             raise Unusable(
@@ -177,7 +178,7 @@ class Sandbox:
 
 @dataclass(frozen=True)
 class _Caller:
-    """Makes, in the child, the function that calls the object's methods."""
+    """Builds, in the child process, the function that calls the object's methods."""
 
     factory: Callable[[], Any]
     memory_remedy: str
@@ -192,7 +193,7 @@ class _Caller:
                 if _out_of_memory(error):
                     raise MemoryError(f"{error}; {self.memory_remedy}") from error
                 if loses_device(error):
-                    # as good as dead, and seen as such by the parent: the next inputs get a process that works
+                    # treated as dead by the parent, so that the next inputs get a working process
                     sys.stderr.write(f"{described(error)}\n")
                     sys.stderr.flush()
                     os._exit(1)

@@ -1,1 +1,1 @@
-"""From image shards to a table of visual codes."""
+"""The stage that encodes image shards into a table of visual codes."""

@@ -1,7 +1,7 @@
-"""How well images fit their captions, by the recipe's teacher: the score that image-text data are filtered by.
+"""Scoring of how well images match their captions, by the recipe's teacher, to filter image-text data.
 
-Cosine similarity of the two towers' embeddings, the CLIP score of LAION-400M (arXiv 2111.02114, section 2) and DataComp
-(arXiv 2304.14108, section 5).
+The score is the cosine similarity of the image and text embeddings, the CLIP score of LAION-400M (arXiv 2111.02114,
+section 2) and DataComp (arXiv 2304.14108, section 5).
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ from models.transforms import normalise
 
 
 class CaptionMatch:
-    """Scores pairs with a teacher that has a text tower; several threads may use it at a time.
+    """Scores pairs with a teacher that has a text tower; it can be used by several threads at a time.
 
     Args:
-        teacher: frozen.
-        device: of the teacher, to which it is moved.
+        teacher: the frozen teacher.
+        device: device to which the teacher is moved.
     """
 
     def __init__(self, teacher: Teacher, device: torch.device) -> None:
         self._teacher, self._device = teacher.to(device), device
-        # Hugging Face's tokenizers refuse a second thread ("Already borrowed")
+        # Hugging Face's tokenizers raise "Already borrowed" if two threads use them
         self._text = threading.Lock()
 
     @torch.no_grad()
     def scores(self, pixels: npt.NDArray[np.uint8], captions: list[str]) -> Tensor:
-        """Cosine similarities `[b]`, -1 to 1 in float32, of images `[b, 3, H, W]` and their captions."""
+        """Return the cosine similarities `[b]`, float32 in -1..1, of images `[b, 3, H, W]` and their captions."""
         with self._text:
             texts = self._teacher.embed_texts(captions)
         images = self._teacher.embed_images(normalise(torch.from_numpy(pixels).to(self._device)))

@@ -1,6 +1,6 @@
-"""The image encoder as workers hold it: batches of pixels in, codes out; views are made here, on the encoder's device.
+"""The encoder of a worker: it encodes batches of pixels as codes, and generates the views on the encoder's device.
 
-It also scores how well images fit their captions, where that is asked for.
+It also scores how well images match their captions, if that is asked for.
 
 Shapes: b images of a batch, H W pixels, N books, D depth, h w code grid.
 """
@@ -30,20 +30,20 @@ CodeArray = npt.NDArray[np.int64]
 Scores = npt.NDArray[np.float32]
 
 CPU_CHUNK = 8
-"""Images that one CPU thread encodes at a time, blank ones included, whatever the batch size: other numbers take other
-kernels, which round a code otherwise now and then. Faster than the batches that suit a GPU."""
+"""Number of images that one CPU thread encodes at a time, filled up with blank ones whatever the batch size: another
+number may select other kernels, which sometimes round a code differently. It is faster than batches that suit a GPU."""
 
 
 @dataclass(frozen=True)
 class ImageBatch:
-    """Images that are encoded together."""
+    """A batch of images to encode."""
 
     pixels: Pixels
-    """[b, 3, H, W]"""
+    """uint8 `[b, 3, H, W]` pixels."""
     keys: list[str]
-    """Of the images, b of them."""
+    """Keys of the b images."""
     views: list[str]
-    """Which view of each image is meant, `original` for the image itself."""
+    """Name of the view to encode for each image; `original` is the image itself."""
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -51,12 +51,12 @@ class ImageBatch:
 
 @dataclass(frozen=True)
 class EncoderFactory:
-    """What travels to a process that encodes; calling it there loads the encoder."""
+    """Picklable description of an encoder; calling it in the worker process loads the encoder."""
 
     store: Store
     tokenizer_digest: str
     scorer_digest: str | None
-    """Of the teacher that scores captions; None where none are scored."""
+    """Digest of the teacher that scores captions; None if none are scored."""
     views: ViewsConfig
     precision: str
     on_gpu: bool
@@ -70,12 +70,12 @@ class EncoderFactory:
 class Encoder:
     """A tokenizer on its device.
 
-    On a CPU, threads encode CPU_CHUNK images each, side by side: faster than threads that share one convolution and
-    wait for each other, and no code depends on how many there are.
+    On a CPU, each thread encodes CPU_CHUNK images by itself. That is faster than threads that share each convolution
+    and wait for each other, and no code depends on the number of threads.
 
     Attributes:
-        tokenizer: in eval mode.
-        device: where it encodes.
+        tokenizer: the tokenizer, in eval mode.
+        device: device on which it encodes.
     """
 
     def __init__(self, job: EncoderFactory) -> None:
@@ -84,17 +84,17 @@ class Encoder:
         self._threads: ThreadPoolExecutor | None = None
         if not job.on_gpu:
             self._threads = ThreadPoolExecutor(job.num_threads, thread_name_prefix="encode")
-            torch.set_num_threads(1)  # in each of them
+            torch.set_num_threads(1)  # for each of the pool's threads
         self.tokenizer: ImageTokenizer = load_tokenizer(job.store, job.tokenizer_digest).to(self.device)
         if self.tokenizer.teacher is not None:
             self.tokenizer.teacher.to(self.device)
         self._caption_match = None if job.scorer_digest is None else self._scorer(job.scorer_digest)
 
     def encode(self, batch: ImageBatch, slots: list[int]) -> CodeArray:
-        """Codes `[len(slots), N, D, h, w]` of the images in these places of a batch.
+        """Return the codes `[len(slots), N, D, h, w]` of the images at some positions of a batch.
 
-        The other places are blank, but there: some kernels round differently for another batch size, and an image must
-        not change its codes because one beside it was taken out.
+        The images at other positions are replaced by blank ones: some kernels round differently for another batch size,
+        and the codes of an image must not change because another one was left out.
         """
         codes: CodeArray = self._in_chunks(self._codes, _only(batch.pixels, slots), batch.keys, batch.views)[
             slots
@@ -102,9 +102,9 @@ class Encoder:
         return codes
 
     def scores(self, pixels: Pixels, captions: list[str], slots: list[int]) -> Scores:
-        """How well those images `[b, 3, H, W]` fit their captions that are in these places: `[len(slots)]`, -1 to 1.
+        """Score the images `[b, 3, H, W]` at some positions against their captions; `[len(slots)]`, -1 to 1.
 
-        As with `encode`, the other places are there and blank.
+        As in `encode`, the images at other positions are replaced by blank ones.
         """
         assert self._caption_match is not None, "it was made without a teacher that scores captions"
         wanted = set(slots)
@@ -113,16 +113,16 @@ class Encoder:
         return scores
 
     def _scorer(self, digest: str) -> CaptionMatch:
-        """With the teacher that the tokenizer brings, where it has one."""
+        """Build the scorer, with the tokenizer's own teacher if it has one."""
         teacher = self.tokenizer.teacher
         if teacher is None:
             teacher = load_teacher(self._job.store, self._job.store.load(digest))
         return CaptionMatch(teacher, self.device)
 
     def _in_chunks(self, work: Callable[..., Tensor], pixels: Pixels, *columns: list[str]) -> Tensor:
-        """What `work` gives for a batch, on the CPU: on a GPU at once, else by threads of CPU_CHUNK images each.
+        """Apply `work` to a batch, at once on a GPU, else in threads with CPU_CHUNK images each; the result is on the CPU.
 
-        The last chunk is filled up with more of its last image, whose results are dropped.
+        The last chunk is filled up with copies of its last image, whose results are dropped.
         """
         if self._threads is None:
             return work(pixels, *columns).cpu()
@@ -137,21 +137,21 @@ class Encoder:
 
     @torch.no_grad()
     def _codes(self, pixels: Pixels, keys: list[str], views: list[str]) -> Tensor:
-        """Codes `[b, N, D, h, w]` of views of images `[b, 3, H, W]` that are encoded at once.
+        """Encode views of images `[b, 3, H, W]` at once; `[b, N, D, h, w]`.
 
-        `no_grad` and autocast hold for one thread, so they are entered here, in that of the caller.
+        `no_grad` and autocast apply to one thread, so they are entered here, in the calling thread.
         """
         images = normalise(torch.from_numpy(pixels).to(self.device))
         if any(view != ORIGINAL for view in views):
             pairs = enumerate(zip(keys, views, strict=True))
             images = torch.stack([self._shown(images[at], key, view) for at, (key, view) in pairs])
-        # Each memory layout has kernels of its own, which round differently: the faster one, with or without views
+        # Kernels of different memory layouts round differently: always use the faster one, with or without views
         images = images.contiguous(memory_format=torch.channels_last)
         with autocast(self.device, self._job.precision):
             return self.tokenizer.encode(images)
 
     def _shown(self, image: Tensor, key: str, view: str) -> Tensor:
-        """A view of an image `[3, H, W]`; which one follows from seed, view and key alone."""
+        """Return a view of an image `[3, H, W]`, determined by seed, view and key."""
         if view == ORIGINAL:
             return image
         generator = torch.Generator().manual_seed(mix_seed(self._job.seed, view, key))
@@ -159,7 +159,7 @@ class Encoder:
 
 
 def _only(pixels: Pixels, slots: list[int]) -> Pixels:
-    """The images in these places; the others are blank."""
+    """Keep the images at these positions, and replace the others by blank ones."""
     if len(slots) == len(pixels):
         return pixels
     blanked = np.zeros_like(pixels)

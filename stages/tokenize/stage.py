@@ -1,7 +1,7 @@
-"""Images to code tables: one Parquet file per image shard, made by workers that each hold the encoder once.
+"""The stage that encodes images into code tables, with one Parquet file per image shard.
 
-An image that the encoder cannot take is a row of `left_out/`, not the end of the run, and so is one that does not fit
-its caption where a least score is asked for.
+An image that the encoder cannot process becomes a row of `left_out/` and does not end the run, and so does an image
+that does not match its caption, if a minimum score is set.
 """
 
 from __future__ import annotations
@@ -23,43 +23,43 @@ from storage.manifest import FileEntry, Manifest
 
 
 class TokenizeConfig(PrecisionConfig):
-    """How images become rows of codes."""
+    """How images are encoded into rows of codes."""
 
     views: ViewsConfig = ViewsConfig()
-    """Random views of each training image that are tokenized beside it, as rows of their own (column `view`): the
-    augmentation of a language model that reads codes, as LlamaGen tokenizes ten crops of each image."""
+    """Random views of each training image that are tokenized in addition to it, as rows of their own (column `view`):
+    the augmentation for a language model that reads codes, as LlamaGen tokenizes ten crops of each image."""
     precision: Precision = "auto"
-    """Autocast type of the encoder; distances to the codebook are float32 in any. `auto` is `bf16` on a GPU and on a
-    CPU that computes in it, else `fp32`, and `fp32` for imported weights that were not trained further."""
+    """Autocast type of the encoder; distances to the codebook are always float32. `auto` is `bf16` on a GPU and on a
+    CPU with bf16 instructions, else `fp32`, and `fp32` for imported weights that were not trained further."""
     batch_size: PositiveInt = 32
-    """Images encoded at a time on a GPU. Part of the identity of the result: there the last bits of a convolution, and
-    so now and then a code, depend on the batch. A CPU takes eight at a time whatever is said here, so that the same
-    images have the same codes."""
+    """Number of images encoded at a time on a GPU. It enters the action key, because the last bits of a convolution,
+    and so sometimes a code, depend on the batch size there. A CPU always takes eight at a time, so that the same images
+    have the same codes."""
     min_caption_match: Annotated[float, Field(ge=-1, le=1)] | None = None
-    """Training images whose caption fits them less are left out: cosine similarity of image and caption in the space of
-    the recipe's teacher, which needs a text tower. Held-out images all stay. LAION-400M took 0.3 with CLIP ViT-B/32;
-    other teachers have other scales."""
+    """Training images with a lower cosine similarity to their caption, in the space of the recipe's teacher, are left
+    out; the teacher needs a text tower. All held-out images stay. LAION-400M used 0.3 with CLIP ViT-B/32; other
+    teachers have other scales."""
     max_failed_fraction: RuntimeFraction = 0.01
-    """The stage stops as soon as a larger part of all images is found that cannot be decoded or encoded; what is done
-    stays done, and a run with a higher limit goes on from there."""
+    """The stage stops as soon as a larger fraction of all images is known to be undecodable or impossible to encode;
+    finished shards are kept, and a run with a higher limit continues from there."""
     num_workers: RuntimeInt = 1
-    """Encoders at a time."""
+    """Number of workers, each with an encoder."""
     decode_threads: RuntimeInt = 2
-    """Threads beside each encoder that decode its next images."""
+    """Number of threads of each worker that decode its next images."""
     gpus_per_worker: RuntimeFloat = 0.0
-    """Share of a GPU that each encoder holds; 0 encodes on the CPU."""
+    """Number of GPUs, or fraction of a GPU, that each encoder reserves; 0 encodes on the CPU."""
     threads_per_worker: RuntimeInt = 2
-    """CPU threads of each encoder, each with images of its own."""
+    """Number of CPU threads of each encoder, each of which encodes its own images."""
 
     def computes_on(self) -> str:
         return "cuda" if self.gpus_per_worker else "cpu"
 
 
 def run(context: StageContext[TokenizeConfig]) -> Outcome:
-    """Make the `code_table` artifact: `codes/NNNNN.parquet`, and `left_out/NNNNN.parquet` for shards that have any.
+    """Make the `code_table` artifact: `codes/NNNNN.parquet`, and `left_out/NNNNN.parquet` for shards with such images.
 
     Raises:
-        ValueError: too many images failed, or captions are to be scored by a teacher that cannot.
+        ValueError: too many images failed, or the teacher that is to score captions has no text tower.
     """
     config, download, tokenizer = context.config, context.inputs["download"], context.inputs["train_tokenizer"]
     if tokenizer.kind == external_codes.KIND:
@@ -109,7 +109,7 @@ def _worker_factory(context: StageContext[TokenizeConfig]) -> TokenizeWorkerFact
 
 
 def _scorer(config: TokenizeConfig, teacher: Manifest | None) -> str | None:
-    """Digest of the teacher that scores captions; None where none are scored."""
+    """Return the digest of the teacher that scores captions, or None if none are scored."""
     if config.min_caption_match is None:
         return None
     assert teacher is not None, "see unused_inputs"
@@ -122,7 +122,7 @@ def _scorer(config: TokenizeConfig, teacher: Manifest | None) -> str | None:
 
 
 def _failures(receipt: EncodedShard) -> list[LeftOut]:
-    """Images that could not be decoded or encoded."""
+    """Return the images that could not be decoded or encoded."""
     return [image for image in receipt.left_out if image.status != FILTERED]
 
 

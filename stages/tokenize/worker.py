@@ -1,6 +1,6 @@
-"""What a worker of `tokenize` does: decode the images of one shard, encode them, check and store their codes.
+"""The worker of `tokenize`: it decodes the images of one shard, encodes them, and checks and stores their codes.
 
-Threads decode images a little ahead of the encoder, so that it never waits for them.
+Threads decode images ahead of the encoder, so that it never waits for them.
 """
 
 from __future__ import annotations
@@ -45,10 +45,10 @@ from storage.tables import write_table
 logger = logging.getLogger(__name__)
 
 AGREEMENT = 0.5
-"""Least part of the codes of a spot-checked row that a second encoding gives again. Other kernels may round a code to
-its neighbour, and a residual code with all that follow it; a row with another image's codes agrees by chance only."""
+"""Smallest fraction of the codes of a spot-checked row that a second encoding must give again. Other kernels may round
+a code to its neighbour, and all residual codes after it; a row with another image's codes agrees by chance only."""
 CRASHED, FAILED = "crashed_encoder", "failed_to_encode"
-"""Statuses of images that the encoder cannot take."""
+"""Statuses of images that cannot be encoded."""
 WORDING = Wording(
     input="image",
     done="encoded",
@@ -57,7 +57,7 @@ WORDING = Wording(
     memory_remedy="lower tokenize.batch_size or tokenize.num_workers",
 )
 _SPOT_CHECKS = 2
-"""Images of a shard that are encoded twice."""
+"""Number of images of a shard that are encoded twice."""
 _T = TypeVar("_T")
 
 
@@ -66,47 +66,47 @@ class EncodedShard(Receipt):
     """The receipt of a shard of codes."""
 
     rows: int
-    """Of the code table: images and their views."""
+    """Number of rows of the code table: images and their views."""
     images: int
-    """Of the download, those without codes included."""
+    """Number of images of the download, including those without codes."""
     left_out: tuple[LeftOut, ...]
     """Images without codes."""
 
 
 class Encodes(Protocol):
-    """An encoder in this process or in a child; see `stages.tokenize.encoding.Encoder`."""
+    """The interface of an encoder in this process or in a child process; see `stages.tokenize.encoding.Encoder`."""
 
     def encode(self, batch: ImageBatch, slots: list[int]) -> CodeArray:
-        """Codes of the images at these positions."""
+        """Return the codes of the images at these positions."""
         ...
 
     def scores(self, pixels: Pixels, captions: list[str], slots: list[int]) -> Scores:
-        """How well the images at these positions fit their captions."""
+        """Score the images at these positions against their captions."""
         ...
 
 
 class EncoderSandbox:
-    """An encoder in a child process, which an image may bring down.
+    """An encoder in a child process, which an image may crash.
 
     Args:
-        factory: makes the encoder in the child.
+        factory: builds the encoder in the child process.
     """
 
     def __init__(self, factory: Callable[[], Encodes]) -> None:
         self._sandbox = Sandbox(factory, WORDING)
 
     def encode(self, batch: ImageBatch, slots: list[int]) -> CodeArray:
-        """As the encoder's own; raises as `Sandbox.call` does."""
+        """Encode as the encoder itself does; raises the same as `Sandbox.call`."""
         codes: CodeArray = self._sandbox.call("encode", batch, slots)
         return codes
 
     def scores(self, pixels: Pixels, captions: list[str], slots: list[int]) -> Scores:
-        """As the encoder's own; raises as `Sandbox.call` does."""
+        """Score as the encoder itself does; raises the same as `Sandbox.call`."""
         scores: Scores = self._sandbox.call("scores", pixels, captions, slots)
         return scores
 
     def close(self) -> None:
-        """End the child; another one starts when it is needed."""
+        """End the child process; another one starts when it is needed."""
         self._sandbox.close()
 
 
@@ -126,23 +126,23 @@ class TokenizeWorkerFactory:
 
 @dataclass(frozen=True)
 class _Decoded:
-    """One row to be encoded."""
+    """A decoded image or view to encode."""
 
     sample: ImageSample
     pixels: npt.NDArray[np.uint8]
-    """[3, H, W]"""
+    """`[3, H, W]` pixels."""
     view: str
 
 
 @dataclass
 class _Rows:
-    """What a shard gives, as it grows."""
+    """The rows of a shard, collected one by one."""
 
     keys: list[str]
-    """Of the rows."""
+    """Keys of the rows."""
     columns: list[dict[str, str | None]]
     codes: list[CodeArray]
-    """[N, D, h, w] each."""
+    """Codes of each row, `[N, D, h, w]`."""
     left_out: list[LeftOut]
     """Images without codes."""
 
@@ -152,7 +152,7 @@ class _Rows:
         self.codes.append(codes)
 
     def drop(self, images: set[str]) -> None:
-        """Take out the rows of images, with their views: some may have been done before one of them failed."""
+        """Remove the rows of images and of their views, some of which may be encoded before one of them fails."""
         if not images:
             return
         shown = [image_key(key, str(row[VIEW])) for key, row in zip(self.keys, self.columns, strict=True)]
@@ -163,7 +163,7 @@ class _Rows:
 
 
 class TokenizeWorker:
-    """Holds one encoder and makes shards of the code table with it."""
+    """Makes shards of the code table with one encoder."""
 
     def __init__(self, job: TokenizeWorkerFactory) -> None:
         self.job = job
@@ -185,7 +185,7 @@ class TokenizeWorker:
         )
 
     def _rows(self, shard: str, isolated: bool) -> _Rows:
-        """The rows of a shard; by an encoder in a child process where workers died of it, or this one cannot go on."""
+        """Make the rows of a shard, in a child process if workers died of it or this process's device is lost."""
         if not isolated and not self._device_lost:
             try:
                 return self._encode_shard(shard, self.encoder)
@@ -198,14 +198,14 @@ class TokenizeWorker:
             return self._encode_shard(shard, self._sandbox)
         finally:
             if not self._device_lost:
-                self._sandbox.close()  # it takes the memory of a second encoder
+                self._sandbox.close()  # since it needs the memory of a second encoder
 
     def _encode_shard(self, shard: str, encoder: Encodes) -> _Rows:
         rows = _Rows([], [], [], [])
         decoded = self._decoded(shard, rows.left_out)
         gone: set[str] = set()
         while group := list(islice(decoded, self.job.batch_size)):
-            group = [row for row in group if row.sample.key not in gone]  # an image's views fall with it
+            group = [row for row in group if row.sample.key not in gone]  # an image's views are left out with it
             if not group:
                 continue
             pixels = np.stack([row.pixels for row in group])
@@ -217,7 +217,7 @@ class TokenizeWorker:
                 gone.add(group[slot].sample.key)
             for slot, codes in zip(isolated.slots, isolated.results, strict=True):
                 rows.add(group[slot], codes)
-            # after the encoder, which may have found images that bring the teacher's tower down
+            # scored after encoding, which may have found images that crash the teacher's tower
             encoded = [group[slot] for slot in isolated.slots if group[slot].sample.key not in gone]
             for sample, status, error in self._mismatched(encoded, encoder):
                 rows.left_out.append(_left_out(sample, status, error))
@@ -227,7 +227,7 @@ class TokenizeWorker:
         return rows
 
     def _mismatched(self, group: list[_Decoded], encoder: Encodes) -> Iterator[tuple[ImageSample, str, str]]:
-        """The training images among these rows whose caption does not fit them, or cannot be scored; status and why."""
+        """Yield training images that do not match their caption or cannot be scored, with status and reason."""
         least = self.job.min_caption_match
         pairs = [row for row in group if row.view == ORIGINAL and _is_train(row.sample)]
         if least is None or not pairs:
@@ -241,7 +241,7 @@ class TokenizeWorker:
                 yield pairs[slot].sample, FILTERED, f"image and caption match below {least:g} ({score:.3f})"
 
     def _decoded(self, shard: str, left_out: list[LeftOut]) -> Iterator[_Decoded]:
-        """The rows of a shard, each image followed by its views; decoded at most two batches ahead."""
+        """Yield the rows of a shard, each image followed by its views, decoded at most two batches ahead."""
         samples = read_image_shard(self.store.fetch(self.download.file(images_file(shard))))
         views = [view_name(number) for number in range(1, self.job.encoder.views.count + 1)]
         ahead = max(1, 2 * self.job.batch_size // (1 + len(views)))
@@ -257,11 +257,11 @@ class TokenizeWorker:
                     yield _Decoded(sample, pixels, view)
 
     def _pixels(self, sample: ImageSample) -> npt.NDArray[np.uint8]:
-        """uint8 `[3, H, W]`."""
+        """Decode and transform an image; uint8 `[3, H, W]`."""
         return np.array(load_image(sample.image, self.transform)).transpose(2, 0, 1)
 
     def _spot_check(self, shard: str, rows: _Rows, encoder: Encodes) -> None:
-        """Encode a few images once more, found by their keys, and compare: no row may hold another image's codes.
+        """Encode a few images again, found by their keys, and compare: no row may have another image's codes.
 
         Raises:
             RuntimeError: a row differs.
@@ -285,7 +285,7 @@ class TokenizeWorker:
                 )
 
     def _store(self, shard: str, rows: _Rows) -> list[FileEntry]:
-        """Store the shard's tables: of codes, unless every image is left out, and of those that are."""
+        """Store the shard's table of codes, unless every image is left out, and its table of left-out images."""
         store, entries = self.store, []
         with store.scratch_dir() as scratch:
             if rows.keys:
@@ -327,7 +327,7 @@ def _status(failure: InputFailure) -> str:
 
 
 def _ahead(futures: Iterator[tuple[ImageSample, Future[_T]]], count: int) -> Iterator[tuple[ImageSample, Future[_T]]]:
-    """The same in the same order, the next `count` being begun already."""
+    """Yield the futures in their order, with the next `count` already submitted."""
     waiting = deque(islice(futures, count))
     while waiting:
         yield waiting.popleft()
