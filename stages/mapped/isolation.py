@@ -1,5 +1,4 @@
-"""Search for inputs of a shard that cannot be processed: by bisection, and in a child process if they kill a
-process."""
+"""Search for inputs of a shard that cannot be processed, by bisection, in a child process if they kill a process."""
 
 from __future__ import annotations
 

@@ -30,8 +30,8 @@ CodeArray = npt.NDArray[np.int64]
 Scores = npt.NDArray[np.float32]
 
 CPU_CHUNK = 8
-"""Number of images that one CPU thread encodes at a time, filled up with blank ones whatever the batch size: another
-number may select other kernels, which sometimes round a code differently. It is faster than batches that suit a GPU."""
+"""Number of images that one CPU thread encodes at a time, blank ones included, whatever the batch size: another number
+may select other kernels, which sometimes round a code differently. It is faster than batches that suit a GPU."""
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ class Encoder:
         return CaptionMatch(teacher, self.device)
 
     def _in_chunks(self, work: Callable[..., Tensor], pixels: Pixels, *columns: list[str]) -> Tensor:
-        """Apply `work` to a batch, at once on a GPU, else in threads with CPU_CHUNK images each; the result is on the CPU.
+        """Apply `work` to a batch, at once on a GPU, else in threads by CPU_CHUNK images; returns a CPU tensor.
 
         The last chunk is filled up with copies of its last image, whose results are dropped.
         """
