@@ -1,8 +1,8 @@
-"""Image-text pairs to image shards: WebDataset tars and one metadata row per input, failures included.
+"""The stage that turns image-text pairs into image shards: WebDataset tars and one metadata row per input.
 
-The rows are fixed first (filtered, in order, cut into shards of a fixed number of rows). Then shard after shard is
-fetched: URLs by img2dataset, files from where they lie. What arrived is checked by decoding, sorted back into the
-list's order and stored. Duplicates are looked for at the end, when it is known who came first.
+The rows are fixed first (filtered, in order, divided into shards of a fixed number of rows). Then each shard is
+fetched, URLs by img2dataset and files by their source. What was fetched is checked by decoding, sorted into the list's
+order and stored, failures included. Duplicates are searched for at the end, when all rows are known.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ from storage.tables import IMAGE_METADATA_SCHEMA, write_table
 logger = logging.getLogger(__name__)
 
 FilesConfig = Annotated[
-    WebDatasetFiles  # a line for each kind of source
+    WebDatasetFiles  # one line for each kind of source
     | ParquetFiles
     | FolderFiles
     | ConversationFiles,
@@ -57,51 +57,51 @@ FilesConfig = Annotated[
 
 
 class DownloadConfig(Config):
-    """Which images, from where, and how hard to try."""
+    """The source of the images, which of them to use, and the limits of fetching them."""
 
     url_list: RuntimeStr = SAMPLE
-    """`sample` for the embedded emoji, or a list in CSV, TSV, JSON, JSONL or Parquet: a file, a folder of its parts or
-    a pattern such as `parts/*.parquet`, compressed or not, local or `s3://`; its content counts, not its path."""
+    """`sample` for the embedded emoji, or a list in CSV, TSV, JSON, JSONL or Parquet: a file, a folder or a pattern
+    such as `parts/*.parquet`, compressed or not, local or `s3://`. Its content enters the action key, not its path."""
     url_column: str = "url"
-    """Column with the image's URL."""
+    """Column of the list with the images' URLs."""
     tsv_quotes: bool = False
-    """In lists whose values tabs separate, double quotes enclose values, as pandas writes them; else they are text."""
+    """Whether double quotes enclose values in lists separated by tabs, as pandas writes them; otherwise quotes are
+    text."""
     files: FilesConfig | None = None
-    """Images that are there already, in place of `url_list`: `{kind: webdataset, path: ...}`, or another kind with its
-    fields."""
+    """Existing images, instead of `url_list`: `{kind: webdataset, path: ...}`, or another kind with its fields."""
     caption_column: str = "caption"
-    """Column with its text."""
+    """Column with the images' captions."""
     extra_columns: tuple[str, ...] = ()
-    """Further columns to keep, as strings. `split` (values `train`, `test`) decides what is held out."""
+    """Further columns to keep, as strings. The column `split` (values `train`, `test`) determines the held-out rows."""
     held_out_fraction: Fraction = 0.0
-    """Part of the rows that is held out where no column `split` says which; an image's address decides."""
+    """Fraction of the rows that is held out by a hash of their addresses, if there is no column `split`."""
     keep: dict[str, tuple[str, ...]] = {}
-    """Only rows whose column has one of these values, for example `{category: [food & drink]}`."""
+    """Only rows with one of these values in a column are used, for example `{category: [food & drink]}`."""
     max_rows: PositiveInt | None = None
-    """Only the first rows of the (filtered) list."""
+    """Number of first rows of the (filtered) list that are used; `null` uses all."""
     filters: FilterConfig = FilterConfig()
-    """Which of them are wanted, by caption and image."""
+    """Conditions on captions and images."""
     rows_per_shard: PositiveInt = 1000
-    """Rows of a shard: what is downloaded, and lost by a crash, together."""
+    """Number of rows per shard, the unit of work that is lost by a crash."""
     max_bytes: PositiveInt = 32_000_000
-    """Largest image file; more is not read."""
+    """Largest size of an image file in bytes; of a larger file no more is read."""
     max_pixels: Annotated[int, Field(gt=0, le=MOST_PIXELS)] = 64_000_000
-    """Largest image, width times height; a small file can stand for an image that fills the memory."""
+    """Largest width times height of an image; a small file can contain an image that fills the memory."""
     timeout_s: RuntimeInt = 10
-    """Seconds before an attempt at one URL is given up, however much has arrived."""
+    """Deadline of one request in seconds, however much has arrived."""
     retries: Annotated[NonNegativeInt, DoesNotAffectResult] = 2
-    """Further attempts at a URL that failed in a way that may pass: timeouts, broken connections, 429 and 5xx."""
+    """Number of retries of a URL after a transient failure: time-outs, broken connections, 429 and 5xx."""
     http: HttpConfig = HttpConfig()
-    """Manners and safety towards the hosts of a URL list."""
+    """Rate limits and safety of requests to the hosts of a URL list."""
     max_failed_fraction: Annotated[Fraction, DoesNotAffectResult] = 0.2
-    """The stage stops as soon as it is certain that a larger part of the rows fails."""
+    """The stage stops as soon as it is certain that a larger fraction of the rows fails."""
     attempt: NonNegativeInt = 0
-    """Part of the identity of the result. 1 and more fetch again what failed in the attempt before, and keep what
-    arrived; `--retry-failed` adds one."""
+    """Number of the attempt, which enters the action key. An attempt from 1 on fetches the failed rows of the previous
+    one again and keeps the others; `--retry-failed` adds one."""
     num_workers: RuntimeInt = 1
-    """Shards downloaded at a time."""
+    """Number of workers, each of which downloads a shard at a time."""
     threads_per_worker: RuntimeInt = 32
-    """Connections at a time in each worker."""
+    """Number of concurrent connections of each worker."""
 
     @field_validator("extra_columns")
     @classmethod
@@ -126,12 +126,12 @@ class DownloadConfig(Config):
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """What is kept of a row beside its image and caption."""
+        """Columns that are kept in addition to image and caption."""
         return (*self.extra_columns, SPLIT) if self.held_out_fraction else self.extra_columns
 
     @property
     def limits(self) -> Limits:
-        """What an image may cost."""
+        """Limits on the size of an image file and of the decoded image."""
         return Limits(self.max_bytes, self.max_pixels)
 
 
