@@ -1,1 +1,1 @@
-"""From image-text pairs, wherever they lie, to image shards."""
+"""The stage that turns sources of image-text pairs into image shards."""

@@ -27,21 +27,22 @@ _TOLD, _LONGEST_TOLD = 3, 80
 
 @dataclass(frozen=True)
 class DownloadedShard(Receipt):
-    """The receipt of a shard: how often each thing is there in its metadata."""
+    """The receipt of a shard, with counts of its metadata rows."""
 
     status: dict[str, int]
+    """Number of rows by status."""
     errors: dict[str, int]
-    """Failures by reason (`reason_of`)."""
+    """Number of failures by reason (`reason_of`)."""
     filters: dict[str, int]
-    """Rows that were left out by reason."""
+    """Number of filtered rows by reason."""
     hosts: dict[str, int]
-    """Rows by host of their URL."""
+    """Number of rows by host of their URL."""
     failed_hosts: dict[str, int]
-    """Failures by host."""
+    """Number of failures by host."""
     splits: dict[str, int]
-    """Images by split."""
+    """Number of images by split."""
     examples: dict[str, list[str]]
-    """URLs, or numbers of rows, by reason."""
+    """Examples, as URLs or numbers of rows, by reason."""
 
 
 def receipt_of(files: Sequence[FileEntry], metadata: Iterable[dict[str, Any]]) -> DownloadedShard:

@@ -31,7 +31,7 @@ _REMEMBERED = 100_000
 
 
 class Sequence(NamedTuple):
-    """One training or scoring sequence."""
+    """A sequence for training or scoring."""
 
     token_ids: list[int]
     labels: list[int]

@@ -1,1 +1,1 @@
-"""Supervised fine-tuning on a mixture of questions about images and requests to draw them."""
+"""Supervised fine-tuning on a mixture of questions about images and prompts to generate them."""

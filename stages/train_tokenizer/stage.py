@@ -95,7 +95,7 @@ class TrainTokenizerConfig(SharedLoopConfig, TokenizerConfig):
     """Decay of the exponential moving average of the weights, which the artifact then holds; 0 turns it off."""
 
     def needs_fp32(self, inputs: Mapping[str, Manifest]) -> bool:
-        """Also true for weights that are used without training (`steps: 0`), as they encode in fp32 as well."""
+        """Return True also for weights that are used without training (`steps: 0`), as they encode in fp32 as well."""
         return not self.steps or super().needs_fp32(inputs)
 
 

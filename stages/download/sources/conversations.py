@@ -120,7 +120,7 @@ class Conversations:
 
 @dataclass
 class _Entry:
-    """One conversation."""
+    """An entry of the file, with one conversation about an image."""
 
     image: str = ""
     """Path of its image within the folder; '' if it has none."""

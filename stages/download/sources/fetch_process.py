@@ -28,8 +28,8 @@ SHARD = "0"
 
 
 UNUSED_LIBRARIES = ("albumentations", "wandb", "webdataset")
-"""What img2dataset imports for what is switched off here: resizing, its log in the web, its tar files. With PyTorch
-and pandas, which they bring, they take nine seconds of CPU and 300 MB in the process of every shard."""
+"""Libraries that img2dataset imports for features that are switched off here: resizing, online logging, tar files. With
+PyTorch and pandas, which they import, they take nine seconds of CPU and 300 MB in the process of every shard."""
 
 _LOOK_EVERY_S = 1.0
 
@@ -48,7 +48,7 @@ def end_with(parent: int) -> None:
 def import_only_what_is_used() -> None:
     """Make the modules of img2dataset importable without its command line and without `UNUSED_LIBRARIES`."""
     for name in UNUSED_LIBRARIES:
-        sys.modules[name] = ModuleType(name)  # empty: a use of it would be an AttributeError, and no silent difference
+        sys.modules[name] = ModuleType(name)  # empty, so that any use of it raises AttributeError
     spec = importlib.util.find_spec("img2dataset")
     assert spec is not None
     sys.modules["img2dataset"] = importlib.util.module_from_spec(spec)  # not executed: it imports the command line
@@ -56,7 +56,7 @@ def import_only_what_is_used() -> None:
 
 
 class _WithoutPandas(importlib.abc.MetaPathFinder):
-    """Pandas is not there: pyarrow would import it, and does without where it cannot."""
+    """Makes pandas unavailable, which pyarrow imports only if it can."""
 
     def find_spec(self, fullname: str, path: object, target: object = None) -> None:
         if fullname == "pandas":
