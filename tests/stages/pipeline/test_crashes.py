@@ -6,19 +6,20 @@ import itertools
 import json
 import os
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from infra.executors import LocalExecutor
+from stages.mapped.engine import Job, Receipt, Shard, finish_shards
 from stages.pipeline.execution import StageResult, run_stage
 from stages.pipeline.recipe import STAGES, Recipe, load_recipe
 from stages.protocol import Outcome, Stage, StageContext
 from stages.tokenize.stage import TokenizeConfig
 from storage.blobs import blob_key
 from storage.digests import sha256_bytes
-from storage.manifest import FileEntry
 from storage.store import Store
 from tests.helpers.crashing import die_everywhere
 from tests.helpers.light import light_run
@@ -27,25 +28,29 @@ from tests.helpers.tiny import CAPTIONS_ONLY
 SHARDS = ["0", "1"]
 
 
+@dataclass(frozen=True)
+class _Maker:
+    """Makes a file a shard."""
+
+    store: Store
+    scratch: Path
+
+    def __call__(self) -> _Maker:
+        return self
+
+    def make(self, shard: Shard, *, isolated: bool) -> Receipt:
+        path = self.scratch / shard.shard
+        path.write_bytes(shard.shard.encode() * 100)
+        return Receipt((self.store.put_file(path, f"files/{shard.shard}"),))
+
+
 def _square(context: StageContext[Any]) -> Outcome:
     """The smallest stage that maps: plan, a file and a receipt a shard, outcome."""
-    store, key = context.store, context.action_key
-    plan = store.work(key).create_plan({"shards": SHARDS})
-    done = dict(store.work(key).receipts())
-
-    def work(item: dict[str, Any]) -> dict[str, Any]:
-        path = context.scratch / item["shard"]
-        path.write_bytes(item["shard"].encode() * 100)
-        with store.work(key).mark(item["shard"]):
-            store.work(key).write_receipt(
-                item["shard"], {"files": [store.put_file(path, f"files/{item['shard']}").to_json()]}
-            )
-        return item
-
-    items = [{"shard": shard} for shard in plan["shards"] if shard not in done]
-    list(context.executor.map(lambda: work, items, num_workers=1))
-    receipts = store.work(key).receipts(done)
-    return Outcome("squares", [FileEntry.from_json(entry) for shard in SHARDS for entry in receipts[shard]["files"]])
+    plan = context.store.work(context.action_key).create_plan({"shards": SHARDS})
+    shards = [Shard(name) for name in plan["shards"]]
+    job = Job(_Maker(context.store, context.scratch), Shard, Receipt, "square shards", "files", lambda receipt: 1)
+    receipts = dict(finish_shards(context, shards, job, num_workers=1))
+    return Outcome("squares", [entry for shard in shards for entry in receipts[shard.shard].files])
 
 
 @pytest.fixture
