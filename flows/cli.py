@@ -18,6 +18,7 @@ from infra.malloc import reexec_with_fast_malloc
 from infra.terminal import LogFormatter, said_if_slow, say
 from stages.pipeline.command import DEFAULT_STORE, STORE_VARIABLE, result_line, run_one_stage
 from stages.pipeline.errors import EXIT_CODE, USER_ERRORS, complain, report
+from stages.pipeline.field_reference import fields_text
 from stages.pipeline.recipe_files import available_recipes, check_stage_name, recipe_values
 from stages.runtime.process import prepare_process
 
@@ -213,6 +214,16 @@ def recipes() -> None:
     """List the recipes that ship with the project."""
     loaded = [recipe_values(name) for name in available_recipes()]
     say(text_table(["recipe", "description"], [[recipe["name"], recipe["description"]] for recipe in loaded]))
+
+
+@app.command()
+def fields(
+    path: Annotated[
+        str | None, typer.Argument(metavar="SECTION[.FIELD]", help="For example sft.optimiser (default: the sections).")
+    ] = None,
+) -> None:
+    """Print the fields of a recipe: values, default, whether the result's identity depends on it, meaning."""
+    say(fields_text(path))
 
 
 @app.command()

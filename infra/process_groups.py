@@ -73,8 +73,8 @@ def run_here(function: Function, num_processes: int, num_gpus: float, scratch: P
         found = torch.cuda.device_count()
         if found < num_processes:
             raise ValueError(
-                f"{num_processes} workers with a GPU each, and this machine has {found}; set num_workers of the stage "
-                f"to {max(1, found)}, or gpus_per_worker to 0"
+                f"{num_processes} processes with a GPU each, and this machine has {found}; set num_processes of the "
+                f"stage to {max(1, found)}, or gpus_per_worker to 0"
             )
     return _outliving_deaths(lambda: _run_here_once(function, num_processes, num_gpus, scratch))
 

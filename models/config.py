@@ -72,3 +72,10 @@ def _numbers(value: Any) -> Iterator[int | float]:
             yield from _numbers(part)
     elif isinstance(value, Mapping):
         yield from _numbers(list(value.values()))
+
+
+def configs_in(annotation: Any) -> list[type[Config]]:
+    """The config classes that a field's type names: its own, those of a union, those in its collections."""
+    if isinstance(annotation, type) and issubclass(annotation, Config):
+        return [annotation]
+    return [found for argument in getattr(annotation, "__args__", ()) for found in configs_in(argument)]

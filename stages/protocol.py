@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Generic, Literal, TypeVar
 
-from pydantic import NonNegativeFloat, PositiveInt
+from pydantic import AfterValidator, NonNegativeFloat, PositiveInt
 
 from infra.executors import Executor
 from models.config import Config, CountsByContent, Fraction
@@ -26,11 +26,18 @@ class DoesNotAffectResult:
     """Marks a config field that affects how a stage runs but not its result, so it does not enter the action key."""
 
 
+def _share_or_whole(gpus: float) -> float:
+    if gpus > 1 and not gpus.is_integer():
+        raise ValueError("input should be a share of one GPU, 0 to 1, or a whole number of them")
+    return gpus
+
+
 RuntimeInt = Annotated[PositiveInt, DoesNotAffectResult]
 RuntimeFloat = Annotated[NonNegativeFloat, DoesNotAffectResult]
 RuntimeFraction = Annotated[Fraction, DoesNotAffectResult]
 RuntimeBool = Annotated[bool, DoesNotAffectResult]
 RuntimeStr = Annotated[str, DoesNotAffectResult]
+GpuShare = Annotated[NonNegativeFloat, AfterValidator(_share_or_whole), DoesNotAffectResult]
 Device = Annotated[Literal["auto", "cpu", "cuda"], DoesNotAffectResult]
 
 C = TypeVar("C", bound=Config)
@@ -76,7 +83,6 @@ class Stage(Generic[C]):
     """Name of the stage, as in `python -m stages.NAME`."""
     section: str
     """Name of the recipe's section with its config."""
-    config_class: type[C]
     inputs: tuple[str, ...]
     """Names of the stages whose artifacts are its inputs."""
     run: Callable[[StageContext[C]], Outcome]

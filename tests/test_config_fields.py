@@ -1,17 +1,19 @@
 """Every field of a recipe says what it is and is read somewhere; every recipe that ships loads."""
 
 import ast
+import inspect
 import math
+import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_origin
 
 import pytest
 from pydantic import ValidationError
 
 from models.config import Config
 from stages.pipeline.recipe import Recipe, load_recipe
-from stages.pipeline.recipe_files import available_recipes
+from stages.pipeline.recipe_files import RecipeError, available_recipes
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("flows", "stages", "models", "storage", "infra")
@@ -110,6 +112,105 @@ def test_every_number_says_how_small_it_may_be() -> None:
         if "inimum" not in str(schemas[config_class]["properties"][name])
     ]
     assert unbounded == [], "give the field a bound: PositiveInt, NonNegativeFloat, Fraction, Field(ge=...)"
+
+
+FREE_TEXTS = {
+    "Recipe.name": "a file name, checked as one",
+    "Recipe.description": "prose",
+    "DownloadConfig.url_list": "a path, an address or `sample`",
+    "DownloadConfig.url_column": "a column of the user's data",
+    "DownloadConfig.caption_column": "a column of the user's data",
+    "DownloadConfig.extra_columns": "columns of the user's data",
+    "DownloadConfig.keep": "columns of the user's data and their values",
+    "WebDatasetFiles.path": "a path",
+    "ParquetFiles.path": "a path",
+    "ParquetFiles.image_column": "a column of the user's data",
+    "FolderFiles.path": "a path",
+    "FolderFiles.captions": "a path",
+    "FolderFiles.file_column": "a column of the user's data",
+    "ConversationFiles.path": "a path",
+    "ConversationFiles.image_folder": "a path",
+    "HttpConfig.private_hosts": "host names with ports, checked as such",
+    "HttpConfig.opt_out_directives": "words of a header that others define",
+    "HttpConfig.user_agent_token": "a name of the user's own",
+    "BackboneTeacherConfig.architecture": "a name of timm, which grows",
+    "BackboneTeacherConfig.weights": "a path, or one of two words; anything else is looked for as a file",
+    "OpenClipTeacherConfig.name": "a name of open_clip or of a hub",
+    "OpenClipTeacherConfig.pretrained": "a tag of open_clip or a path",
+    "TransformersTeacherConfig.path": "a name of a hub or a path",
+    "LoopConfig.tensorboard": "a path",
+    "LossConfig.lpips_vgg_weights": "a path",
+    "ExternalCodesConfig.codes": "a path",
+    "TrainTokenizerConfig.weights": "a path",
+    "TrainTokenizerConfig.inception_weights": "a path",
+    "TrainTokenizerConfig.class_name": "a template, checked as one",
+    "LlmConfig.base": "`small`, a name of a hub or a path",
+    "PretrainConfig.extra_texts": "prose",
+    "QuestionTemplate.question": "a template, checked as one",
+    "QuestionTemplate.answer": "a template, checked as one",
+    "SftConfig.prompts": "templates, checked as such",
+    "EvaluateConfig.question": "a template, checked as one",
+    "EvaluateConfig.answer": "a template, checked as one",
+    "EvaluateConfig.concept": "a template, checked as one",
+    "EvaluateConfig.category_column": "a column of the user's data, checked against download.extra_columns",
+    "EvaluateConfig.prompt": "a template, checked as one",
+    "EvaluateConfig.inception_weights": "a path",
+    "EvaluateConfig.lpips_vgg_weights": "a path",
+}
+"""Fields whose values no list can hold, by the class that declares them, and why. All other text is a choice."""
+
+
+def declaring(config_class: type[Config], name: str) -> str:
+    """A field under the name of the class that declares it last."""
+    owner = next(base for base in config_class.__mro__ if name in inspect.get_annotations(base))
+    return f"{owner.__name__}.{name}"
+
+
+def holds_text(annotation: Any) -> bool:
+    """Whether a field takes any text: `str`, not the values of a Literal."""
+    if get_origin(annotation) is Literal:
+        return False
+    return annotation is str or any(holds_text(argument) for argument in getattr(annotation, "__args__", ()))
+
+
+def text_fields() -> set[str]:
+    return {
+        declaring(config_class, name)
+        for config_class in config_classes(Recipe)
+        for name, info in config_class.model_fields.items()
+        if holds_text(info.annotation)
+    }
+
+
+@pytest.mark.parametrize("field", sorted(text_fields() | set(FREE_TEXTS)))
+def test_a_text_is_one_of_listed_choices_unless_it_is_said_why_not(field: str) -> None:
+    assert field in text_fields(), "no such field takes any text; take it out of FREE_TEXTS"
+    assert field in FREE_TEXTS, "make it a Literal of the values that it can have, or say in FREE_TEXTS why not"
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("tokenize.precision=fp16", "input should be 'auto', 'bf16' or 'fp32'"),
+        ("tokenizer.loss.perceptual=lpip", "input should be 'lpips', 'backbone' or 'none'"),
+        ("evaluate.num_choices=0", "input should be greater than or equal to 2"),
+        ("tokenizer.kinds.vila_u.residual.l2_normalised=true", "input should be False"),
+        ("tokenizer.conv.channel_multipliers=[]", "should have at least 1 item"),
+        ("teacher.model.feature_blocks=[]", "should have at least 1 item"),
+        ("tokenizer.semantic_decoder.heads=5", "width=32 cannot be shared equally by heads=5"),
+        ("pretrain.visual.heads=5", "width=32 cannot be shared equally by heads=5"),
+        ("pretrain.llm.num_heads=5", "hidden_size=64 does not give each of num_heads=5"),
+        ("tokenize.gpus_per_worker=1.5", "0 to 1, or a whole number"),
+        ("download.http.private_hosts=[localhost]", "input should be a host and its port"),
+        ("download.filters={min_caption_characters: 9, max_caption_characters: 3}", "is larger than"),
+        ("sft.questions=[]", "questions has none with a weight above 0"),
+        ("sft.prompts=[]", "prompts is empty"),
+        ("sft={understanding_weight: 0, generation_weight: 0}", "are both 0"),
+    ],
+)
+def test_a_value_that_cannot_work_is_refused_when_the_recipe_is_read(override: str, message: str) -> None:
+    with pytest.raises(RecipeError, match=re.escape(message)):
+        load_recipe("tiny", [override])
 
 
 @pytest.mark.parametrize("name", available_recipes())

@@ -23,7 +23,7 @@ from models.imports.weights import (
     side_rules,
 )
 from models.teachers.teacher import Teacher, TransformersTeacher
-from models.tokenizers.image_tokenizer import TokenizerConfig
+from models.tokenizers.config import DualTokenConfig
 from models.tokenizers.residual import DualTokenTokenizer
 
 _RELEASE = Release("DualToken", "paper-dualtoken-384 or paper-dualtoken-256 with the SigLIP that it was trained from")
@@ -37,7 +37,7 @@ _PROJECTION = {
 """The parts of `AttentionProjection` and their names in DualToken, where the bias of keys is a buffer of zeros."""
 
 
-def convert_dualtoken(state: dict[str, Tensor], config: TokenizerConfig, teacher: Teacher) -> dict[str, Tensor]:
+def convert_dualtoken(state: dict[str, Tensor], config: DualTokenConfig, teacher: Teacher) -> dict[str, Tensor]:
     """Convert DualToken's state dict into one of `DualTokenTokenizer`.
 
     Args:
@@ -46,10 +46,8 @@ def convert_dualtoken(state: dict[str, Tensor], config: TokenizerConfig, teacher
         teacher: the SigLIP that DualToken was trained from, for the names and shapes of the tower.
 
     Raises:
-        ValueError: the config or the teacher is of another kind, or keys or shapes do not fit; the message names them.
+        ValueError: the teacher is of another kind, or keys or shapes do not fit; the message names them.
     """
-    if config.kind != "dualtoken":
-        raise ValueError(f"DualToken's checkpoints are of tokenizer.kind=dualtoken, the recipe has {config.kind}")
     if not config.released_layout or len(config.pixel_layers) != 2 or config.semantic_layer is None:
         raise ValueError(
             "DualToken's checkpoints need tokenizer.released_layout=true, two pixel_layers and a semantic_layer, as "

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from models.imports.weights import Release, TensorRule, convert, decoder_names, leaves, level_names, side_rules
-from models.tokenizers.image_tokenizer import TokenizerConfig
+from models.tokenizers.config import VqganConfig
 from models.tokenizers.kinds import VqganTokenizer
 
 _RELEASE = Release("LlamaGen", "paper-vqgan-256 for vq_ds16_c2i.pt")
@@ -20,7 +20,7 @@ _UNUSED = {"quantize.codebook_used"}
 """Statistics of LlamaGen's training, which are not converted."""
 
 
-def convert_llamagen(state: dict[str, Tensor], config: TokenizerConfig) -> dict[str, Tensor]:
+def convert_llamagen(state: dict[str, Tensor], config: VqganConfig) -> dict[str, Tensor]:
     """Convert LlamaGen's state dict into one of `VqganTokenizer`.
 
     Args:
@@ -28,11 +28,9 @@ def convert_llamagen(state: dict[str, Tensor], config: TokenizerConfig) -> dict[
         config: the config of the tokenizer that will load the result.
 
     Raises:
-        ValueError: the config is of another kind, or keys or shapes do not fit; the message names them and, if they
-            can be inferred from the shapes, the settings that fit.
+        ValueError: keys or shapes do not fit; the message names them and, if they can be inferred from the shapes, the
+            settings that fit.
     """
-    if config.kind != "vqgan":
-        raise ValueError(f"LlamaGen's checkpoints are of tokenizer.kind=vqgan, the recipe has {config.kind}")
     with torch.device("meta"):
         tokenizer = VqganTokenizer(config)
     remedy = _fitting_settings(state, config)
@@ -45,7 +43,7 @@ def convert_llamagen(state: dict[str, Tensor], config: TokenizerConfig) -> dict[
     return converted
 
 
-def _fitting_settings(state: dict[str, Tensor], config: TokenizerConfig) -> str:
+def _fitting_settings(state: dict[str, Tensor], config: VqganConfig) -> str:
     """Return the overrides that give the recipe's tokenizer the checkpoint's shapes; '' if they cannot be inferred."""
     shapes = {name: tuple(value.shape) for name, value in state.items()}
     found = [match for match in map(_BLOCK.fullmatch, shapes) if match]

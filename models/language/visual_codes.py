@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from pydantic import PositiveInt
+from pydantic import PositiveInt, model_validator
 from torch import Tensor, nn
 
 from models.config import Config
 from models.language.sampling import SamplingConfig, guided, pick
-from models.tokenizers.transformer import TransformerBlock
+from models.tokenizers.transformer import TransformerBlock, check_heads
 
 
 class VisualCodesConfig(Config):
@@ -25,7 +25,12 @@ class VisualCodesConfig(Config):
     layers: PositiveInt = 3
     """Number of blocks (DualToken: 3)."""
     heads: PositiveInt = 16
-    """Number of attention heads."""
+    """Number of attention heads, which divides `width`."""
+
+    @model_validator(mode="after")
+    def _check_heads(self) -> VisualCodesConfig:
+        check_heads(self.width, self.heads)
+        return self
 
 
 class DepthHead(nn.Module):

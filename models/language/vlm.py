@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from pydantic import PositiveInt
+from pydantic import PositiveInt, model_validator
 from torch import Tensor, nn
 
 from models.config import Config, CountsByContent, Fraction
@@ -53,6 +53,15 @@ class LlmConfig(Config):
     kept. This sets the initial weights only, not the architecture."""
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     """Attention implementation that transformers uses."""
+
+    @model_validator(mode="after")
+    def _check_heads(self) -> LlmConfig:
+        if self.base == "small" and self.hidden_size % (2 * self.num_heads):  # rotary embeddings turn pairs of channels
+            raise ValueError(
+                f"hidden_size={self.hidden_size} does not give each of num_heads={self.num_heads} the same even number "
+                f"of channels; make it a multiple of {2 * self.num_heads}"
+            )
+        return self
 
 
 def build_small_llm(config: LlmConfig, vocabulary: Vocabulary) -> PreTrainedModel:

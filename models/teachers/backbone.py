@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import NonNegativeInt, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveInt
 from torch import Tensor, nn
 
 from models.config import Config, CountsByContent, Fraction
@@ -51,7 +51,7 @@ class BackboneTeacherConfig(Config):
     download), or the path of a state dict (`.safetensors`, or `.pth` read with `weights_only`)."""
     input_size: PositiveInt = 128
     """Side of the backbone's square input in pixels; most ViTs accept one size only."""
-    feature_blocks: tuple[NonNegativeInt, ...] = (4, 6)
+    feature_blocks: Annotated[tuple[NonNegativeInt, ...], Field(min_length=1)] = (4, 6)
     """Indices, from 0, of the stages whose outputs are resized to the code grid and concatenated: the stages of an
     EfficientNet or MobileNet, the blocks of a ViT, timm's feature levels of others (a ResNet's 0 is its stem)."""
     head: AlignedHeadConfig | None = AlignedHeadConfig()

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
-from pydantic import PositiveInt
+from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 
 from models.config import Config
@@ -27,7 +28,7 @@ class ConvConfig(Config):
 
     channels: PositiveInt = 128
     """Channels at the highest resolution."""
-    channel_multipliers: tuple[PositiveInt, ...] = (1, 1, 2, 2, 4)
+    channel_multipliers: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (1, 1, 2, 2, 4)
     """Channels at each resolution, in multiples of `channels`; each step after the first halves the resolution."""
     encoder_blocks: PositiveInt = 2
     """Number of residual blocks at each resolution of the encoder."""

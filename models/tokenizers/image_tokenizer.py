@@ -1,4 +1,4 @@
-"""The interface of all image tokenizers, which map images to discrete codes and back, and their configuration.
+"""The interface of all image tokenizers, which map images to discrete codes and back.
 
 Shape legend: B batch, H W pixels, h w code grid, N books, D depth, C channels, K codebook size, E channels of the
 image-text space. Codes are `[B, N, D, h, w]` for every kind, so that tables, sequences and reports need one layout.
@@ -6,77 +6,14 @@ image-text space. Codes are `[B, N, D, h, w]` for every kind, so that tables, se
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch.nn.functional as F
-from pydantic import NonNegativeFloat, PositiveInt
 from torch import Tensor, nn
 
-from models.config import Config
 from models.teachers.teacher import Teacher
-from models.tokenizers.convolutional import ConvConfig, ConvDecoder, ConvEncoder
-from models.tokenizers.quantizers import QuantizerConfig, ResidualQuantizerConfig
-from models.tokenizers.transformer import SemanticDecoderConfig
-from models.transforms import TransformConfig
-
-Kind = Literal["sde", "vqgan", "semantic", "tokenflow", "dualtoken", "vila_u", "external"]
-
-
-class TokenizerConfig(Config):
-    """An image tokenizer: its kind, its encoder and decoder, and its quantizer."""
-
-    kind: Kind = "sde"
-    """`sde`: the teacher's features are added before quantization (MUSE-VL, eq. 1-2); `vqgan`: image branch only;
-    `semantic`: semantic branch only (MUSE-VL's ablation); `tokenflow`: a semantic and a pixel table with a shared
-    index; `dualtoken`: residual codes of shallow and of deep features, each in its own book; `vila_u`: residual codes
-    of deep features, aligned with the captions; `external`: codes of a tokenizer outside this project, given as
-    `codes`."""
-    transform: TransformConfig = TransformConfig()
-    """How images are transformed before encoding."""
-    conv: ConvConfig = ConvConfig()
-    """Convolutional image encoder and decoder."""
-    encoder: Literal["conv", "tower"] = "conv"
-    """Image encoder of `sde` and `tokenflow`: convolutional, or a trained copy of the teacher's image tower. MUSE-VL
-    initialises its encoder from SigLIP. `dualtoken` and `vila_u` always use the tower."""
-    code_grid: PositiveInt | None = None
-    """Rows and columns of codes if a tower encodes, 27 for SigLIP with patches of 14 at 384 pixels; the decoder's input
-    is resized to the size that it needs. `null`: as many as the convolutional encoder has."""
-    quantizer: QuantizerConfig = QuantizerConfig()
-    """Codebook; for `tokenflow` the pixel table."""
-    residual: ResidualQuantizerConfig = ResidualQuantizerConfig()
-    """Codebooks of `dualtoken` and `vila_u`."""
-    pixel_layers: tuple[PositiveInt, ...] = (6, 4)
-    """Layers of the tower, counted from 1, whose features are `dualtoken`'s pixel features. If empty, its semantic
-    features are used, which is DualToken's ablation with both losses at the deep layer."""
-    pixel_layer_weights: tuple[NonNegativeFloat, ...] = (1.0, 0.6)
-    """Weight of each of `pixel_layers` in the sum of their features."""
-    semantic_layer: PositiveInt | None = 26
-    """Layer whose features are `dualtoken`'s semantic features, not normalised, so that the rest of the tower can
-    process the decoded ones; `null`: the teacher's final features, standardised. For `vila_u` with `released_layout`,
-    the layer whose features are quantized."""
-    semantic_branch: bool = True
-    """`false`: `sde` with the image branch alone, MUSE-VL's ablation; encoder and codebook stay the same."""
-    semantic_book: bool = True
-    """`false`: `dualtoken` without its semantic book, DualToken's ablation with the reconstruction loss alone."""
-    released_layout: bool = False
-    """Whether details follow the released code instead of the paper. `dualtoken`, whose public weights need it: causal
-    attention after the quantizers, one more LayerNorm in each projection, and a first 1x1 convolution after the
-    resizing of the grid. `vila_u`: the features of `semantic_layer` (the last layer but one in its code) are quantized
-    at the tower's full width without a projection, and the rest of the tower pools the quantized ones."""
-    semantic_code_dim: PositiveInt = 32
-    """Channels of the semantic table (`tokenflow` only)."""
-    semantic_decoder: SemanticDecoderConfig = SemanticDecoderConfig()
-    """Transformer that maps codes back to the teacher's features (`sde`, `semantic` and `tokenflow`)."""
-    image_weight: NonNegativeFloat = 1.0
-    """Scale of the normalised image features `z` in `Quant(T + z)` (`sde` only; the paper does not publish a scale)."""
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        """Rows and columns of codes."""
-        if self.code_grid is not None and (self.encoder == "tower" or self.kind in ("dualtoken", "vila_u", "semantic")):
-            return self.code_grid, self.code_grid
-        side = self.transform.image_size // self.conv.downsampling
-        return side, side
+from models.tokenizers.config import EncoderConfig, TokenizerConfig
+from models.tokenizers.convolutional import ConvDecoder, ConvEncoder
 
 
 class TokenizerOutput(NamedTuple):
@@ -113,6 +50,9 @@ class ImageTokenizer(nn.Module):
     A subclass defines what is quantized and how, and which channels of a code each decoder reads.
     """
 
+    config_class: ClassVar[type[TokenizerConfig]]
+    """The fields that this kind reads."""
+    config: TokenizerConfig
     book_names: tuple[str, ...]
     """Name of each codebook, for metrics and reports."""
     needs_teacher: ClassVar[bool] = True
@@ -132,14 +72,9 @@ class ImageTokenizer(nn.Module):
                 trained with the tokenizer. Kinds that need none ignore it.
 
         Raises:
-            ValueError: a teacher is missing, or the image size is not a multiple of the encoder's downsampling.
+            ValueError: a teacher is missing, or the kind cannot use it.
         """
         super().__init__()
-        size, factor = config.transform.image_size, config.conv.downsampling
-        if size % factor:
-            raise ValueError(
-                f"tokenizer.transform.image_size={size} is not a multiple of the encoder's downsampling {factor}"
-            )
         if self.needs_teacher and teacher is None:
             raise ValueError(f"tokenizer.kind={config.kind} needs a teacher; give one, or use kind=vqgan")
         self.config = config
@@ -275,7 +210,7 @@ class ImageTokenizer(nn.Module):
 class ImageEncoder(nn.Module):
     """The image encoder that a config selects; maps images `[B, 3, H, W]` to features `[B, h, w, width]`."""
 
-    def __init__(self, config: TokenizerConfig, teacher: Teacher | None) -> None:
+    def __init__(self, config: EncoderConfig, teacher: Teacher | None) -> None:
         super().__init__()
         self.grid = config.grid
         self.conv = ConvEncoder(config.conv) if config.encoder == "conv" else None

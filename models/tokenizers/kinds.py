@@ -5,12 +5,23 @@ Shape legend: B batch, H W pixels, h w code grid, C channels, K codebook size.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from models.teachers.teacher import Teacher
+from models.tokenizers.config import (
+    OneCodeConfig,
+    SdeConfig,
+    SemanticConfig,
+    TokenFlowConfig,
+    TokenizerConfig,
+    VqganConfig,
+)
 from models.tokenizers.convolutional import ConvDecoder, ConvEncoder
-from models.tokenizers.image_tokenizer import Codes, ImageEncoder, ImageTokenizer, TokenizerConfig
+from models.tokenizers.image_tokenizer import Codes, ImageEncoder, ImageTokenizer
 from models.tokenizers.quantizers import VectorQuantizer
 from models.tokenizers.residual import DualTokenTokenizer, VilaUTokenizer
 from models.tokenizers.transformer import SemanticDecoder
@@ -19,6 +30,7 @@ from models.tokenizers.transformer import SemanticDecoder
 class OneCodeTokenizer(ImageTokenizer):
     """One codebook and one code per position, so that a language model can hold the codes in its vocabulary."""
 
+    config: OneCodeConfig
     quantizer: VectorQuantizer
     post_quant: nn.Linear
     semantic_decoder: SemanticDecoder
@@ -67,6 +79,8 @@ class OneCodeTokenizer(ImageTokenizer):
 class VqganTokenizer(OneCodeTokenizer):
     """The image branch alone: LlamaGen's VQ-16 (arXiv 2406.06525, section 2.1)."""
 
+    config_class = VqganConfig
+    config: VqganConfig
     book_names = ("pixel",)
     needs_teacher = False
 
@@ -90,6 +104,8 @@ class SdeTokenizer(OneCodeTokenizer):
     larger one alone would determine the codes. Without `semantic_branch` it quantizes `z` and has no semantic decoder.
     """
 
+    config_class = SdeConfig
+    config: SdeConfig
     book_names = ("semantic_discrete",)
 
     def _build(self) -> None:
@@ -130,6 +146,8 @@ class SemanticTokenizer(OneCodeTokenizer):
     viewed and measured without affecting them.
     """
 
+    config_class = SemanticConfig
+    config: SemanticConfig
     book_names = ("semantic",)
 
     def _build(self) -> None:
@@ -157,12 +175,12 @@ class TokenFlowTokenizer(OneCodeTokenizer):
     frozen teacher here.
     """
 
+    config_class = TokenFlowConfig
+    config: TokenFlowConfig
     book_names = ("semantic_and_pixel",)
 
     def _build(self) -> None:
         assert self.teacher is not None
-        if not self.config.quantizer.l2_normalised:
-            raise ValueError("tokenizer.kind=tokenflow compares directions; set tokenizer.quantizer.l2_normalised=true")
         pixel, latent = self.config.quantizer.code_dim, self.config.conv.latent_channels
         semantic, dim = self.config.semantic_code_dim, self.teacher.feature_dim
         self.encoder = ImageEncoder(self.config, self.teacher)
@@ -194,11 +212,18 @@ KINDS: dict[str, type[ImageTokenizer]] = {
     "dualtoken": DualTokenTokenizer,
     "vila_u": VilaUTokenizer,
 }
-"""The class of each `TokenizerConfig.kind` except `external`."""
+"""The class of each kind that encodes and decodes images."""
 
 
 def build_tokenizer(config: TokenizerConfig, teacher: Teacher | None = None) -> ImageTokenizer:
-    """Build the tokenizer of a config; arguments and errors as for `ImageTokenizer`, and ValueError for `external`."""
-    if config.kind not in KINDS:
-        raise ValueError("tokenizer.kind=external has codes but no tokenizer; it can neither encode nor decode images")
+    """Build the tokenizer of a config; arguments and errors as for `ImageTokenizer`."""
     return KINDS[config.kind](config, teacher)
+
+
+def tokenizer_config(values: Mapping[str, Any]) -> TokenizerConfig:
+    """The config of a tokenizer from plain values that name its kind, without those that the kind does not read.
+
+    A training's config has others beside them; artifacts of before each kind had its own fields hold those of all.
+    """
+    config_class = KINDS[values["kind"]].config_class
+    return config_class(**{name: values[name] for name in config_class.model_fields if name in values})

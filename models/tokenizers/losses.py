@@ -31,15 +31,6 @@ class LossConfig(Config):
     """Fraction of each batch that the perceptual distance is computed on: an unbiased saving if it dominates a step."""
     lpips_vgg_weights: Annotated[str | None, CountsByContent()] = None
     """Path of torchvision's VGG16 state dict, for machines without a hub; `null` lets `lpips` download it."""
-    semantic_weight: NonNegativeFloat = 1.0
-    """Weight of the semantic loss `1 - cos(Dec_s(z_q), T)`; DualToken: 5."""
-    semantic_mse_weight: NonNegativeFloat = 0.0
-    """Weight of the mean squared error of the predicted `T`, in units of `semantic_weight`; DualToken: 1."""
-    pooled_weight: NonNegativeFloat = 0.0
-    """Weight of the same two terms, without `semantic_weight`, for the pooled vector that the rest of the teacher's
-    tower computes from the predicted features (`Teacher.pool`); DualToken: 1."""
-    contrastive_weight: NonNegativeFloat = 1.0
-    """Weight of the contrastive loss with the captions (`vila_u` only; VILA-U: 1)."""
     adversarial_weight: NonNegativeFloat = 0.5
     """Weight of the adversarial loss; MUSE-VL's lambda_G is not published, 0.5 is LlamaGen's."""
     adversarial_adaptive: bool = False
@@ -64,6 +55,25 @@ class LossConfig(Config):
     hinge_slope: Fraction = 0.0
     """Slope of the hinge loss beyond its margin, the fraction of the gradient that the discriminator still gets there;
     DualToken's release: 0.01."""
+
+
+class SemanticLossConfig(LossConfig):
+    """Loss of the kinds whose codes are decoded to the teacher's features."""
+
+    semantic_weight: NonNegativeFloat = 1.0
+    """Weight of the semantic loss `1 - cos(Dec_s(z_q), T)`; DualToken: 5."""
+    semantic_mse_weight: NonNegativeFloat = 0.0
+    """Weight of the mean squared error of the predicted `T`, in units of `semantic_weight`; DualToken: 1."""
+    pooled_weight: NonNegativeFloat = 0.0
+    """Weight of the same two terms, without `semantic_weight`, for the pooled vector that the rest of the teacher's
+    tower computes from the predicted features (`Teacher.pool`); DualToken: 1."""
+
+
+class ContrastiveLossConfig(LossConfig):
+    """Loss of the kind that is aligned with captions."""
+
+    contrastive_weight: NonNegativeFloat = 1.0
+    """Weight of the contrastive loss with the captions; VILA-U: 1."""
 
 
 def hinge_discriminator_loss(real_logits: Tensor, fake_logits: Tensor, slope: float = 0.0) -> Tensor:

@@ -53,8 +53,8 @@ class ResidualQuantizerConfig(QuantizerConfig):
     """Number of codes of each codebook."""
     code_dim: PositiveInt = 32
     """Channels of a code."""
-    l2_normalised: bool = False
-    """Must be false, because residuals have no fixed length."""
+    l2_normalised: Literal[False] = False
+    """Positions are compared, because residuals have no fixed length."""
     depth: PositiveInt = 8
     """Number of codes per vector: 8 for 27x27 codes, 4 for 16x16 (DualToken)."""
     shared: bool = True
@@ -244,13 +244,7 @@ class ResidualQuantizer(nn.Module):
     """
 
     def __init__(self, config: ResidualQuantizerConfig) -> None:
-        """
-        Raises:
-            ValueError: the config asks for normalised codes; unit vectors cannot represent residuals.
-        """
         super().__init__()
-        if config.l2_normalised:
-            raise ValueError("a residual quantizer needs l2_normalised=false: residuals have no fixed length")
         self.config, self.depth, self.shared = config, config.depth, config.shared
         self.books = nn.ModuleList(VectorQuantizer(config) for _ in range(1 if config.shared else config.depth))
 

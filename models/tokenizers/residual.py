@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.teachers.teacher import Teacher
+from models.tokenizers.config import DualTokenConfig, ResidualConfig, VilaUConfig
 from models.tokenizers.convolutional import ConvDecoder, ResidualBlock
 from models.tokenizers.image_tokenizer import Codes, ImageTokenizer
 from models.tokenizers.quantizers import ResidualQuantizer
@@ -23,6 +24,7 @@ from models.tokenizers.transformer import AttentionProjection
 class ResidualTokenizer(ImageTokenizer):
     """Residual books with one quantizer each; vectors are concatenated over books in the order of `book_names`."""
 
+    config: ResidualConfig
     quantizes_target = False  # they quantize features of their own trained tower
     quantizers: nn.ModuleList
 
@@ -66,6 +68,8 @@ class DualTokenTokenizer(ResidualTokenizer):
     teacher's and zero-shot classification uses. Without `semantic_book` there are only pixel codes.
     """
 
+    config_class = DualTokenConfig
+    config: DualTokenConfig
     book_names: tuple[str, ...] = ("semantic", "pixel")
 
     def _build(self) -> None:
@@ -73,11 +77,6 @@ class DualTokenTokenizer(ResidualTokenizer):
         config, layers = self.config, self.config.pixel_layers
         if not config.semantic_book:
             self.book_names = ("pixel",)
-        if len(layers) != len(config.pixel_layer_weights):
-            raise ValueError(
-                f"tokenizer.pixel_layers={list(layers)} and pixel_layer_weights={list(config.pixel_layer_weights)} "
-                f"differ in length; give one weight per layer"
-            )
         self.tower = self.teacher.image_tower()
         semantic = self.teacher.feature_dim
         if config.semantic_layer is not None:
@@ -153,6 +152,8 @@ class VilaUTokenizer(ResidualTokenizer):
     quantized at their full width, and the rest of the tower pools them, as in VILA-U's code.
     """
 
+    config_class = VilaUConfig
+    config: VilaUConfig
     book_names = ("unified",)
 
     def _build(self) -> None:
@@ -181,7 +182,8 @@ class VilaUTokenizer(ResidualTokenizer):
     def _check_layer(self, teacher: Teacher) -> None:
         """Raise ValueError unless the layer's features can be quantized at their full width and pooled by the tower."""
         layer, code_dim = self.config.semantic_layer, self.config.residual.code_dim
-        if layer is None or not teacher.pools_from(layer):
+        assert layer is not None, "the config is refused without one"
+        if not teacher.pools_from(layer):
             raise ValueError(
                 f"tokenizer.released_layout of vila_u pools with the rest of the tower from "
                 f"tokenizer.semantic_layer={layer}: give a layer, the last but one in VILA-U, of a SigLIP; or set "

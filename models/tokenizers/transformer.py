@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from pydantic import NonNegativeInt, PositiveInt
+from pydantic import NonNegativeInt, PositiveInt, model_validator
 from torch import Tensor, nn
 
 from models.config import Config
@@ -21,7 +21,18 @@ class SemanticDecoderConfig(Config):
     depth: NonNegativeInt = 3
     """Number of blocks."""
     heads: PositiveInt = 12
-    """Number of attention heads."""
+    """Number of attention heads, which divides `width`."""
+
+    @model_validator(mode="after")
+    def _check_heads(self) -> SemanticDecoderConfig:
+        check_heads(self.width, self.heads)
+        return self
+
+
+def check_heads(width: int, heads: int) -> None:
+    """Raise ValueError unless the channels of a transformer can be divided among its heads."""
+    if width % heads:
+        raise ValueError(f"width={width} cannot be divided equally among heads={heads}; make it a multiple")
 
 
 class TransformerBlock(nn.Module):

@@ -25,8 +25,8 @@ from models.teachers.teacher import (
     TransformersTeacher,
     TransformersTeacherConfig,
 )
-from models.tokenizers.image_tokenizer import ImageTokenizer, TokenizerConfig
-from models.tokenizers.kinds import KINDS, build_tokenizer
+from models.tokenizers.image_tokenizer import ImageTokenizer
+from models.tokenizers.kinds import KINDS, build_tokenizer, tokenizer_config
 from stages.protocol import StageContext
 from storage.digests import canonical_json
 from storage.manifest import FileEntry, Manifest
@@ -197,14 +197,9 @@ def load_tokenizer(store: Store, digest: str) -> ImageTokenizer:
             f"artifact {digest[:12]} is of kind {manifest.kind!r}, not a tokenizer; codes of another project "
             f"(tokenizer.kind=external) can be read, but neither encoded nor decoded"
         )
-    config = TokenizerConfig(**read_json(store, manifest, "tokenizer.json"))
+    config = tokenizer_config(read_json(store, manifest, "tokenizer.json"))
     has_teacher = KINDS[config.kind].needs_teacher
     teacher = load_teacher(store, store.load(manifest.inputs[TEACHER_STAGE])) if has_teacher else None
     tokenizer = build_tokenizer(config, teacher)
     tokenizer.load_state_dict(read_weights(store, manifest))
     return tokenizer.eval().requires_grad_(False)
-
-
-def subset(config: Any, config_class: type[Any]) -> Any:
-    """Extract the model config from a stage config that inherits from it."""
-    return config_class(**{name: getattr(config, name) for name in config_class.model_fields})

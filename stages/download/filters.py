@@ -6,7 +6,7 @@ import unicodedata
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from PIL import Image
-from pydantic import Field, PositiveInt
+from pydantic import Field, PositiveInt, model_validator
 
 from models.config import Config, Fraction
 
@@ -46,6 +46,15 @@ class FilterConfig(Config):
     near_duplicate_bits: Annotated[int, Field(ge=0, lt=HASH_BITS)] | None = None
     """Leave out images whose perceptual hash (64 bits, `imagehash.phash`) differs in at most this many bits from that
     of an earlier image that was kept; `null` keeps them. A few bits find rescaled and recompressed copies."""
+
+    @model_validator(mode="after")
+    def _check_lengths(self) -> FilterConfig:
+        least, most = self.min_caption_characters, self.max_caption_characters
+        if least is not None and most is not None and least > most:
+            raise ValueError(
+                f"min_caption_characters={least} is larger than max_caption_characters={most}; exchange them"
+            )
+        return self
 
 
 def caption_problem(caption: str, filters: FilterConfig) -> str:

@@ -100,7 +100,7 @@ class DownloadConfig(Config):
     one again and keeps the others; `--retry-failed` adds one."""
     num_workers: RuntimeInt = 1
     """Number of workers, each of which downloads a shard at a time."""
-    threads_per_worker: RuntimeInt = 32
+    connections_per_worker: RuntimeInt = 32
     """Number of concurrent connections of each worker."""
 
     @field_validator("extra_columns")
@@ -185,7 +185,8 @@ def open_source(config: DownloadConfig) -> Source:
         allow_private_addresses=http.allow_private_addresses,
         private_hosts=http.private_hosts,
     )
-    return UrlList(config.url_list, config.url_column, http, guard, config.threads_per_worker, config.tsv_quotes)
+    connections = config.connections_per_worker
+    return UrlList(config.url_list, config.url_column, http, guard, connections, config.tsv_quotes)
 
 
 def read_rows(config: DownloadConfig) -> pa.Table:
@@ -429,7 +430,6 @@ def _external_inputs(config: DownloadConfig) -> dict[str, str]:
 STAGE = Stage(
     name="download",
     section="download",
-    config_class=DownloadConfig,
     inputs=(),
     run=run,
     version=6,  # images as a browser shows them; none without a caption is `ok`; lists and files as people have them

@@ -21,7 +21,7 @@ from stages.evaluate.tasks import TaskFactory
 from stages.evaluate.worker import EvaluationShard, EvaluationWorkerFactory, MeasuredShard
 from stages.mapped.engine import FailureLimit, Job, finish_shards, gather_receipts
 from stages.metrics.measuring import SetDistance, feature_space, weights_inputs
-from stages.protocol import Device, Outcome, RuntimeFloat, RuntimeFraction, RuntimeInt, RuntimeStr, Stage, StageContext
+from stages.protocol import Device, GpuShare, Outcome, RuntimeFraction, RuntimeInt, RuntimeStr, Stage, StageContext
 from stages.runtime.devices import PrecisionConfig, resolve_device
 from storage.code_table import check_tokenizer
 from storage.digests import canonical_json
@@ -67,9 +67,9 @@ class EvaluateConfig(PrecisionConfig):
     stays done, and a run with a higher limit goes on from there."""
     num_workers: RuntimeInt = 1
     """Workers at a time."""
-    gpus_per_worker: RuntimeFloat = 0.0
+    gpus_per_worker: GpuShare = 0.0
     """Share of a GPU that each worker holds; with 0 and `device: auto` all workers of a machine take its first GPU."""
-    threads_per_worker: PositiveInt = 1
+    cpu_threads: PositiveInt = 1
     """CPU threads of each worker; part of the identity of the result as in training."""
     device: Device = "auto"
     """`auto` (a GPU if there is one), `cpu`, `cuda`."""
@@ -162,7 +162,6 @@ def _external_inputs(config: EvaluateConfig) -> dict[str, str]:
 STAGE = Stage(
     name="evaluate",
     section="evaluate",
-    config_class=EvaluateConfig,
     inputs=("download", "prepare_teacher", "train_tokenizer", "tokenize", "sft"),
     run=run,
     version=6,  # SSIM as scikit-image has it; images arrive as sRGB; text is never markup

@@ -60,7 +60,7 @@ class TaskConfig(Protocol):
     images_per_prompt: int
     precision: str
     device: str
-    threads_per_worker: int
+    cpu_threads: int
     inception_weights: str
     lpips_vgg_weights: str
     class_templates: Templates
@@ -120,7 +120,7 @@ class EvaluationTasks:
         self.job = job
         self.config: TaskConfig = job.config
         self.device = resolve_device(self.config.device)
-        torch.set_num_threads(self.config.threads_per_worker)
+        torch.set_num_threads(self.config.cpu_threads)
 
     def measure(self, task: str, rows: list[int]) -> list[dict[str, Any]]:
         """Do one of the tasks, by its name, on some held-out rows."""

@@ -130,7 +130,7 @@ def check_ready(recipe: Recipe, store: Store, executor: Executor, names: list[st
 
 
 def _check_device(config: Any, section: str, executor: Executor) -> None:
-    together = isinstance(config, SharedLoopConfig) and config.num_workers > 1
+    together = isinstance(config, SharedLoopConfig) and config.num_processes > 1
     alone = isinstance(config, LoopConfig) and not together  # runs in this process, wherever workers run
     device = getattr(config, "device", "auto")
     gpus = 0.0 if alone else getattr(config, "gpus_per_worker", 0.0)

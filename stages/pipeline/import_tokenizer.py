@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 
 from safetensors.torch import save_file
-from torch import Tensor
 
 from models.imports.dualtoken import convert_dualtoken
 from models.imports.llamagen import convert_llamagen
 from models.teachers.teacher import TransformersTeacher, TransformersTeacherConfig
-from models.tokenizers.image_tokenizer import TokenizerConfig
-from stages.artifacts.models import described, read_checkpoint, subset
+from models.tokenizers.config import DualTokenConfig, VqganConfig
+from stages.artifacts.models import described, read_checkpoint
 from stages.pipeline.recipe import Recipe
 
 
@@ -34,21 +32,24 @@ def import_weights(checkpoint: Path, recipe: Recipe, out: Path, which: str | Non
             says
             which, and names the keys that do not fit.
     """
-    config = subset(recipe.tokenizer, TokenizerConfig)
-    if config.kind not in ("vqgan", "dualtoken"):
+    given = recipe.tokenizer
+    if not isinstance(given, (VqganConfig, DualTokenConfig)):
         raise ValueError(
-            f"no published checkpoint of tokenizer.kind={config.kind} is known here; vqgan takes LlamaGen's, dualtoken "
+            f"no published checkpoint of tokenizer.kind={given.kind} is known here; vqgan takes LlamaGen's, dualtoken "
             f"DualToken's"
         )
     found = read_checkpoint(checkpoint, "checkpoint", which)
-    convert = convert_llamagen if config.kind == "vqgan" else partial(_dualtoken, recipe=recipe)
-    converted = convert(found.tensors, config)
+    if isinstance(given, VqganConfig):
+        converted = convert_llamagen(found.tensors, given)
+    else:
+        converted = convert_dualtoken(found.tensors, given, _tower(recipe))
     out.parent.mkdir(parents=True, exist_ok=True)
     save_file(converted, out)
     return described(found) if found.taken else ""
 
 
-def _dualtoken(state: dict[str, Tensor], config: TokenizerConfig, recipe: Recipe) -> dict[str, Tensor]:
+def _tower(recipe: Recipe) -> TransformersTeacher:
+    """The teacher whose tower a checkpoint of DualToken starts from."""
     model = recipe.teacher.model
     if not isinstance(model, TransformersTeacherConfig):
         raise ValueError(
@@ -56,4 +57,6 @@ def _dualtoken(state: dict[str, Tensor], config: TokenizerConfig, recipe: Recipe
             f"--set 'teacher.model={{kind: transformers, path: FOLDER}}' with the folder of the SigLIP that it was "
             f"trained from"
         )
-    return convert_dualtoken(state, config, TransformersTeacher(model).freeze())
+    teacher = TransformersTeacher(model)
+    teacher.freeze()
+    return teacher

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterator
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import NonNegativeInt, ValidationError, field_validator, model_validator
+from pydantic import Field, NonNegativeInt, ValidationError, field_validator, model_validator
 
 from models.config import Config
 from stages.artifacts.templates import CAPTION, names_in, unknown_name
 from stages.download import stage as download
 from stages.evaluate import stage as evaluate
-from stages.pipeline.recipe_files import RecipeError, recipe_path, recipe_values
+from stages.pipeline.recipe_errors import explain, worst
+from stages.pipeline.recipe_files import RecipeError, recipe_layers, recipe_path
+from stages.pipeline.tokenizer_kinds import check_kinds, with_kind_resolved
 from stages.prepare_teacher import stage as prepare_teacher
 from stages.pretrain import stage as pretrain
-from stages.protocol import Stage
+from stages.protocol import RuntimeStr, Stage
 from stages.sft import stage as sft
 from stages.tokenize import stage as tokenize
 from stages.train_tokenizer import stage as train_tokenizer
@@ -26,17 +27,15 @@ STAGES: dict[str, Stage[Any]] = {
 }
 """Every stage by name, each after the stages that feed it."""
 
-_LONGEST_VALUE = 100
-"""Characters of a value in an error."""
 _LONGEST_NAME = 100
 
 
 class Recipe(Config):
     """All stage configs and the seed."""
 
-    name: str
+    name: RuntimeStr
     """As in `--recipe NAME`; the report's folder is called by it."""
-    description: str = ""
+    description: RuntimeStr = ""
     """What the recipe is for, one line."""
     seed: NonNegativeInt = 0
     """Seed of every random choice; part of every action key."""
@@ -44,7 +43,7 @@ class Recipe(Config):
     """Where images come from."""
     teacher: prepare_teacher.PrepareTeacherConfig
     """The frozen semantic encoder."""
-    tokenizer: train_tokenizer.TrainTokenizerConfig
+    tokenizer: Annotated[train_tokenizer.TokenizerSection, Field(discriminator="kind")]
     """The image tokenizer and its training."""
     tokenize: tokenize.TokenizeConfig
     """Images to code tables."""
@@ -90,7 +89,8 @@ class Recipe(Config):
 
     def _templates(self) -> Iterator[tuple[str, str]]:
         """Field and value of each template over the columns of the data."""
-        yield "tokenizer.class_name", self.tokenizer.class_name
+        if isinstance(self.tokenizer, train_tokenizer.TrainTokenizerConfig):
+            yield "tokenizer.class_name", self.tokenizer.class_name
         for number, question in enumerate(self.sft.questions):
             yield f"sft.questions.{number}.question", question.question
             yield f"sft.questions.{number}.answer", question.answer
@@ -111,7 +111,10 @@ def load_recipe(name_or_path: str, overrides: list[str] | None = None) -> Recipe
     Raises:
         RecipeError: unknown recipe, unreadable YAML, a field that does not exist or a value that does not fit.
     """
-    return validate_recipe(recipe_values(name_or_path, overrides), str(recipe_path(name_or_path)))
+    layers, where = recipe_layers(name_or_path, overrides), str(recipe_path(name_or_path))
+    recipe = validate_recipe(with_kind_resolved(layers), where)
+    check_kinds(layers, where)
+    return recipe
 
 
 def validate_recipe(values: dict[str, Any], where: str) -> Recipe:
@@ -123,43 +126,4 @@ def validate_recipe(values: dict[str, Any], where: str) -> Recipe:
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
-        raise RecipeError(_explain(error, where)) from error
-
-
-def _explain(error: ValidationError, where: str) -> str:
-    first = error.errors()[0]
-    location = [str(part) for part in first["loc"]]
-    field = ".".join(location)
-    if first["type"] == "extra_forbidden":
-        names = _field_names(location[:-1])
-        close = difflib.get_close_matches(location[-1], names, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else f"the fields are {', '.join(names)}"
-        return f"{where}: unknown field {field!r}; {hint}"
-    if first["type"] == "missing":
-        return f"{where}: field {field!r} is missing; add it to the recipe"
-    if not location:  # of several sections, which it names itself
-        return f"{where}: {first['ctx']['error'] if 'error' in first.get('ctx', {}) else first['msg']}"
-    if isinstance(first["input"], dict) and "error" in first.get("ctx", {}):  # of several fields, which it names itself
-        return f"{where}: section {field!r}: {first['ctx']['error']}"
-    problem = str(first["ctx"]["error"]) if first["type"] == "value_error" else first["msg"]
-    value = repr(first["input"])
-    shown = value if len(value) <= _LONGEST_VALUE else value[:_LONGEST_VALUE] + "..."
-    return f"{where}: field {field!r} has value {shown}: {problem[:1].lower()}{problem[1:]}"
-
-
-def _field_names(location: list[str]) -> list[str]:
-    """Fields of the config class at a location; a union's tag stands in the location as its own part."""
-    classes: list[type[Config]] = [Recipe]
-    for part in location:
-        nested: list[type[Config]] = []
-        for config_class in classes:
-            info = config_class.model_fields.get(part)
-            nested += _config_classes(info.annotation) if info else []
-        classes = nested or classes
-    return sorted({name for config_class in classes for name in config_class.model_fields})
-
-
-def _config_classes(annotation: Any) -> list[type[Config]]:
-    if isinstance(annotation, type) and issubclass(annotation, Config):
-        return [annotation]
-    return [found for argument in getattr(annotation, "__args__", ()) for found in _config_classes(argument)]
+        raise RecipeError(explain(worst(error), Recipe, where)) from error

@@ -5,6 +5,7 @@ This module is light to import; `stages.pipeline.recipe` validates the values of
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -55,11 +56,29 @@ def recipe_values(name_or_path: str, overrides: list[str] | None = None) -> dict
     Raises:
         RecipeError: the recipe is unknown, the YAML is unreadable, or an override is not `section.field=value`.
     """
+    return merged(recipe_layers(name_or_path, overrides))
+
+
+def recipe_layers(name_or_path: str, overrides: list[str] | None = None) -> list[dict[str, Any]]:
+    """What `recipe_values` puts together: the recipes that are extended, the recipe, each override, in this order.
+
+    Each says what it changes of those before it. Arguments and errors as `recipe_values`.
+    """
     path = recipe_path(name_or_path)
-    values = _read(path, ())
-    values.setdefault("name", path.stem)
+    layers = _read(path, ())
+    layers[-1] = {"name": path.stem} | layers[-1]
+    values = merged(layers)
     for override in overrides or []:
-        _apply(values, override)
+        layers.append(_override(values, override))
+        values = merged([values, layers[-1]])
+    return layers
+
+
+def merged(layers: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    """Layers over one another, field by field; lists and other values are replaced whole, `{}` empties a mapping."""
+    values: dict[str, Any] = {}
+    for layer in layers:
+        values = _over(values, layer)
     return values
 
 
@@ -80,8 +99,12 @@ def recipe_path(name_or_path: str) -> Path:
     return RECIPE_FOLDER / f"{name_or_path}.yaml"
 
 
-def _read(path: Path, readers: tuple[Path, ...]) -> dict[str, Any]:
-    """Read the values of a recipe file, merged over those of the recipe that it extends."""
+class _Whole(dict[str, Any]):
+    """Mapping that replaces another one instead of being merged with it, as the value of an override does."""
+
+
+def _read(path: Path, readers: tuple[Path, ...]) -> list[dict[str, Any]]:
+    """Read the values of a recipe file, after those of the recipe that it extends."""
     if path in readers:
         raise RecipeError(f"recipe {path} extends itself; give `extends` the name of another recipe")
     try:
@@ -92,42 +115,44 @@ def _read(path: Path, readers: tuple[Path, ...]) -> dict[str, Any]:
         raise RecipeError(f"recipe {path} is not a mapping of sections; see stages/recipes/mini.yaml")
     base = values.pop("extends", None)
     if base is None:
-        return values
+        return [values]
     if not isinstance(base, str):
         raise RecipeError(f"recipe {path}: `extends` is {base!r}; give the name of one recipe, or a path")
-    inherited = _read(recipe_path(base), (*readers, path))
-    inherited.pop("name", None)
-    return _merged(inherited, values)
+    return [*_read(recipe_path(base), (*readers, path)), values]
 
 
-def _merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    """Merge `changes` over `base`, section by section; lists and other values are replaced, `{}` empties a mapping."""
-    merged = dict(base)
+def _over(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """Merge `changes` over `base`, section by section."""
+    result = dict(base)
     for name, value in changes.items():
-        nested = isinstance(value, dict) and value and isinstance(merged.get(name), dict)
-        merged[name] = _merged(merged[name], value) if nested else value
-    return merged
+        nested = isinstance(value, dict) and value and not isinstance(value, _Whole)
+        result[name] = _over(result[name], value) if nested and isinstance(result.get(name), dict) else value
+    return result
 
 
-def _apply(values: dict[str, Any], override: str) -> None:
+def _override(values: dict[str, Any], override: str) -> dict[str, Any]:
+    """What an override changes of values."""
     target, separator, text = override.partition("=")
     if not separator or not target:
         raise RecipeError(
             f"override {_short(override)} is not of the form section.field=value, for example sft.steps=200"
         )
     *parents, leaf = target.split(".")
-    node = values
+    node: Any = values
     for parent in parents:
-        child = node.get(parent)
-        if child is None:
-            child = node[parent] = {}
-        if not isinstance(child, dict):
+        node = node.get(parent)
+        if node is None:
+            node = {}
+        if not isinstance(node, dict):
             raise RecipeError(f"override {_short(override)}: {parent!r} is a value and has no fields")
-        node = child
     try:
-        node[leaf] = _parsed(text)
+        value = _parsed(text)
     except ValueError as error:
         raise RecipeError(f"override {_short(override)}: {_short(text)} is not a YAML value: {error}") from error
+    changes = {leaf: _Whole(value) if isinstance(value, dict) else value}
+    for parent in reversed(parents):
+        changes = {parent: changes}
+    return changes
 
 
 def _parsed(text: str) -> Any:

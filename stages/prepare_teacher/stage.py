@@ -268,7 +268,6 @@ def _external_inputs(config: PrepareTeacherConfig) -> dict[str, str]:
 STAGE = Stage(
     name="prepare_teacher",
     section="teacher",
-    config_class=PrepareTeacherConfig,
     inputs=("download",),
     run=run,
     version=3,  # images of all depths and colour profiles arrive as sRGB

@@ -120,7 +120,6 @@ def _sequence_maker(config: PretrainConfig) -> SequenceMaker:
 STAGE = Stage(
     name="pretrain",
     section="pretrain",
-    config_class=PretrainConfig,
     inputs=("tokenize",),
     run=run,
     version=5,  # text is never markup, and no longer than the model reads; how rows of a published model's codes start

@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 
 import torch
-from pydantic import NonNegativeFloat, PositiveInt
+from pydantic import NonNegativeFloat, PositiveInt, model_validator
 from torch import Tensor
 
 from models.config import Config, Fraction
@@ -70,6 +70,17 @@ class SftConfig(VlmLoopConfig):
     steps: PositiveInt = 1000
     """Number of optimiser steps."""
 
+    @model_validator(mode="after")
+    def _check_mixture(self) -> SftConfig:
+        """What is drawn from has something in it that can be drawn."""
+        if not self.understanding_weight and not self.generation_weight:
+            raise ValueError("understanding_weight and generation_weight are both 0; give at least one of them weight")
+        if self.understanding_weight and not any(question.weight for question in self.questions):
+            raise ValueError("questions has none with a weight above 0; give one, or set understanding_weight to 0")
+        if self.generation_weight and not self.prompts:
+            raise ValueError("prompts is empty; give one, or set generation_weight to 0")
+        return self
+
 
 def run(context: StageContext[SftConfig]) -> Outcome:
     """Make the `vlm` artifact: a Hugging Face folder, `vocabulary.json` and loss curves."""
@@ -105,10 +116,6 @@ def _texts_of(config: SftConfig, row: dict[str, str]) -> list[tuple[str, ...]]:
 
 def _sequence_maker(config: SftConfig) -> SequenceMaker:
     total = config.understanding_weight + config.generation_weight
-    if total <= 0:
-        raise ValueError(
-            "sft.understanding_weight and sft.generation_weight are both 0; give at least one of them weight"
-        )
     understanding = config.understanding_weight / total
     question_weights = torch.tensor([template.weight for template in config.questions])
 
@@ -139,7 +146,6 @@ def _partly_random(codes: Tensor, part: float, builder: SequenceBuilder) -> Tens
 STAGE = Stage(
     name="sft",
     section="sft",
-    config_class=SftConfig,
     inputs=("tokenize", "pretrain"),
     run=run,
     version=4,  # text is never markup, and no longer than the model reads

@@ -15,7 +15,7 @@ from stages.artifacts import external_codes
 from stages.artifacts.rows import FILTERED
 from stages.artifacts.shards import shards_of
 from stages.mapped.engine import FailureLimit, Job, LeftOut, Shard, finish_shards, gather_receipts
-from stages.protocol import Outcome, RuntimeFloat, RuntimeFraction, RuntimeInt, Stage, StageContext
+from stages.protocol import GpuShare, Outcome, RuntimeFraction, RuntimeInt, Stage, StageContext
 from stages.runtime.devices import Precision, PrecisionConfig
 from stages.tokenize.encoding import EncoderFactory
 from stages.tokenize.worker import EncodedShard, TokenizeWorkerFactory
@@ -46,7 +46,7 @@ class TokenizeConfig(PrecisionConfig):
     """Number of workers, each with an encoder."""
     decode_threads: RuntimeInt = 2
     """Number of threads of each worker that decode its next images."""
-    gpus_per_worker: RuntimeFloat = 0.0
+    gpus_per_worker: GpuShare = 0.0
     """Number of GPUs, or fraction of a GPU, that each encoder reserves; 0 encodes on the CPU."""
     threads_per_worker: RuntimeInt = 2
     """Number of CPU threads of each encoder, each of which encodes its own images."""
@@ -145,7 +145,6 @@ def _unused_inputs(config: TokenizeConfig) -> tuple[str, ...]:
 STAGE = Stage(
     name="tokenize",
     section="tokenize",
-    config_class=TokenizeConfig,
     inputs=("download", "prepare_teacher", "train_tokenizer"),
     unused_inputs=_unused_inputs,
     run=run,

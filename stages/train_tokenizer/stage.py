@@ -7,25 +7,36 @@ import math
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import NonNegativeInt
+from pydantic import NonNegativeInt, model_validator
 from torch import Tensor, nn
 
 from infra.terminal import on_one_line
-from models.config import Fraction
+from models.config import Config, Fraction
 from models.ranks import is_first_rank, mean_terms, num_ranks, own_part, start_equal
 from models.teachers.backbone import BackboneTeacher
 from models.teachers.teacher import Teacher
 from models.teachers.zero_shot import Templates
+from models.tokenizers.config import (
+    DualTokenConfig,
+    SdeConfig,
+    SemanticConfig,
+    TokenFlowConfig,
+    TokenizerConfig,
+    VilaUConfig,
+    VqganConfig,
+)
 from models.tokenizers.convolutional import DISCRIMINATORS
-from models.tokenizers.image_tokenizer import ImageTokenizer, TokenizerConfig, TokenizerOutput
-from models.tokenizers.kinds import KINDS, build_tokenizer
+from models.tokenizers.image_tokenizer import ImageTokenizer, TokenizerOutput
+from models.tokenizers.kinds import KINDS, build_tokenizer, tokenizer_config
 from models.tokenizers.losses import (
     BackbonePerceptualDistance,
+    ContrastiveLossConfig,
     LossConfig,
+    SemanticLossConfig,
     adaptive_weight,
     contrastive_loss,
     generator_loss,
@@ -35,7 +46,7 @@ from models.tokenizers.losses import (
 from models.transforms import CropConfig, RandomCrop, normalise, to_pixels
 from stages.artifacts import external_codes
 from stages.artifacts.images import BatchReader, ImageSource
-from stages.artifacts.models import load_teacher, put_json, put_weights, read_state, subset
+from stages.artifacts.models import load_teacher, put_json, put_weights, read_state
 from stages.artifacts.rows import TEST, TRAIN
 from stages.artifacts.templates import Template, fill_row
 from stages.metrics.measuring import ZeroShot, feature_space, lpips_distance, perceptual_of, weights_inputs
@@ -58,23 +69,18 @@ _FEATURE_CACHE_BYTES = 2 << 30
 
 
 class TrainTokenizerConfig(SharedLoopConfig, TokenizerConfig):
-    """The tokenizer (fields of `TokenizerConfig`), its loss and its training."""
+    """The tokenizer, its loss and its training: what all kinds have that are trained here."""
 
     loss: LossConfig = LossConfig()
     """Terms of the loss and their weights."""
     discriminator_optimiser: OptimiserConfig = OptimiserConfig(weight_decay=0.0)
     """Optimiser of the discriminator."""
-    tower_learning_rate_fraction: Fraction = 1.0
-    """Learning rate of the trained copy of the teacher's tower, as a fraction of the learning rate: a rate that suits
-    the new parts can destroy its pretrained weights."""
     decode_threads: RuntimeInt = 2
     """Number of threads that read and decode the images of the next step."""
     horizontal_flip: bool = True
     """Whether half of the training images are mirrored."""
     random_crop: CropConfig = CropConfig()
     """Random crops of the training images, sampled again at every use."""
-    codes: RuntimeStr = ""
-    """Folder of the codes of `kind: external`; its content enters the action key, not its path."""
     weights: RuntimeStr = ""
     """Initial weights, a `.safetensors` file of `musevl import-tokenizer`; its content enters the action key, not its
     path. With `steps: 0` they are used without training."""
@@ -94,15 +100,91 @@ class TrainTokenizerConfig(SharedLoopConfig, TokenizerConfig):
     ema_decay: Fraction = 0.0
     """Decay of the exponential moving average of the weights, which the artifact then holds; 0 turns it off."""
 
+    @model_validator(mode="after")
+    def _check_weights(self) -> TrainTokenizerConfig:
+        if not self.steps and not self.weights:
+            raise ValueError("steps=0 trains nothing; give weights, or steps")
+        return self
+
     def needs_fp32(self, inputs: Mapping[str, Manifest]) -> bool:
         """Return True also for weights that are used without training (`steps: 0`), as they encode in fp32 as well."""
         return not self.steps or super().needs_fp32(inputs)
 
 
-def run(context: StageContext[TrainTokenizerConfig]) -> Outcome:
+class TrainTowerConfig(TrainTokenizerConfig):
+    """Training of the kinds that can encode with a copy of the teacher's tower."""
+
+    tower_learning_rate_fraction: Fraction = 1.0
+    """Learning rate of the trained copy of the teacher's tower, as a fraction of the learning rate: a rate that suits
+    the new parts can destroy its pretrained weights."""
+
+
+# A kind's own class comes first: of fields that both bases have, `kind` among them, pydantic takes the first one's.
+
+
+class TrainVqganConfig(VqganConfig, TrainTokenizerConfig):
+    """The image branch alone: LlamaGen's VQ-16."""
+
+
+class TrainSdeConfig(SdeConfig, TrainTowerConfig):
+    """MUSE-VL's Semantic Discrete Encoding: the teacher's features are added before quantization (eq. 1-2)."""
+
+    loss: SemanticLossConfig = SemanticLossConfig()
+    """Terms of the loss and their weights."""
+
+
+class TrainSemanticConfig(SemanticConfig, TrainTokenizerConfig):
+    """The semantic branch alone, MUSE-VL's ablation."""
+
+    loss: SemanticLossConfig = SemanticLossConfig()
+    """Terms of the loss and their weights."""
+
+
+class TrainTokenFlowConfig(TokenFlowConfig, TrainTowerConfig):
+    """TokenFlow: a semantic and a pixel table with a shared index."""
+
+    loss: SemanticLossConfig = SemanticLossConfig()
+    """Terms of the loss and their weights."""
+
+
+class TrainDualTokenConfig(DualTokenConfig, TrainTowerConfig):
+    """DualToken: residual codes of shallow and of deep features, each in its own book."""
+
+    loss: SemanticLossConfig = SemanticLossConfig()
+    """Terms of the loss and their weights."""
+
+
+class TrainVilaUConfig(VilaUConfig, TrainTowerConfig):
+    """VILA-U: residual codes of deep features, aligned with the captions."""
+
+    loss: ContrastiveLossConfig = ContrastiveLossConfig()
+    """Terms of the loss and their weights."""
+
+
+class ExternalCodesConfig(Config):
+    """Codes of a tokenizer outside this project."""
+
+    kind: Literal["external"] = "external"
+    """Selects this kind."""
+    codes: RuntimeStr
+    """Folder of the codes; its content enters the action key, not its path."""
+
+
+TokenizerSection = (
+    TrainVqganConfig
+    | TrainSdeConfig
+    | TrainSemanticConfig
+    | TrainTokenFlowConfig
+    | TrainDualTokenConfig
+    | TrainVilaUConfig
+    | ExternalCodesConfig
+)
+"""What the section `tokenizer` of a recipe can be; its `kind` says which."""
+
+
+def run(context: StageContext[TokenizerSection]) -> Outcome:
     """Make the `tokenizer` artifact: `tokenizer.json`, weights and loss curves, and metrics on the held-out split."""
-    config = context.config
-    if config.kind == "external":
+    if isinstance(context.config, ExternalCodesConfig):
         return external_codes.keep(context)
     return run_shared(context, _train)
 
@@ -124,7 +206,7 @@ def _train(context: StageContext[TrainTokenizerConfig]) -> Outcome | None:
     for name, value in found.metrics.items():
         history.add(config.steps, f"held_out_{name}", value)
     files = [
-        put_json(context.store, subset(config, TokenizerConfig).model_dump(mode="json"), "tokenizer.json"),
+        put_json(context.store, tokenizer.config.model_dump(mode="json"), "tokenizer.json"),
         put_weights(context, tokenizer),
         history.save(context),
     ]
@@ -140,22 +222,22 @@ class TokenizerTraining:
         self.config, self.source = config, source
         self.device = resolve_device(config.device)
         self.teacher = teacher.to(self.device) if teacher is not None else None
-        self.tokenizer = build_tokenizer(subset(config, TokenizerConfig), self.teacher).to(self.device)
+        self.tokenizer = build_tokenizer(tokenizer_config(config.model_dump()), self.teacher).to(self.device)
         if config.weights:
             _load_weights(self.tokenizer, config.weights)
         loss = config.loss
-        if loss.pooled_weight and not (self.tokenizer.has_semantic_branch and self.tokenizer.embeds_codes):
+        pooled_weight = loss.pooled_weight if isinstance(loss, SemanticLossConfig) else 0.0
+        if pooled_weight and not (self.tokenizer.has_semantic_branch and self.tokenizer.embeds_codes):
             raise ValueError(
-                f"tokenizer.loss.pooled_weight={loss.pooled_weight} needs a kind that predicts the teacher's features "
+                f"tokenizer.loss.pooled_weight={pooled_weight} needs a kind that predicts the teacher's features "
                 f"and a teacher that can pool them: SigLIP, or a backbone whose head has keep_backbone (which pools "
                 f"its final features alone, tokenizer.semantic_layer=null); set it to 0"
             )
         discriminator = DISCRIMINATORS[loss.discriminator]
         self.discriminator = discriminator(loss.discriminator_channels, loss.discriminator_layers).to(self.device)
         start_equal(self.tokenizer, self.discriminator)
-        self.optimiser = build_optimiser(
-            self.tokenizer, config.optimiser, {"tower": config.tower_learning_rate_fraction}
-        )
+        slower = {"tower": config.tower_learning_rate_fraction} if isinstance(config, TrainTowerConfig) else {}
+        self.optimiser = build_optimiser(self.tokenizer, config.optimiser, slower)
         self.discriminator_optimiser = build_optimiser(self.discriminator, config.discriminator_optimiser)
         self.perceptual = _perceptual_distance(loss, self.teacher)
         self.average = (
@@ -249,6 +331,7 @@ class TokenizerTraining:
             reconstruction = reconstruction + weights.perceptual_weight * terms["perceptual"]
         loss = reconstruction + output.quantizer_loss
         if output.semantic_prediction is not None and output.semantic_target is not None:
+            assert isinstance(weights, SemanticLossConfig), "the kind decodes features"
             terms["semantic"] = semantic_loss(output.semantic_prediction, output.semantic_target)
             semantic = terms["semantic"]
             if weights.semantic_mse_weight:
@@ -256,9 +339,9 @@ class TokenizerTraining:
                 semantic = semantic + weights.semantic_mse_weight * terms["semantic_mse"]
             loss = loss + weights.semantic_weight * semantic
             if weights.pooled_weight:
-                loss = loss + weights.pooled_weight * self._pooled_loss(output, terms)
+                loss = loss + weights.pooled_weight * self._pooled_loss(output, terms, weights)
         if output.image_embedding is not None:
-            assert self.teacher is not None, "the kind was built with it"
+            assert self.teacher is not None and isinstance(weights, ContrastiveLossConfig), "the kind is aligned"
             texts = self.teacher.embed_texts([self.source.captions[row] for row in rows])
             terms["contrastive"] = contrastive_loss(output.image_embedding, texts, self.tokenizer.logit_scale)
             loss = loss + weights.contrastive_weight * terms["contrastive"]
@@ -273,17 +356,17 @@ class TokenizerTraining:
             loss = loss + scale * terms["adversarial"]
         return loss, terms
 
-    def _pooled_loss(self, output: TokenizerOutput, terms: dict[str, Tensor]) -> Tensor:
+    def _pooled_loss(self, output: TokenizerOutput, terms: dict[str, Tensor], weights: SemanticLossConfig) -> Tensor:
         """Compute DualToken's semantic loss on pooled vectors (released code, stage 1), and record its `terms`."""
         assert output.semantic_prediction is not None and output.semantic_target is not None
         predicted = self.tokenizer.pooled_prediction(output.semantic_prediction).float()
         with torch.no_grad():
             target = self.tokenizer.pooled_target(output.semantic_target).float()
         terms["pooled"] = semantic_loss(predicted, target)
-        if not self.config.loss.semantic_mse_weight:
+        if not weights.semantic_mse_weight:
             return terms["pooled"]
         terms["pooled_mse"] = F.mse_loss(predicted, target)
-        return terms["pooled"] + self.config.loss.semantic_mse_weight * terms["pooled_mse"]
+        return terms["pooled"] + weights.semantic_mse_weight * terms["pooled_mse"]
 
     def _train_discriminator(self, drawn: Tensor, images: Tensor, step: int) -> Tensor:
         weights = self.config.loss
@@ -391,22 +474,20 @@ def _held_out(context: StageContext[TrainTokenizerConfig], training: TokenizerTr
     return HeldOut(source, split, space, task, perceptual_of(training.perceptual), device, config.precision)
 
 
-def _external_inputs(config: TrainTokenizerConfig) -> dict[str, str]:
-    if config.kind == "external":
+def _external_inputs(config: TokenizerSection) -> dict[str, str]:
+    if isinstance(config, ExternalCodesConfig):
         return external_codes.content_of(config.codes)
     given = weights_inputs("tokenizer", inception_weights=config.inception_weights)
     if not config.weights:
-        if not config.steps:
-            raise ValueError("tokenizer.steps=0 trains nothing; give tokenizer.weights, or steps")
         return given
     if not Path(config.weights).is_file():
         raise ValueError(f"tokenizer.weights={config.weights!r} does not exist; `musevl import-tokenizer` writes it")
     return given | {"weights": sha256_file(config.weights)}
 
 
-def _unused_inputs(config: TrainTokenizerConfig) -> tuple[str, ...]:
+def _unused_inputs(config: TokenizerSection) -> tuple[str, ...]:
     """Return the teacher as unused if neither the kind nor the perceptual distance needs it, since it only measures."""
-    if config.kind != "external":
+    if not isinstance(config, ExternalCodesConfig):
         looks_through_it = config.loss.perceptual == "backbone" and config.loss.perceptual_weight > 0
         if looks_through_it or KINDS[config.kind].needs_teacher:
             return ()
@@ -416,7 +497,6 @@ def _unused_inputs(config: TrainTokenizerConfig) -> tuple[str, ...]:
 STAGE = Stage(
     name="train_tokenizer",
     section="tokenizer",
-    config_class=TrainTokenizerConfig,
     inputs=("download", "prepare_teacher"),
     unused_inputs=_unused_inputs,
     run=run,

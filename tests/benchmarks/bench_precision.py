@@ -13,9 +13,7 @@ from torch import nn
 
 from models.language.vlm import build_small_llm
 from models.language.vocabulary import extend_tokenizer, train_bpe
-from models.tokenizers.image_tokenizer import TokenizerConfig
-from models.tokenizers.kinds import build_tokenizer
-from stages.artifacts.models import subset
+from models.tokenizers.kinds import build_tokenizer, tokenizer_config
 from stages.pipeline.recipe import Recipe, load_recipe
 from stages.runtime.devices import Precision, autocast, native_precision
 from tests.benchmarks.measuring import measure, report
@@ -54,7 +52,7 @@ def _cases(recipe: Recipe) -> dict[str, Case]:
         "linear layer, 256 to 768, 2688 tokens": (nn.Linear(256, 768), (2688, 256)),
     }
     cases: dict[str, Case] = {name: _forward(layer, torch.randn(shape)) for name, (layer, shape) in layers.items()}
-    config = subset(recipe.tokenizer, TokenizerConfig).model_copy(update={"kind": "vqgan"})
+    config = tokenizer_config(recipe.tokenizer.model_dump() | {"kind": "vqgan"})
     tokenizer = build_tokenizer(config, None).eval()
     side = config.transform.image_size
     cases["encoding 8 images with mini's image encoder"] = _forward(tokenizer.encode, torch.rand(8, 3, side, side))

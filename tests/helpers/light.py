@@ -16,9 +16,8 @@ import yaml
 from PIL import Image
 from safetensors.torch import save_file
 
-from models.tokenizers.image_tokenizer import TokenizerConfig
-from models.tokenizers.kinds import build_tokenizer
-from stages.artifacts.models import WEIGHTS, put_json, subset
+from models.tokenizers.kinds import build_tokenizer, tokenizer_config
+from stages.artifacts.models import WEIGHTS, put_json
 from stages.pipeline.recipe import STAGES, Recipe, load_recipe
 from stages.protocol import normalised_config
 from stages.runtime.devices import with_precision
@@ -106,7 +105,7 @@ def _fill(store: Store, recipe: Recipe, shards: list[list[ImageSample]]) -> dict
         metrics = {"num_ok": sum(map(len, shards))}
         _commit(store, recipe, "download", "image_shards", images, digests, metrics)
         _commit(store, recipe, "prepare_teacher", "teacher", [], digests)
-        config = subset(recipe.tokenizer, TokenizerConfig)
+        config = tokenizer_config(recipe.tokenizer.model_dump())
         torch.manual_seed(0)
         tokenizer = build_tokenizer(config, None)
         files = [put_json(store, config.model_dump(mode="json"), "tokenizer.json")]

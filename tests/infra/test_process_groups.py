@@ -99,7 +99,7 @@ def _die() -> None:
 def test_gpus_that_are_not_there_are_an_error() -> None:
     if torch.cuda.device_count() >= 64:
         pytest.skip("this machine has them")
-    with pytest.raises(ValueError, match=r"64 workers.*num_workers"):
+    with pytest.raises(ValueError, match=r"64 processes.*num_processes"):
         LocalExecutor().run_together(_ranks, num_processes=64, num_gpus=1)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from typing import Annotated
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from pydantic import NonNegativeInt
+from pydantic import AfterValidator, NonNegativeInt
 
 from infra.sample_data.server import SAMPLE_LIST, SampleServer
 from models.config import Config
@@ -38,6 +39,15 @@ _TRIES = 2
 _ROOT = Path(__file__).resolve().parents[3]
 
 
+def _host_and_port(text: str) -> str:
+    if not re.fullmatch(r"[^\s/]+:\d{1,5}", text):
+        raise ValueError("input should be a host and its port, for example mirror.local:8080")
+    return text
+
+
+HostPort = Annotated[str, AfterValidator(_host_and_port)]
+
+
 class HttpConfig(Config):
     """Rate limits and safety of HTTP requests to the hosts of a URL list."""
 
@@ -50,7 +60,7 @@ class HttpConfig(Config):
     allow_private_addresses: bool = False
     """Whether to connect to private and loopback addresses, and to read `file:` URLs. An untrusted list must not reach
     what only this machine or its network can access."""
-    private_hosts: tuple[str, ...] = ()
+    private_hosts: tuple[HostPort, ...] = ()
     """Hosts as `name:port` that are permitted although their addresses are not public, such as a mirror of your own."""
     opt_out_directives: tuple[str, ...] = ("noai", "noimageai", "noindex", "noimageindex")
     """Directives of the X-Robots-Tag header with which an image is not used."""
@@ -125,8 +135,8 @@ class UrlList:
             shutil.rmtree(folder)
         raise ChildProcessError(
             f"the process that fetched its {len(urls)} URLs {problem} ({_TRIES} times); if the machine ran out of "
-            "memory, lower download.threads_per_worker, .num_workers or .max_bytes; else look at these URLs. The same "
-            "command continues from there: finished shards are kept"
+            "memory, lower download.connections_per_worker, .num_workers or .max_bytes; else look at these URLs. The "
+            "same command continues from there: finished shards are kept"
         )
 
     def _try(self, urls: list[str], guard: Guard, scratch: Path) -> str:

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from models.imports.dualtoken import convert_dualtoken
 from models.teachers.teacher import Teacher, TransformersTeacher, TransformersTeacherConfig
+from models.tokenizers.config import DualTokenConfig
 from models.tokenizers.convolutional import ConvConfig
-from models.tokenizers.image_tokenizer import TokenizerConfig
 from models.tokenizers.kinds import build_tokenizer
 from models.tokenizers.quantizers import ResidualQuantizerConfig
 from models.transforms import TransformConfig
@@ -32,10 +32,9 @@ from tests.helpers.dualtoken import (
 )
 
 
-def config(**fields: Any) -> TokenizerConfig:
+def config(**fields: Any) -> DualTokenConfig:
     residual: dict[str, Any] = {"codebook_size": CODES, "code_dim": CODE_DIM, "depth": DEPTH}
-    return TokenizerConfig(
-        kind="dualtoken",
+    return DualTokenConfig(
         transform=TransformConfig(image_size=SIDE),
         conv=ConvConfig(
             channels=CHANNELS, channel_multipliers=(1, 1), decoder_blocks=2, latent_channels=LATENT, encoder_blocks=1
@@ -101,8 +100,6 @@ def test_keys_that_do_not_fit_are_named(reference: DualTokenReference, teacher: 
 
 
 def test_what_the_layout_needs_is_said(reference: DualTokenReference, teacher: Teacher, stub_teacher: Teacher) -> None:
-    with pytest.raises(ValueError, match="kind=dualtoken, the recipe has sde"):
-        convert_dualtoken(reference.state, TokenizerConfig(kind="sde"), teacher)
     for fields in ({"released_layout": False}, {"semantic_layer": None}):
         with pytest.raises(ValueError, match="need tokenizer.released_layout=true"):
             convert_dualtoken(reference.state, config(**fields), teacher)

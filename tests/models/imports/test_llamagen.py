@@ -8,21 +8,21 @@ import pytest
 import torch
 
 from models.imports.llamagen import convert_llamagen
+from models.tokenizers.config import VqganConfig
 from models.tokenizers.convolutional import ConvConfig
-from models.tokenizers.image_tokenizer import TokenizerConfig
 from models.tokenizers.kinds import build_tokenizer
 from models.tokenizers.quantizers import QuantizerConfig
 from models.transforms import TransformConfig
 from tests.helpers.llamagen import CODES, DIM, LATENT, MULTIPLIERS, WIDTH, Reference
 
 
-def config(**fields: Any) -> TokenizerConfig:
+def config(**fields: Any) -> VqganConfig:
     conv = ConvConfig(
         channels=WIDTH, channel_multipliers=MULTIPLIERS, encoder_blocks=2, decoder_blocks=3, latent_channels=LATENT
     )
     quantizer = QuantizerConfig(codebook_size=CODES, code_dim=DIM, update="gradient")
-    defaults: dict[str, Any] = {"kind": "vqgan", "conv": conv, "quantizer": quantizer}
-    return TokenizerConfig(transform=TransformConfig(image_size=16), **(defaults | fields))
+    defaults: dict[str, Any] = {"conv": conv, "quantizer": quantizer}
+    return VqganConfig(transform=TransformConfig(image_size=16), **(defaults | fields))
 
 
 @pytest.fixture(scope="module")
@@ -95,8 +95,3 @@ def test_a_part_of_a_larger_model_is_found_by_its_names(reference: Reference) ->
     expected = convert_llamagen(reference.state, config())
     for name, value in convert_llamagen(state, config()).items():
         assert torch.equal(value, expected[name])
-
-
-def test_another_kind_is_refused(reference: Reference) -> None:
-    with pytest.raises(ValueError, match="kind=vqgan, the recipe has sde"):
-        convert_llamagen(reference.state, config(kind="sde"))

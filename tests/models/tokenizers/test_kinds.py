@@ -7,16 +7,17 @@ from torch import Tensor
 
 from models.teachers.backbone import AlignedHeadConfig, BackboneTeacher, BackboneTeacherConfig
 from models.teachers.teacher import Teacher
+from models.tokenizers.config import TokenizerConfig
 from models.tokenizers.convolutional import ConvConfig
-from models.tokenizers.image_tokenizer import ImageTokenizer, TokenizerConfig, semantic_cosine
-from models.tokenizers.kinds import KINDS, build_tokenizer
+from models.tokenizers.image_tokenizer import ImageTokenizer, semantic_cosine
+from models.tokenizers.kinds import KINDS, build_tokenizer, tokenizer_config
 from models.tokenizers.losses import contrastive_loss
 from models.tokenizers.quantizers import QuantizerConfig, ResidualQuantizerConfig
 from models.tokenizers.transformer import SemanticDecoderConfig
 from models.transforms import TransformConfig
 
 
-def small_config(**fields: Any) -> TokenizerConfig:
+def small_config(kind: str = "sde", **fields: Any) -> TokenizerConfig:
     defaults: dict[str, Any] = {
         "transform": TransformConfig(image_size=32),
         "conv": ConvConfig(
@@ -28,7 +29,10 @@ def small_config(**fields: Any) -> TokenizerConfig:
         "semantic_layer": None,
         "semantic_decoder": SemanticDecoderConfig(width=16, depth=1, heads=2),
     }
-    return TokenizerConfig(**defaults | fields)
+    config_class = KINDS[kind].config_class
+    return config_class(
+        **{name: value for name, value in defaults.items() if name in config_class.model_fields} | fields
+    )
 
 
 SEMANTIC = ["dualtoken", "sde", "semantic", "tokenflow"]
@@ -122,7 +126,7 @@ def test_a_missing_teacher_is_refused(kind: str) -> None:
 
 
 def test_an_image_size_that_does_not_divide_is_refused() -> None:
-    with pytest.raises(ValueError, match="image_size=34 is not a multiple of the encoder's downsampling 4"):
+    with pytest.raises(ValueError, match="image_size=34 is not a multiple of the downsampling 4"):
         make(None, kind="vqgan", transform=TransformConfig(image_size=34))
 
 
@@ -324,7 +328,7 @@ class TestVilaUAsReleased:
     def test_what_does_not_fit_is_refused_by_field(self, pooling_teacher: Teacher, stub_teacher: Teacher) -> None:
         with pytest.raises(ValueError, match=r"set tokenizer\.residual\.code_dim to 12, it is 4"):
             self.make(pooling_teacher, code_dim=4)
-        with pytest.raises(ValueError, match=r"tokenizer\.semantic_layer=None: give a layer"):
+        with pytest.raises(ValueError, match=r"quantizes the features of semantic_layer; give a layer"):
             self.make(pooling_teacher, layer=None)
         with pytest.raises(ValueError, match="of a SigLIP"):
             self.make(stub_teacher)
@@ -391,6 +395,12 @@ def test_codes_without_an_embedding_say_so(kind: str, stub_teacher: Teacher, ima
     assert not tokenizer.embeds_codes
     with pytest.raises(ValueError, match="no semantic branch|cannot pool its features"):
         tokenizer.embed_codes(tokenizer.encode(images))
+
+
+def test_a_config_of_before_the_kinds_had_their_own_fields_is_read() -> None:
+    config = small_config("dualtoken")
+    of_all_kinds = small_config().model_dump() | {"semantic_code_dim": 32} | config.model_dump()
+    assert tokenizer_config(of_all_kinds) == config
 
 
 def test_semantic_cosine_is_the_mean_over_positions() -> None:

@@ -256,7 +256,7 @@ def test_a_fetch_process_that_dies_twice_is_an_error_that_names_the_shard(
 ) -> None:
     _deaths(2, monkeypatch)
     config = DownloadConfig(url_list=write_list(tmp_path / "list.csv", "http://127.0.0.1:1", ["red.png"]))
-    with pytest.raises(ChildProcessError, match=r"shard 00000 .* exit code -9.*\(2 times\).*threads_per_worker"):
+    with pytest.raises(ChildProcessError, match=r"shard 00000 .* exit code -9.*\(2 times\).*connections_per_worker"):
         run(config)
 
 

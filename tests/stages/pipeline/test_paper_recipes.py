@@ -7,9 +7,8 @@ import torch
 
 from models.imports.llamagen import _rules, convert_llamagen
 from models.teachers.teacher import OpenClipTeacher, OpenClipTeacherConfig
-from models.tokenizers.image_tokenizer import ImageTokenizer, TokenizerConfig
-from models.tokenizers.kinds import KINDS, build_tokenizer
-from stages.artifacts.models import subset
+from models.tokenizers.image_tokenizer import ImageTokenizer
+from models.tokenizers.kinds import KINDS, build_tokenizer, tokenizer_config
 from stages.pipeline.recipe import load_recipe
 from stages.pipeline.recipe_files import available_recipes
 from stages.training.loop import schedule
@@ -51,7 +50,7 @@ def build(name: str) -> ImageTokenizer:
     assert recipe.teacher.model.kind == "open_clip"
     teacher = teacher_of(recipe.teacher.model.name)
     with torch.device("meta"):
-        return build_tokenizer(subset(recipe.tokenizer, TokenizerConfig), teacher)
+        return build_tokenizer(tokenizer_config(recipe.tokenizer.model_dump()), teacher)
 
 
 def parameters(module: torch.nn.Module) -> int:
@@ -149,7 +148,7 @@ def test_vq_8_names_the_setting_with_which_it_is_imported() -> None:
     """LlamaGen's other public tokenizer, by shapes alone, against the recipe of VQ-16."""
     setting = "tokenizer.conv.channel_multipliers=[1,2,2,4]"
     vq_8, vq_16 = (
-        subset(load_recipe("paper-vqgan-256", given).tokenizer, TokenizerConfig) for given in ([setting], [])
+        tokenizer_config(load_recipe("paper-vqgan-256", given).tokenizer.model_dump()) for given in ([setting], [])
     )
     with torch.device("meta"):
         tokenizer = build_tokenizer(vq_8)

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from stages.pipeline.recipe import STAGES, load_recipe
+from stages.pipeline.recipe_errors import RENAMED
 from stages.pipeline.recipe_files import STAGE_NAMES, RecipeError, available_recipes
 
 
@@ -55,8 +56,22 @@ def test_a_recipe_can_be_a_file_and_takes_its_name_from_it(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("sft.setps=3", "unknown field 'sft.setps'; did you mean 'steps'?"),
-        ("tokenizer.quantizer.codebok_size=3", "did you mean 'codebook_size'?"),
+        ("sft.setps=3", "unknown field 'sft.setps'; did you mean 'sft.steps'?"),
+        ("tokenizer.quantizer.codebok_size=3", "did you mean 'tokenizer.quantizer.codebook_size'?"),
+        ("sft.learning_rate=1", "unknown field 'sft.learning_rate'; did you mean 'sft.optimiser.learning_rate'?"),
+        (
+            "tokenizer.learning_rate=1",
+            "did you mean 'tokenizer.optimiser.learning_rate' or 'tokenizer.discriminator_optimiser.learning_rate'?",
+        ),
+        ("sft.optimiser.steps=3", "unknown field 'sft.optimiser.steps'; did you mean 'sft.steps'?"),
+        ("sft.codebook_size=3", "did you mean 'tokenizer.quantizer.codebook_size' or 'tokenizer.residual."),
+        ("temprature=1", "unknown field 'temprature'; did you mean 'evaluate.sampling.temperature'?"),
+        ("teacher.model.heads=3", "unknown field 'teacher.model.heads'; did you mean 'teacher.model.head'?"),
+        ("teacher.model.pretrained=x", "kind 'backbone' has no such field, it is one of 'open_clip'"),
+        ("teacher.model={kind: open_clop}", "field 'teacher.model.kind' has value 'open_clop': input should be "),
+        ("teacher.model={kind: open_clop}", "; did you mean 'open_clip'?"),
+        ("teacher.model={}", "field 'teacher.model.kind' is missing; it is one of 'backbone', "),
+        ("sft.questions=[{question: a, anser: b}]", "did you mean 'sft.questions.0.answer'?"),
         ("tokenizr.steps=3", "unknown field 'tokenizr'; did you mean 'tokenizer'?"),
         ("sft.zzz=3", "unknown field 'sft.zzz'; the fields are "),
         ("sft.steps=many", "field 'sft.steps' has value 'many'"),
@@ -75,6 +90,13 @@ def test_a_wrong_override_is_named_in_one_line(override: str, message: str) -> N
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 1000
+
+
+@pytest.mark.parametrize(("old", "new"), RENAMED.items())
+def test_a_field_that_was_renamed_is_answered_with_its_new_name(old: str, new: str) -> None:
+    with pytest.raises(RecipeError, match=f"unknown field '{old}'; its name is '{new}' now"):
+        load_recipe("mini", [f"{old}=2"])
+    load_recipe("mini", [f"{new}=2"])
 
 
 @pytest.mark.parametrize(

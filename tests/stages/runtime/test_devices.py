@@ -83,7 +83,7 @@ def test_auto_on_a_gpu_is_bf16_where_it_is_not_emulated(
 
 def test_workers_with_a_gpu_count_as_one_where_this_process_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu(monkeypatch)
-    shared = ["pretrain.num_workers=2", "pretrain.gpus_per_worker=1", "evaluate.gpus_per_worker=0.5"]
+    shared = ["pretrain.num_processes=2", "pretrain.gpus_per_worker=1", "evaluate.gpus_per_worker=0.5"]
     recipe = load_recipe("tiny", [*shared, "tokenize.gpus_per_worker=1"])
     for section in ("pretrain", "tokenize", "evaluate"):
         assert with_precision(getattr(recipe, section), {}).precision == "bf16"

@@ -47,9 +47,9 @@ def points(store: Store, result: StageResult) -> dict[tuple[int, str], float]:
 @pytest.mark.parametrize(
     ("stage", "settings", "split"),
     [
-        ("train_tokenizer", (*TOKENIZER, "tokenizer.kind=sde"), "tokenizer.num_workers=2"),
-        ("train_tokenizer", (*TOKENIZER, "tokenizer.kind=vila_u"), "tokenizer.num_workers=2"),
-        ("pretrain", PRETRAIN, "pretrain.num_workers=2"),
+        ("train_tokenizer", (*TOKENIZER, "tokenizer.kind=sde"), "tokenizer.num_processes=2"),
+        ("train_tokenizer", (*TOKENIZER, "tokenizer.kind=vila_u"), "tokenizer.num_processes=2"),
+        ("pretrain", PRETRAIN, "pretrain.num_processes=2"),
         ("pretrain", PRETRAIN, "pretrain.micro_batch_size=5"),
     ],
     ids=["sde", "vila_u", "pretrain", "micro-batches"],
@@ -83,10 +83,10 @@ def test_activations_that_are_computed_again_give_the_same_result(tiny_run: Tiny
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (["num_workers=3"], "batch_size=16 cannot be divided equally among num_workers=3"),
-        (["num_workers=2", "gpus_per_worker=0.5"], "gpus_per_worker=0.5.*cannot share a GPU"),
-        (["num_workers=2", "gpus_per_worker=1", "device=cpu"], "device=cpu does not fit gpus_per_worker=1"),
-        (["num_workers=2", "device=cuda"], "device=cuda does not fit gpus_per_worker=0"),
+        (["num_processes=3"], "batch_size=16 cannot be divided equally among num_processes=3"),
+        (["num_processes=2", "gpus_per_worker=0.5"], "gpus_per_worker=0.5.*cannot share a GPU"),
+        (["num_processes=2", "gpus_per_worker=1", "device=cpu"], "device=cpu does not fit gpus_per_worker=1"),
+        (["num_processes=2", "device=cuda"], "device=cuda does not fit gpus_per_worker=0"),
     ],
 )
 def test_workers_that_cannot_share_a_batch_are_refused(settings: list[str], message: str) -> None:
@@ -97,7 +97,7 @@ def test_workers_that_cannot_share_a_batch_are_refused(settings: list[str], mess
 def test_a_loss_that_is_not_finite_names_the_batch_of_all_workers(tiny_run: TinyRun, tmp_path: Path) -> None:
     store = tiny_run.store_before("train_tokenizer", tmp_path / "store")
     settings = [
-        "tokenizer.num_workers=2",
+        "tokenizer.num_processes=2",
         "tokenizer.optimiser.learning_rate=1e30",
         "tokenizer.optimiser.warmup_steps=0",
         "tokenizer.cpu_threads=1",
@@ -123,7 +123,7 @@ def _wait_for_a_checkpoint(process: subprocess.Popen[str], store: Store, key: st
 def test_a_run_whose_worker_or_driver_is_killed_and_one_on_ray_end_with_one_digest(
     tiny_run: TinyRun, tmp_path: Path
 ) -> None:
-    settings = ("tokenizer.num_workers=2", "tokenizer.cpu_threads=1")
+    settings = ("tokenizer.num_processes=2", "tokenizer.cpu_threads=1")
     recipe = load_recipe("tiny", list(settings))
     ray = RayExecutor(num_cpus=2)
     try:
