@@ -10,7 +10,7 @@ from collections.abc import Callable
 from collections.abc import Sequence as Listing
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -118,7 +118,7 @@ class EvaluationTasks:
 
     def __init__(self, job: TaskFactory) -> None:
         self.job = job
-        self.config: TaskConfig = job.config
+        self.config = cast(TaskConfig, job.config)
         self.device = resolve_device(self.config.device)
         torch.set_num_threads(self.config.cpu_threads)
 

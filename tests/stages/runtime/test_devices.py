@@ -105,7 +105,7 @@ def test_no_recipe_that_ships_asks_for_bf16_where_it_may_be_emulated() -> None:
 def test_weights_taken_as_imported_are_measured_and_encoded_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu(monkeypatch, avx512_bf16=True)
     imported = manifest("train_tokenizer", steps=0)
-    recipe = load_recipe("tiny", ["tokenizer.kind=vqgan", "tokenizer.steps=0"])
+    recipe = load_recipe("tiny", ["tokenizer.kind=vqgan", "tokenizer.steps=0", "tokenizer.weights=theirs.safetensors"])
     assert [config.precision for config in acceptable_precisions(recipe.tokenizer, {})] == ["fp32"]
     for config in (recipe.tokenize, recipe.evaluate):
         assert [found.precision for found in acceptable_precisions(config, imported)] == ["fp32"]
