@@ -8,6 +8,7 @@ from prefect import flow
 
 from flows.pipeline import full_pipeline
 from flows.report.comparison import overrides_of
+from stages.pipeline.recipe import load_recipe
 
 
 @flow(name="compare-tokenizers", flow_run_name="{recipe}", persist_result=False)
@@ -28,9 +29,12 @@ def compare_tokenizers(
         store: folder or s3://bucket/prefix; default MUSEVL_STORE, else `.musevl/store`.
         overrides: `section.field=value` strings for every run.
         executor: executor of mapped work: `ray`, or `local` for this process alone.
+
+    Raises:
+        RecipeError: one of the runs has a wrong recipe; none is started then.
     """
-    for seed in seeds:
-        for kind in kinds:
-            full_pipeline(
-                recipe=recipe, store=store, overrides=overrides_of(kind, seed, overrides or []), executor=executor
-            )
+    runs = [overrides_of(kind, seed, overrides or []) for seed in seeds for kind in kinds]
+    for given in runs:
+        load_recipe(recipe, given)  # a mistake in the last one is not found out after hours of the others
+    for given in runs:
+        full_pipeline(recipe=recipe, store=store, overrides=given, executor=executor)

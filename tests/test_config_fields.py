@@ -62,7 +62,9 @@ class ReadAttributes(Plugin):
 
     def get_attribute_hook(self, fullname: str) -> Callable[[AttributeContext], Type]:
         def note(context: AttributeContext) -> Type:
-            if isinstance(context.context, MemberExpr):  # else it is a declaration; configs are frozen, so nothing assigns
+            if isinstance(
+                context.context, MemberExpr
+            ):  # else it is a declaration; configs are frozen, so nothing assigns
                 self.found.add(fullname)
             return context.default_attr_type
 
