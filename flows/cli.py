@@ -546,20 +546,25 @@ def _check_image_target(path: Path) -> None:
 
 
 def _read_metrics(store: Store, digest: str) -> list[dict[str, Any]]:
-    from storage.tables import read_table
+    from storage.tables import read_metrics
 
-    manifest = store.load(digest)
-    rows = read_table(store.fetch(manifest.file("metrics.parquet"))).to_pylist()
-    return [row | {"settings": json.loads(row["settings"])} for row in rows]
+    return read_metrics(store.fetch(store.load(digest).file("metrics.parquet")))
 
 
 def _metrics_text(rows: list[dict[str, Any]]) -> str:
+    from stages.metrics.catalogue import direction_of, full_name, text_of
+
     cells = []
     for row in rows:
-        interval = "" if row["ci_low"] is None else f"{row['ci_low']:.4g} to {row['ci_high']:.4g}"
-        cells.append([row["model"], row["benchmark"], row["split"], row["metric"], f"{row['value']:.4g}", interval])
-        cells[-1].append(str(row["num_samples"]))
-    return text_table(["model", "benchmark", "split", "metric", "value", "interval", "samples"], cells)
+        name = full_name(row["metric"], row["qualifier"])
+        value, low, high = (
+            "" if row[key] is None else text_of(name, row[key]) for key in ("value", "ci_low", "ci_high")
+        )
+        interval = f"{low} to {high}" if low else ""
+        cells.append([row["model"], row["role"], row["benchmark"], row["split"], name, value, interval])
+        cells[-1] += [direction_of(name), str(row["num_samples"])]
+    header = ["model", "role", "benchmark", "split", "metric", "value", "interval", "better", "samples"]
+    return text_table(header, cells)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ metadata holds the rest as JSON under `musevl`. Shapes: B samples, N books, D de
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from math import log2, prod
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -63,11 +63,6 @@ class CodeTableInfo:
     def dtype(self) -> np.dtype[Any]:
         """The smallest unsigned integer type that holds every code."""
         return np.min_scalar_type(max(self.codebook_sizes) - 1)
-
-    @property
-    def bits_per_image(self) -> float:
-        """Upper bound of the information in one image's codes: the sum of log2 of the codebook size over all codes."""
-        return prod(self.code_shape[1:]) * sum(log2(size) for size in self.codebook_sizes)
 
     def to_bytes(self) -> bytes:
         """Return the info as canonical JSON."""

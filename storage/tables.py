@@ -1,8 +1,9 @@
 """The schemas and checks of the tables in artifacts, and deterministic writing of Parquet."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -33,18 +34,32 @@ columns of the data set (concept, category, style, split ...) may follow."""
 METRICS_SCHEMA = pa.schema(
     [
         pa.field("model", pa.string(), nullable=False),
+        pa.field("role", pa.string(), nullable=False),
         pa.field("benchmark", pa.string(), nullable=False),
         pa.field("split", pa.string(), nullable=False),
         pa.field("metric", pa.string(), nullable=False),
+        pa.field("qualifier", pa.string(), nullable=False),
         pa.field("value", pa.float64(), nullable=False),
         pa.field("ci_low", pa.float64()),
         pa.field("ci_high", pa.float64()),
-        pa.field("num_samples", pa.int64(), nullable=False),
+        pa.field("num_samples", pa.int64()),
         pa.field("settings", pa.string(), nullable=False),
     ]
 )
-"""One row per model, benchmark, split and metric. `settings` is canonical JSON with everything that a comparison needs:
-crop, image format, guidance convention and scale, sampling."""
+"""One row per model, benchmark, split, metric and qualifier. The qualifier tells the numbers of one metric apart (the
+codebook, say), and is empty where there is one. `role` is one of `ROLES`. `settings` is canonical JSON with all that a
+comparison needs: crop, image format, guidance convention and scale, sampling."""
+
+Role = Literal["ours", "baseline", "ceiling", "published"]
+OURS: Role = "ours"
+"""The model that is evaluated."""
+BASELINE: Role = "baseline"
+"""A simpler way to the same number, which ours should beat."""
+CEILING: Role = "ceiling"
+"""The best that can be hoped for with the same teacher or images."""
+PUBLISHED: Role = "published"
+"""A paper's number, quoted; how many samples it is of need not be known."""
+ROLES: tuple[Role, ...] = (OURS, BASELINE, CEILING, PUBLISHED)
 
 
 def image_metadata_table(rows: Sequence[dict[str, Any]], extra_columns: Sequence[str] = ()) -> pa.Table:
@@ -86,11 +101,16 @@ def validate_image_metadata(table: pa.Table) -> None:
 
 
 def validate_metrics(table: pa.Table) -> None:
-    """Raise ValueError unless `table` has exactly the metrics schema and no two rows measure the same thing."""
+    """Raise ValueError unless `table` has exactly the metrics schema, known roles, and one row for each number."""
     _check_leading_columns(table, METRICS_SCHEMA, "metrics")
     if table.num_columns != len(METRICS_SCHEMA):
         raise ValueError(f"metrics: extra columns {table.column_names[len(METRICS_SCHEMA) :]}; put them into settings")
-    _check_unique(table, ["model", "benchmark", "split", "metric", "settings"], "metrics")
+    if unknown := sorted(set(table["role"].to_pylist()) - set(ROLES)):
+        raise ValueError(f"metrics: the roles {unknown} are none of {list(ROLES)}")
+    measured = table.filter(pc.not_equal(table["role"], PUBLISHED))
+    if missing := measured["num_samples"].null_count:
+        raise ValueError(f"metrics: {missing} rows that are not published lack num_samples; say how many were measured")
+    _check_unique(table, ["model", "role", "benchmark", "split", "metric", "qualifier", "settings"], "metrics")
 
 
 def write_table(table: pa.Table, path: str | Path) -> None:
@@ -120,6 +140,20 @@ def read_table(path: str | Path, columns: Sequence[str] | None = None) -> pa.Tab
         if columns is not None and (unknown := sorted(set(columns) - set(file.schema_arrow.names))):
             raise ValueError(f"{path} has no columns {unknown}; it has {file.schema_arrow.names}")
         return file.read(columns=None if columns is None else list(columns))
+
+
+def read_metrics(path: str | Path) -> list[dict[str, Any]]:
+    """The rows of a metrics table, with their settings as dicts.
+
+    Raises:
+        ValueError: the file has another layout, as that of an older version has.
+    """
+    table = read_table(path)
+    try:
+        validate_metrics(table)
+    except ValueError as error:
+        raise ValueError(f"{error}; another version wrote this table, so run the stage that makes it again") from error
+    return [row | {"settings": json.loads(row["settings"])} for row in table.to_pylist()]
 
 
 def _table_of(rows: Sequence[dict[str, Any]], schema: pa.Schema, what: str) -> pa.Table:

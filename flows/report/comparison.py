@@ -12,34 +12,23 @@ import pyarrow as pa
 
 from flows.report.code_pictures import CodeStrip
 from flows.report.data import Picture, picture, strips_of
+from flows.report.published import ABLATIONS, ALL_KINDS, PapersTable
 from flows.text import text_table
-from stages.metrics.measuring import FRECHET_TEACHER, RFID
+from stages.metrics.catalogue import CATALOGUE, Metric, metric_of
 from stages.pipeline.execution import require_artifact
 from stages.pipeline.recipe import load_recipe
 from storage.manifest import Manifest
 from storage.store import Store
-from storage.tables import read_table, write_table
+from storage.tables import OURS, metrics_table, read_metrics, read_table, write_table
 
 BASELINE = "vqgan"
 """The kind that gaps are counted from."""
 MAX_PICTURES = 16
 
-COLUMNS: tuple[tuple[str, str, str, float, str], ...] = (
-    ("understanding", "accuracy_same_category", "same category %", 100, ".1f"),
-    ("understanding", "accuracy_random", "random %", 100, ".1f"),
-    ("generation", "recognition", "drawing %", 100, ".1f"),
-    ("zero_shot", "accuracy_top1", "zero-shot %", 100, ".1f"),
-    ("reconstruction", "psnr", "PSNR dB", 1, ".2f"),
-    ("reconstruction", "ssim", "SSIM", 1, ".3f"),
-    ("reconstruction", RFID, "rFID", 1, ".2f"),
-    ("reconstruction", FRECHET_TEACHER, "Fréchet, teacher", 1, ".3f"),
-    ("reconstruction", "semantic_cosine", "cosine", 1, ".3f"),
-    ("reconstruction", "codebook_usage", "codebook %", 100, ".0f"),
-    ("reconstruction", "bits_per_image", "bits an image", 1, ",.0f"),
-)
-"""Benchmark, metric, heading, factor and format of each column."""
-_ONE_OF_TWO = {RFID, FRECHET_TEACHER}
-"""Shown where they were measured: which of them depends on whether Inception's weights were given."""
+Column = tuple[str, str, str]
+"""Benchmark, metric and qualifier: what a column of the tables shows."""
+FIRST: Column = ("understanding", "accuracy", "same_category")
+"""The first column, in which gaps are counted."""
 
 VARIANTS: dict[str, tuple[str, ...]] = {
     "sde-image": ("tokenizer.kind=sde", "tokenizer.semantic_branch=false", "tokenizer.loss.pooled_weight=0"),
@@ -57,35 +46,6 @@ EXTERNAL = "external="
 """`external=FOLDER` stands for the codes of another project's tokenizer."""
 
 
-@dataclass(frozen=True)
-class Ablation:
-    """A paper's table that is printed where all its rows were compared."""
-
-    title: str
-    rows: tuple[tuple[str, str, str], ...]
-    """Kind, name of the row, published value."""
-
-
-ABLATIONS = (
-    Ablation(
-        "image branch, semantic branch (MUSE-VL; published: mean of MMBench, SEED and MMStar)",
-        (("sde-image", "image only", "43.1"), ("semantic", "semantic only", "62.7"), ("sde", "both (SDE)", "63.6")),
-    ),
-    Ablation(
-        "where the two losses stand (DualToken; published: zero-shot accuracy, rFID)",
-        (
-            ("dualtoken-deep", "both deep", "72.3, 3.86"),
-            ("dualtoken-reconstruction", "reconstruction only", "-, 0.29"),
-            ("dualtoken", "split layers", "82.0, 0.25"),
-        ),
-    ),
-)
-"""Sources: arXiv 2411.17762 and arXiv 2503.14324. The order of the rows compares with ours, the numbers do not."""
-
-PUBLISHED = {"vqgan": "34.6", "sde": "60.8"}
-"""Mean of MMBench, SEED and MMStar with one language model and data (arXiv 2411.17762), beside our main table."""
-
-
 def overrides_of(kind: str, seed: int, overrides: list[str]) -> list[str]:
     """The overrides of one run of a comparison."""
     settings = VARIANTS.get(kind, (f"tokenizer.kind={kind}",))
@@ -94,9 +54,9 @@ def overrides_of(kind: str, seed: int, overrides: list[str]) -> list[str]:
     return [*overrides, *settings, f"seed={seed}"]
 
 
-def model_of(kind: str) -> str:
-    """What the metric rows of a kind call it: the value of `tokenizer.kind`."""
-    return "external" if kind.startswith(EXTERNAL) else kind.split("-")[0]
+def column_of(row: dict[str, Any]) -> Column:
+    """The column that a metric row belongs to."""
+    return row["benchmark"], row["metric"], row["qualifier"]
 
 
 @dataclass(frozen=True)
@@ -110,10 +70,10 @@ class Run:
     rows: list[dict[str, Any]]
     """Its metric rows."""
 
-    def value(self, benchmark: str, metric: str) -> float | None:
+    def value(self, column: Column) -> float | None:
         """A metric of this tokenizer itself, not of a baseline."""
         for row in self.rows:
-            if (row["model"], row["benchmark"], row["metric"]) == (model_of(self.kind), benchmark, metric):
+            if row["role"] == OURS and column_of(row) == column:
                 return float(row["value"])
         return None
 
@@ -127,9 +87,9 @@ class Comparison:
     seeds: list[int]
     runs: list[Run]
 
-    def values(self, kind: str, benchmark: str, metric: str) -> list[float]:
+    def values(self, kind: str, column: Column) -> list[float]:
         """One value a seed, in the order of the seeds; empty where the kind has no such metric."""
-        found = [run.value(benchmark, metric) for run in self.runs if run.kind == kind]
+        found = [run.value(column) for run in self.runs if run.kind == kind]
         return [value for value in found if value is not None]
 
     @property
@@ -138,44 +98,47 @@ class Comparison:
         return [run for run in self.runs if run.seed == self.seeds[0]]
 
     @property
-    def columns(self) -> list[tuple[str, str, str, float, str]]:
-        """Those of `COLUMNS` that this comparison shows."""
-        return [
-            column
-            for column in COLUMNS
-            if column[1] not in _ONE_OF_TWO or any(run.value(*column[:2]) is not None for run in self.runs)
+    def columns(self) -> list[Column]:
+        """What the tables show: the first column, then each metric that has one in the catalogue and a value here."""
+        measured = {column_of(row) for run in self.runs for row in run.rows if row["role"] == OURS}
+        return [FIRST] + [
+            (benchmark, metric.name, qualifier)
+            for metric in CATALOGUE.values()
+            for qualifier in metric.columns
+            for benchmark in sorted({benchmark for benchmark, *_ in measured})
+            if (benchmark, metric.name, qualifier) in measured - {FIRST}
         ]
 
     @property
     def header(self) -> list[str]:
         """Headings of all tables."""
-        first, *others = (column[2] for column in self.columns)
+        first, *others = (metric_of(metric).columns[qualifier] for _, metric, qualifier in self.columns)
         return ["tokenizer", first, f"over {BASELINE}", "published", *others]
+
+    @property
+    def papers_tables(self) -> list[PapersTable]:
+        """The papers' tables whose rows were all compared; the first is of all kinds."""
+        return [ALL_KINDS, *(table for table in ABLATIONS if set(table.names) <= set(self.kinds))]
 
     def tables(self) -> list[tuple[str, list[list[str]]]]:
         """Title and lines of each table: all kinds, then each ablation whose rows were all compared."""
-        main = [self._line(kind, kind, PUBLISHED.get(kind, "")) for kind in self.kinds]
-        title = "same language model, data and steps (published: MUSE-VL's mean of MMBench, SEED and MMStar)"
-        found = [(title, main)]
-        for ablation in ABLATIONS:
-            if {kind for kind, _, _ in ablation.rows} <= set(self.kinds):
-                found.append((ablation.title, [self._line(*row) for row in ablation.rows]))
+        found = []
+        for table in self.papers_tables:
+            names = {kind: kind for kind in self.kinds} if table is ALL_KINDS else table.names
+            lines = [self._line(kind, name, table.published(kind)) for kind, name in names.items()]
+            found.append((table.title, lines))
         return found
 
     def _line(self, kind: str, name: str, published: str) -> list[str]:
-        first, *others = [
-            spread([factor * value for value in self.values(kind, benchmark, metric)], form)
-            for benchmark, metric, _, factor, form in self.columns
-        ]
+        first, *others = [spread(self.values(kind, column), metric_of(column[1])) for column in self.columns]
         return [name, first, self._gap(kind), published, *others]
 
     def _gap(self, kind: str) -> str:
-        """Same-category points over the baseline, seed by seed."""
+        """Points over the baseline in the first column, seed by seed."""
         if kind == BASELINE or BASELINE not in self.kinds:
             return ""
-        benchmark, metric = COLUMNS[0][:2]
-        pairs = zip(self.values(kind, benchmark, metric), self.values(BASELINE, benchmark, metric), strict=True)
-        return spread([100 * (own - other) for own, other in pairs], "+.1f")
+        pairs = zip(self.values(kind, FIRST), self.values(BASELINE, FIRST), strict=True)
+        return spread([own - other for own, other in pairs], metric_of(FIRST[1]), "+")
 
     def text(self) -> str:
         """Both tables for a terminal."""
@@ -186,22 +149,38 @@ class Comparison:
         return "\n\n".join(parts)
 
     def save(self, path: Path) -> None:
-        """Write every metric row of every run as Parquet, with kind, seed and the evaluation's digest."""
-        rows = [
-            {"kind": run.kind, "seed": run.seed, "evaluation": run.evaluation.digest, **row}
-            for run in self.runs
-            for row in run.rows
-        ]
+        """Write every metric row of every run as Parquet, with kind, seed and the evaluation's digest.
+
+        The papers' rows follow, without seed and evaluation.
+        """
+        parts = [_labelled(run.rows, run.kind, run.seed, run.evaluation.digest) for run in self.runs]
+        parts += [_labelled([row], row["model"], None, None) for table in self.papers_tables for row in table.rows]
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_table(pa.Table.from_pylist(rows), path)
+        write_table(pa.concat_tables(parts), path)
 
 
-def spread(values: Sequence[float], form: str) -> str:
-    """A mean, and with several values their standard deviation; '-' without any."""
+_LABELS = pa.schema([("kind", pa.string()), ("seed", pa.int64()), ("evaluation", pa.string())])
+
+
+def _labelled(rows: list[dict[str, Any]], *labels: str | int | None) -> pa.Table:
+    """Metric rows behind what a comparison adds to each."""
+    table = metrics_table(rows)
+    columns = [pa.array([label] * len(rows), field.type) for label, field in zip(labels, _LABELS, strict=True)]
+    return pa.table([*columns, *table.columns], pa.schema([*_LABELS, *table.schema]))
+
+
+def spread(values: Sequence[float], metric: Metric, sign: str = "") -> str:
+    """A mean of a metric's values, and with several of them their standard deviation; '-' without any.
+
+    Args:
+        values: of the seeds.
+        metric: says how they are shown.
+        sign: `+` where they are differences.
+    """
     if not values:
         return "-"
-    mean = f"{statistics.fmean(values):{form}}"
-    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):{form.removeprefix('+')}}"
+    mean = metric.number(statistics.fmean(values), sign)
+    return mean if len(values) == 1 else f"{mean} ± {metric.number(statistics.stdev(values))}"
 
 
 def collect_comparison(
@@ -217,7 +196,7 @@ def collect_comparison(
         for kind in kinds:
             loaded = load_recipe(recipe, overrides_of(kind, seed, overrides))
             evaluation = require_artifact("evaluate", loaded, store, needed_by="the comparison")
-            rows = read_table(store.fetch(evaluation.file("metrics.parquet"))).to_pylist()
+            rows = read_metrics(store.fetch(evaluation.file("metrics.parquet")))
             runs.append(Run(kind, seed, evaluation, rows))
     return Comparison(load_recipe(recipe, overrides).name, kinds, seeds, runs)
 
@@ -242,7 +221,7 @@ def code_pages(comparison: Comparison, store: Store) -> list[tuple[str, list[tup
 
 def side_by_side(comparison: Comparison, store: Store) -> list[SideBySide]:
     """Evenly spaced held-out images with the reconstructions of the first seed's tokenizers."""
-    first = [run for run in comparison.first_runs if model_of(run.kind) != "external"]  # nothing decodes given codes
+    first = [run for run in comparison.first_runs if not run.kind.startswith(EXTERNAL)]  # nothing decodes given codes
     if not first:
         return []
     tables = [read_table(store.fetch(run.evaluation.file("reconstructions.parquet"))) for run in first]

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import base64
-import json
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,9 +13,10 @@ import pyarrow as pa
 from flows.report.code_pictures import CodeStrip, code_strips
 from models.images import decode_image
 from stages.artifacts.shards import METADATA
+from stages.metrics.catalogue import HELD_OUT_CURVE, direction_of, find_metric, full_name, text_of
 from storage.manifest import Manifest
 from storage.store import Store
-from storage.tables import read_table
+from storage.tables import BASELINE, OURS, read_metrics, read_table
 
 MAX_SHOWN = 24
 """Most reconstructions, prompts and questions on the page; evenly spaced ones where there are more."""
@@ -26,17 +25,6 @@ TRAINED_STAGES = ("prepare_teacher", "train_tokenizer", "pretrain", "sft")
 SHORT_DIGEST = 12
 CHANCE = "chance"
 """The setting of a metric row that says what guessing would score; shown as a baseline."""
-
-_BASELINE = re.compile(
-    r"baseline|chance|random|majority|most.frequent|constant|untrained|shuffled|blind|text.only|original|ceiling|"
-    r"oracle|teacher|held.out|real.images|mean.image",
-    re.IGNORECASE,
-)
-_PERCENT = re.compile(r"accuracy|(?<!learning_)rate|recall|precision|recognition|usage|fraction|share", re.IGNORECASE)
-_LOWER_IS_BETTER = re.compile(
-    r"loss|fid|kid|frechet|lpips|perceptual|mse|mae|^l1|^l2|error|distance|divergence|bits|^perplexity", re.IGNORECASE
-)
-_HIGHER_IS_BETTER = re.compile(r"psnr|ssim|score|cosine|similarity|codebook_perplexity", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -61,6 +49,7 @@ class Value:
     """One measured number."""
 
     model: str
+    role: str
     text: str
     """The number as shown."""
     interval: str
@@ -73,16 +62,26 @@ class Value:
 
 @dataclass(frozen=True)
 class MetricLine:
-    """One metric of one benchmark: our value with the baselines beside it."""
+    """One metric of one benchmark: our value, and beside it those of baselines, ceilings and papers."""
 
     metric: str
+    """With its qualifier, as `full_name` writes them."""
     split: str
-    direction: str
-    """'up' or 'down' for better, or ''."""
     value: Value
-    baselines: list[Value]
-    num_samples: int
+    beside: list[Value]
+    num_samples: int | None
     settings: dict[str, Any]
+
+    @property
+    def direction(self) -> str:
+        """Which values are better, or ''."""
+        return direction_of(self.metric)
+
+    @property
+    def meaning(self) -> str:
+        """What is measured."""
+        metric = find_metric(self.metric)
+        return "" if metric is None else metric.meaning
 
 
 @dataclass(frozen=True)
@@ -121,6 +120,11 @@ class Curve:
     name: str
     steps: list[int]
     values: list[float]
+
+    @property
+    def last(self) -> str:
+        """The last value as shown."""
+        return text_of(self.name.removeprefix(HELD_OUT_CURVE), self.values[-1])
 
 
 @dataclass(frozen=True)
@@ -235,7 +239,9 @@ def collect(
         seed=seed,
         written=written,
         stages=[_stage_line(name, artifact, inputs.get(name, ()), runs) for name, artifact in artifacts.items()],
-        benchmarks=None if evaluation is None else benchmarks_of(_rows(store, evaluation, "metrics.parquet")),
+        benchmarks=None
+        if evaluation is None
+        else benchmarks_of(read_metrics(store.fetch(evaluation.file("metrics.parquet")))),
         reconstructions=None if evaluation is None else _reconstructions(store, evaluation),
         drawings=None if evaluation is None else _drawings(store, evaluation),
         answers=None if evaluation is None else _answers(store, evaluation),
@@ -252,25 +258,22 @@ def collect(
 
 
 def benchmarks_of(rows: Sequence[dict[str, Any]]) -> list[Benchmark]:
-    """Group the rows of a metrics table, in its order, with baselines beside the value that they explain.
+    """Group the rows of a metrics table, in its order, with the others' values beside ours.
 
-    A row is a baseline when its model's name says so ("chance", "majority", "teacher" ...) or when another model comes
-    first for the same metric; several settings of one model stay lines of their own. What guessing would score
-    (`chance` in the settings) is a baseline too.
+    Several settings of one model stay lines of their own. What guessing would score (`chance` in the settings) is shown
+    as a baseline. Where no row is ours, each has a line.
     """
     by_benchmark: dict[str, dict[tuple[str, str], list[dict[str, Any]]]] = {}
     for row in rows:
         groups = by_benchmark.setdefault(row["benchmark"], {})
-        groups.setdefault((row["metric"], row["split"]), []).append(row)
+        groups.setdefault((full_name(row["metric"], row["qualifier"]), row["split"]), []).append(row)
     return [
-        Benchmark(name, [line for group in groups.values() for line in _metric_lines(group)])
+        Benchmark(name, [line for (metric, _), group in groups.items() for line in _metric_lines(metric, group)])
         for name, groups in by_benchmark.items()
     ]
 
 
-def _metric_lines(group: list[dict[str, Any]]) -> list[MetricLine]:
-    ours = next((row["model"] for row in group if not _BASELINE.search(row["model"])), group[0]["model"])
-    metric = group[0]["metric"]
+def _metric_lines(metric: str, group: list[dict[str, Any]]) -> list[MetricLine]:
     low, high = _scale(metric, group)
 
     def percent(value: float | None) -> float | None:
@@ -281,54 +284,31 @@ def _metric_lines(group: list[dict[str, Any]]) -> list[MetricLine]:
     def shown(row: dict[str, Any]) -> Value:
         ends = [row["ci_low"], row["ci_high"]]
         has_interval = all(end is not None for end in ends)
-        interval = " – ".join(format_value(metric, end) for end in ends) if has_interval else ""
-        text = format_value(metric, row["value"])
-        return Value(row["model"], text, interval, percent(row["value"]) or 0.0, percent(ends[0]), percent(ends[1]))
+        interval = " – ".join(text_of(metric, end) for end in ends) if has_interval else ""
+        text, position = text_of(metric, row["value"]), percent(row["value"]) or 0.0
+        return Value(row["model"], row["role"], text, interval, position, percent(ends[0]), percent(ends[1]))
 
-    baselines = [shown(row) for row in group if row["model"] != ours]
+    ours = [row for row in group if row["role"] == OURS]
+    others = [shown(row) for row in group if row["role"] != OURS] if ours else []
     lines = []
-    for row in group:
-        if row["model"] != ours:
-            continue
-        settings = json.loads(row["settings"])
-        chance = settings.get(CHANCE)
-        beside = baselines
-        if isinstance(chance, (int, float)) and all(value.model != CHANCE for value in baselines):
-            beside = [shown(row | {"model": CHANCE, "value": chance, "ci_low": None, "ci_high": None}), *baselines]
-        lines.append(
-            MetricLine(metric, row["split"], direction(metric), shown(row), beside, row["num_samples"], settings)
-        )
+    for row in ours or group:
+        chance = row["settings"].get(CHANCE)
+        beside = others
+        if isinstance(chance, (int, float)) and all(value.model != CHANCE for value in others):
+            guess = {"model": CHANCE, "role": BASELINE, "value": chance, "ci_low": None, "ci_high": None}
+            beside = [shown(guess), *others]
+        lines.append(MetricLine(metric, row["split"], shown(row), beside, row["num_samples"], row["settings"]))
     return lines
 
 
 def _scale(metric: str, group: list[dict[str, Any]]) -> tuple[float, float]:
     numbers = [row[key] for row in group for key in ("value", "ci_low", "ci_high") if row[key] is not None]
     numbers = [number for number in numbers if math.isfinite(number)] or [0.0]
-    if _PERCENT.search(metric) and min(numbers) >= 0 and max(numbers) <= 1:
+    found = find_metric(metric)
+    if found is not None and found.unit == "%" and min(numbers) >= 0 and max(numbers) <= 1:
         return 0.0, 1.0
     low, high = min(0.0, *numbers), max(0.0, *numbers)
     return low, low + ((high - low) * 1.1 or 1.0)
-
-
-def format_value(metric: str, value: float) -> str:
-    """A number as the page shows it: percent for shares, dB for PSNR, four digits otherwise."""
-    if not math.isfinite(value):
-        return str(value)
-    if _PERCENT.search(metric) and -1 <= value <= 1:
-        return f"{100 * value:.1f}\u00a0%"
-    if "psnr" in metric.lower():
-        return f"{value:.2f}\u00a0dB"
-    if value and (abs(value) >= 1e5 or abs(value) < 1e-3):
-        return f"{value:.2e}"
-    digits = max(0, 3 - math.floor(math.log10(abs(value)))) if value else 0
-    return f"{value:,.{min(digits, 4)}f}"
-
-
-def direction(metric: str) -> str:
-    """Which way is better: 'up', 'down', or '' where the name does not say."""
-    if _LOWER_IS_BETTER.search(metric):
-        return "down"
-    return "up" if _HIGHER_IS_BETTER.search(metric) or _PERCENT.search(metric) else ""
 
 
 def duration(seconds: float) -> str:
@@ -352,10 +332,6 @@ def picture(data: bytes) -> Picture:
 def strips_of(store: Store, table: Manifest, download: Manifest) -> list[tuple[CodeStrip, Picture]]:
     """Some codes of a table and the patches that carry them."""
     return [(strip, picture(strip.png)) for strip in code_strips(store, table, download)]
-
-
-def _rows(store: Store, manifest: Manifest, path: str) -> list[dict[str, Any]]:
-    return read_table(store.fetch(manifest.file(path))).to_pylist()
 
 
 def _table(store: Store, manifest: Manifest, path: str) -> pa.Table | None:
@@ -457,7 +433,8 @@ def _curves(store: Store, artifact: Manifest) -> list[Curve]:
         curve.steps.append(row["step"])
         curve.values.append(row["value"])
     return [
-        curves[name] for name in sorted(curves, key=lambda name: (name != "loss", name.startswith("held_out"), name))
+        curves[name]
+        for name in sorted(curves, key=lambda name: (name != "loss", name.startswith(HELD_OUT_CURVE), name))
     ]
 
 
@@ -486,7 +463,7 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
         if isinstance(value, dict):
             flat += _flat(value, f"{prefix}{name}.")
         elif isinstance(value, float):
-            flat.append((prefix + name, format_value(name, value)))
+            flat.append((prefix + name, text_of(name, value)))
         elif isinstance(value, (int, str)):
             flat.append((prefix + name, str(value)))
     return flat

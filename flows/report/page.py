@@ -20,7 +20,6 @@ from flows.report.data import (
     ReportData,
     StageLine,
     duration,
-    format_value,
 )
 from infra.terminal import printable
 
@@ -69,7 +68,7 @@ def _render(template: str, **values: Any) -> str:
         # a page has no more use for control characters and changes of direction than a terminal
         finalize=lambda value: printable(value, lines=True) if type(value) is str else value,
     )
-    environment.filters |= {"words": _words, "duration": duration, "bytes": _bytes, "number": format_value}
+    environment.filters |= {"words": _words, "metric_name": _metric_name, "duration": duration, "bytes": _bytes}
     return environment.get_template(template).render(**values)
 
 
@@ -93,6 +92,10 @@ def _lineage(stages: list[StageLine]) -> Markup:
 
 def _words(name: str) -> str:
     return name.replace("_", " ")
+
+
+def _metric_name(name: str) -> str:
+    return _words(name).replace(".", ", ")
 
 
 def _bytes(size: int) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -126,9 +127,35 @@ def ssim(pixels: Tensor, references: Tensor, rule: SsimRule = SSIM_WANG) -> Tens
     return (similar / ((mean_x.square() + mean_y.square() + c1) * (var_x + var_y + c2))).mean((1, 2, 3)).float()
 
 
+class ImagePairMetric(NamedTuple):
+    """A metric of each pair of a reconstruction and its original."""
+
+    measure: Callable[[Tensor, Tensor], Tensor]
+    """Two uint8 `[B, 3, H, W]` -> `[B]`."""
+    settings: dict[str, Any]
+    """What should be reported with the metric."""
+
+
+IMAGE_PAIR_METRICS: Mapping[str, ImagePairMetric] = {
+    "psnr": ImagePairMetric(psnr, {"rule": "mean of per-image dB"}),
+    "ssim": ImagePairMetric(ssim, SSIM_WANG.settings),
+    "ssim_llamagen": ImagePairMetric(
+        functools.partial(ssim, rule=SSIM_LLAMAGEN),
+        SSIM_LLAMAGEN.settings | {"rule": "LlamaGen's and TokenFlow's; their range inflates it"},
+    ),
+}
+"""Metrics that need nothing but the two images, by name; each is measured for every held-out image."""
+
+
 def codebook_statistics(codes: Tensor, codebook_size: int) -> CodebookStatistics:
     """Compute usage and perplexity of integer codes of any shape; with several ranks, of the codes of all ranks."""
-    counts = sum_over_ranks(torch.bincount(codes.flatten(), minlength=codebook_size).double())
+    return statistics_of_counts(sum_over_ranks(torch.bincount(codes.flatten(), minlength=codebook_size).double()))
+
+
+def statistics_of_counts(counts: Tensor) -> CodebookStatistics:
+    """Compute usage and perplexity from the number of times that each code occurs, `[K]`; both are 0 if none does."""
+    if not counts.any():
+        return CodebookStatistics(0.0, 0.0)
     shares = counts[counts > 0] / counts.sum()
     entropy = -(shares * shares.log()).sum()
     return CodebookStatistics(float((counts > 0).double().mean()), float(entropy.exp()))
@@ -145,16 +172,27 @@ def book_statistics(
         codebook_sizes: the number of codes of each book.
 
     Returns:
-        Statistics by `""` for a single book, else by `_NAME`; those of depths by `_NAME_depth1` and so on.
+        Statistics by `""` for a single book, else by its name; those of depths by `NAME.depth1` and so on, or by
+        `depth1` for a single book.
     """
     found = {}
     for number, (name, size) in enumerate(zip(names, codebook_sizes, strict=True)):
-        label = f"_{name}" if len(names) > 1 else ""
+        label = name if len(names) > 1 else ""
         found[label] = codebook_statistics(codes[:, number], size)
         depths = codes.shape[2]
         for depth in range(depths if depths > 1 else 0):
-            found[f"{label}_depth{depth + 1}"] = codebook_statistics(codes[:, number, depth], size)
+            found[f"{label}.depth{depth + 1}".removeprefix(".")] = codebook_statistics(codes[:, number, depth], size)
     return found
+
+
+def code_bits(code_shape: tuple[int, ...], codebook_sizes: tuple[int, ...]) -> float:
+    """Return the most information that the codes of one image can hold, in bits: the sum of log2 of the codebook sizes.
+
+    Args:
+        code_shape: `(N, D, h, w)`.
+        codebook_sizes: the number of codes of each of the N books.
+    """
+    return math.prod(code_shape[1:]) * sum(math.log2(size) for size in codebook_sizes)
 
 
 def wilson_interval(successes: int, trials: int, z: float = 1.959964) -> Interval:

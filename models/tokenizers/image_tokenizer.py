@@ -225,5 +225,5 @@ class ImageEncoder(nn.Module):
 
 
 def semantic_cosine(prediction: Tensor, target: Tensor) -> Tensor:
-    """Return the mean cosine similarity over the positions of two feature grids `[B, h, w, C]`, a scalar."""
-    return F.cosine_similarity(prediction.float(), target.float(), dim=-1).mean()
+    """Return the mean cosine similarity over the positions of two feature grids `[B, h, w, C]`, `[B]`."""
+    return F.cosine_similarity(prediction.float(), target.float(), dim=-1).mean((1, 2))

@@ -8,6 +8,7 @@ from typing import Any
 import pyarrow as pa
 
 from stages.mapped.engine import LeftOut
+from stages.metrics.reconstructions import DRAWN_FEATURES, ORIGINAL_FEATURES, RANK, TEACHER_RANK
 from storage.manifest import FileEntry
 from storage.store import Store
 from storage.tables import read_table, write_table
@@ -15,10 +16,6 @@ from storage.tables import read_table, write_table
 FILES = {"reconstruction": "reconstructions", "understanding": "answers", "generation": "drawings"}
 """Name of each task's table in the artifact."""
 
-ORIGINAL_FEATURES, DRAWN_FEATURES = "original_features", "reconstruction_features"
-"""Columns that end in a Fréchet distance and do not stay in the table."""
-RANK, TEACHER_RANK = "class_rank", "teacher_class_rank"
-"""Columns of how many concepts lie nearer to an image than its own, by its codes and by the teacher."""
 TEXT_CUT = "text_cut"
 """Column of whether the texts of a row were too long for the language model, and lost their end."""
 

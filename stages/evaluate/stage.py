@@ -16,11 +16,13 @@ from stages.artifacts.models import load_teacher
 from stages.artifacts.rows import TEST
 from stages.artifacts.templates import ChoiceTemplate, Template
 from stages.evaluate.metric_rows import evaluation_metrics
-from stages.evaluate.results import DRAWN_FEATURES, FILES, LEFT_OUT, ORIGINAL_FEATURES, TEXT_CUT, gather, left_out_table
+from stages.evaluate.results import FILES, LEFT_OUT, TEXT_CUT, gather, left_out_table
 from stages.evaluate.tasks import TaskFactory
 from stages.evaluate.worker import EvaluationShard, EvaluationWorkerFactory, MeasuredShard
 from stages.mapped.engine import FailureLimit, Job, finish_shards, gather_receipts
 from stages.metrics.measuring import SetDistance, feature_space, weights_inputs
+from stages.metrics.reconstructions import DRAWN_FEATURES, ORIGINAL_FEATURES
+from stages.metrics.rows import artifact_metrics
 from stages.protocol import Device, GpuShare, Outcome, RuntimeFraction, RuntimeInt, RuntimeStr, Stage, StageContext
 from stages.runtime.devices import PrecisionConfig, resolve_device
 from storage.code_table import check_tokenizer
@@ -114,8 +116,8 @@ def run(context: StageContext[EvaluateConfig]) -> Outcome:
         write_table(table, path)
         files.append(store.put_file(path, f"{name}.parquet"))
     files.append(store.put_bytes(canonical_json(metric_rows), "metrics.json"))
-    headline = {f"{row['model']}.{row['benchmark']}.{row['metric']}": row["value"] for row in metric_rows}
-    return Outcome("evaluation", files, metrics=headline | {"num_cut": num_cut, "num_failed": num_failed})
+    metrics = artifact_metrics(metric_rows) | {"num_cut": num_cut, "num_failed": num_failed}
+    return Outcome("evaluation", files, metrics=metrics, schema_version=2)
 
 
 def _measure(context: StageContext[EvaluateConfig], shards: list[EvaluationShard]) -> list[MeasuredShard]:
@@ -164,6 +166,6 @@ STAGE = Stage(
     section="evaluate",
     inputs=("download", "prepare_teacher", "train_tokenizer", "tokenize", "sft"),
     run=run,
-    version=6,  # SSIM as scikit-image has it; images arrive as sRGB; text is never markup
+    version=7,  # metric rows have a role and a qualifier
     external_inputs=_external_inputs,
 )

@@ -15,12 +15,11 @@ from typing import Any, Protocol, cast
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from models.language.decoding import draw_codes
 from models.language.sampling import SamplingConfig
 from models.language.vlm import UnifiedVlm, mean_log_likelihood
-from models.metrics.measures import SSIM_LLAMAGEN, psnr, ssim
 from models.teachers.backbone import BackboneTeacher
 from models.teachers.teacher import Teacher
 from models.teachers.zero_shot import Templates
@@ -32,10 +31,11 @@ from stages.artifacts.images import ImageSource
 from stages.artifacts.models import load_teacher, load_tokenizer
 from stages.artifacts.rows import TEST, TRAIN
 from stages.artifacts.templates import fill, fill_row
-from stages.evaluate.results import DRAWN_FEATURES, ORIGINAL_FEATURES, RANK, TEACHER_RANK, TEXT_CUT
+from stages.evaluate.results import TEXT_CUT
 from stages.language.sequences import SequenceBuilder
 from stages.language.training import load_vlm
-from stages.metrics.measuring import FeatureSpace, Perceptual, ZeroShot, feature_space, lpips_distance, perceptual_of
+from stages.metrics.measuring import ZeroShot, feature_space, lpips_distance, perceptual_of
+from stages.metrics.reconstructions import ReconstructionMeasures
 from stages.runtime.devices import autocast, resolve_device
 from stages.runtime.progress import in_batches
 from stages.runtime.seeds import mix_seed
@@ -180,23 +180,17 @@ class EvaluationTasks:
         return Concepts(names, [category or "" for category in categories], self.job.seed)
 
     @cached_property
-    def space(self) -> FeatureSpace:
-        """Where reconstructions are compared with originals as sets."""
-        return feature_space("evaluate", self.config.inception_weights, self.teacher, self.device)
-
-    @cached_property
-    def perceptual(self) -> Perceptual | None:
-        """LPIPS where its weights are given, else the distance of a backbone teacher's features."""
-        if self.config.lpips_vgg_weights:
-            return perceptual_of(lpips_distance("evaluate.lpips_vgg_weights", self.config.lpips_vgg_weights))
-        return perceptual_of(
-            BackbonePerceptualDistance(self.teacher) if isinstance(self.teacher, BackboneTeacher) else None
-        )
-
-    @cached_property
-    def zero_shot(self) -> ZeroShot | None:
-        """Classification among all concepts of the held-out rows; None without a text tower."""
-        return ZeroShot.of(self.teacher, self.concepts.names, self.config.class_templates)
+    def measures(self) -> ReconstructionMeasures:
+        """With LPIPS where its weights are given, else with the distance of a backbone teacher's features."""
+        config, teacher = self.config, self.teacher
+        distance: nn.Module | None = None
+        if config.lpips_vgg_weights:
+            distance = lpips_distance("evaluate.lpips_vgg_weights", config.lpips_vgg_weights)
+        elif isinstance(teacher, BackboneTeacher):
+            distance = BackbonePerceptualDistance(teacher)
+        space = feature_space("evaluate", config.inception_weights, teacher, self.device)
+        zero_shot = ZeroShot.of(teacher, self.concepts.names, config.class_templates)
+        return ReconstructionMeasures(perceptual_of(distance), space, zero_shot, self.device, config.precision)
 
     @cached_property
     def training_images(self) -> ImageSource:
@@ -230,34 +224,16 @@ class EvaluationTasks:
         found = []
         for batch in _batches(rows):
             pixels = self.images.pixels(batch)
-            codes = self.rows.codes[batch].long().to(self.device)
-            with autocast(self.device, self.config.precision):
-                drawn = to_pixels(self.tokenizer.decode(codes)).cpu()
-                cosines = self._semantic_cosines(pixels, codes)
-            ranks = self._class_ranks(batch, pixels, codes)
-            measured: dict[str, Tensor | None] = {
-                "psnr": psnr(drawn, pixels),
-                "ssim": ssim(drawn, pixels),
-                "ssim_llamagen": ssim(drawn, pixels, SSIM_LLAMAGEN),
-                "semantic_cosine": cosines,
-            }
-            if self.perceptual is not None:
-                measured[self.perceptual.metric] = self.perceptual.measure(drawn, pixels, self.device)
-            features = {ORIGINAL_FEATURES: self.space.describe(pixels), DRAWN_FEATURES: self.space.describe(drawn)}
+            drawn, columns = self.measures.measure(self.tokenizer, batch, pixels, self.rows.codes[batch].long())
             originals, reconstructions = to_pil(pixels), to_pil(drawn)
             for position, row in enumerate(batch):
-                values: dict[str, Any] = {
-                    name: float(value[position]) for name, value in measured.items() if value is not None
-                }
-                values |= {name: int(value[position]) for name, value in ranks.items()}
-                values |= {name: value[position].numpy() for name, value in features.items()}
                 found.append(
                     {
                         "key": self.rows.keys[row],
                         "caption": self.rows.columns["text"][row],
                         "original": encode_png(originals[position]),
                         "reconstruction": encode_png(reconstructions[position]),
-                        **values,
+                        **{name: _cell(value[position]) for name, value in columns.items()},
                     }
                 )
         return found
@@ -407,28 +383,17 @@ class EvaluationTasks:
         """Whether the question or an answer is too long for the model, which then reads its beginning."""
         return not all(self.vlm[1].fits(*texts) for texts in self._answers(row, choices))
 
-    def _semantic_cosines(self, pixels: Tensor, codes: Tensor) -> Tensor | None:
-        target = self.tokenizer.target_features(normalise(pixels).to(self.device))
-        if target is None:
-            return None
-        predicted = self.tokenizer.semantic_features(codes)
-        return F.cosine_similarity(predicted.float(), target.float(), dim=-1).mean((1, 2))
-
-    def _class_ranks(self, rows: list[int], pixels: Tensor, codes: Tensor) -> dict[str, Tensor]:
-        """Rank of each row's concept by its codes and by the teacher's own embedding, where there are such; `[B]`."""
-        if self.zero_shot is None:
-            return {}
-        images = normalise(pixels).to(self.device)
-        by_codes = self.zero_shot.code_ranks(rows, self.tokenizer, codes)
-        found = {} if by_codes is None else {RANK: by_codes}
-        return found | {TEACHER_RANK: self.zero_shot.teacher_ranks(rows, images)}
-
 
 def encode_png(image: Image.Image) -> bytes:
     """An image as PNG bytes."""
     buffer = io.BytesIO()
     image.save(buffer, "PNG")
     return buffer.getvalue()
+
+
+def _cell(value: Tensor) -> Any:
+    """A number, or a row of features, as a table holds it."""
+    return value.numpy() if value.ndim else value.item()
 
 
 def _small(images: Tensor) -> Tensor:

@@ -155,6 +155,18 @@ _FILES = {
 
 
 @dataclass(frozen=True)
+class ZeroShotClasses:
+    """Among which classes images are classified."""
+
+    count: int
+    templates: Templates
+
+    def settings(self, first: int) -> dict[str, Any]:
+        """What belongs beside an accuracy that counts the `first` nearest classes."""
+        return {"classes": self.count, "templates": self.templates, "chance": first / self.count}
+
+
+@dataclass(frozen=True)
 class ZeroShot:
     """Classification of images among the classes of a split."""
 
@@ -179,9 +191,9 @@ class ZeroShot:
             return cls(names, labels, class_embeddings(teacher, names, templates), templates, teacher)
 
     @property
-    def settings(self) -> dict[str, Any]:
-        """What belongs beside an accuracy."""
-        return {"classes": len(self.names), "templates": self.templates, "chance": 1 / len(self.names)}
+    def among(self) -> ZeroShotClasses:
+        """How many classes there are, and in which sentences their names stand."""
+        return ZeroShotClasses(len(self.names), self.templates)
 
     @torch.no_grad()
     def teacher_ranks(self, rows: list[int], images: Tensor) -> Tensor:

@@ -49,7 +49,10 @@ from stages.artifacts.images import BatchReader, ImageSource
 from stages.artifacts.models import load_teacher, put_json, put_weights, read_state
 from stages.artifacts.rows import TEST, TRAIN
 from stages.artifacts.templates import Template, fill_row
+from stages.metrics.catalogue import HELD_OUT_CURVE
 from stages.metrics.measuring import ZeroShot, feature_space, lpips_distance, perceptual_of, weights_inputs
+from stages.metrics.reconstructions import ReconstructionMeasures
+from stages.metrics.rows import artifact_metrics, name_of
 from stages.protocol import Outcome, RuntimeInt, RuntimeStr, Stage, StageContext
 from stages.runtime.devices import autocast, resolve_device
 from stages.runtime.progress import in_batches
@@ -59,6 +62,7 @@ from stages.training.loop import EpochSampler, OptimiserConfig, build_optimiser,
 from stages.training.shared import SharedLoopConfig, run_shared
 from storage.digests import sha256_file
 from storage.manifest import Manifest
+from storage.tables import OURS
 
 logger = logging.getLogger(__name__)
 
@@ -203,16 +207,21 @@ def _train(context: StageContext[TrainTokenizerConfig]) -> Outcome | None:
     found = training.held_out.measure(tokenizer)
     if not is_first_rank():
         return None
-    for name, value in found.metrics.items():
-        history.add(config.steps, f"held_out_{name}", value)
+    for name, value in _held_out_curves(found).items():
+        history.add(config.steps, name, value)
     files = [
         put_json(context.store, tokenizer.config.model_dump(mode="json"), "tokenizer.json"),
         put_weights(context, tokenizer),
         history.save(context),
     ]
     weights = "ema" if config.ema_decay else "last"
-    metadata = {"weights": weights, "code_shape": list(tokenizer.code_shape), "measured": found.settings}
-    return Outcome("tokenizer", files, metrics=found.metrics, metadata=metadata)
+    measured = {
+        "split": training.held_out.split,
+        "num_images": len(training.held_out.source),
+        "settings": {name_of(row): row["settings"] for row in found if row["role"] == OURS},
+    }
+    metadata = {"weights": weights, "code_shape": list(tokenizer.code_shape), "measured": measured}
+    return Outcome("tokenizer", files, metrics=artifact_metrics(found), metadata=metadata)
 
 
 class TokenizerTraining:
@@ -274,10 +283,9 @@ class TokenizerTraining:
         self._average_weights()
         every = self.config.measure_every
         if self.held_out is not None and every and (step + 1) % every == 0 and step + 1 < self.config.steps:
-            measured = self.held_out.measure(self.final_tokenizer()).metrics
+            measured = _held_out_curves(self.held_out.measure(self.final_tokenizer()))
             # non-finite metrics are left out, since the loop would stop at them as at a non-finite loss
-            finite = {name: value for name, value in measured.items() if math.isfinite(value)}
-            terms |= {f"held_out_{name}": torch.tensor(value) for name, value in finite.items()}
+            terms |= {name: torch.tensor(value) for name, value in measured.items() if math.isfinite(value)}
         return terms
 
     def _own_rows(self, step: int) -> list[int]:
@@ -429,6 +437,11 @@ class TokenizerTraining:
             part.load_state_dict(state[name])
 
 
+def _held_out_curves(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """Return the tokenizer's own metrics by the names of their curves."""
+    return {f"{HELD_OUT_CURVE}{name_of(row)}": row["value"] for row in rows if row["role"] == OURS}
+
+
 def _load_weights(tokenizer: ImageTokenizer, path: str) -> None:
     state = read_state(path, "tokenizer.weights")
     try:
@@ -471,7 +484,8 @@ def _held_out(context: StageContext[TrainTokenizerConfig], training: TokenizerTr
         space = feature_space("tokenizer", config.inception_weights, teacher, device)
     if teacher is not None:
         task = ZeroShot.of(teacher, names, config.class_templates)
-    return HeldOut(source, split, space, task, perceptual_of(training.perceptual), device, config.precision)
+    perceptual = perceptual_of(training.perceptual)
+    return HeldOut(source, split, ReconstructionMeasures(perceptual, space, task, device, config.precision))
 
 
 def _external_inputs(config: TokenizerSection) -> dict[str, str]:
@@ -500,6 +514,6 @@ STAGE = Stage(
     inputs=("download", "prepare_teacher"),
     unused_inputs=_unused_inputs,
     run=run,
-    version=4,  # SSIM as scikit-image has it; images of all depths and colour profiles arrive as sRGB
+    version=5,  # held-out metrics have the names, settings and functions of evaluation
     external_inputs=_external_inputs,
 )

@@ -31,7 +31,8 @@ def run(context: StageContext[Any]) -> Outcome:
     total = sum(item["number"] for item in mapped)
     inputs = {name: manifest.digest for name, manifest in context.inputs.items()}
     files = [context.store.put_bytes(json.dumps({"total": total, "inputs": inputs}).encode(), "result.json")]
-    row = {"model": "stub", "benchmark": "stub", "split": "test", "metric": "total", "value": total, "num_samples": 3}
+    row = {"model": "stub", "role": "ours", "benchmark": "stub", "split": "test", "metric": "total", "qualifier": ""}
+    row |= {"value": total, "num_samples": 3}
     path = context.scratch / "metrics.parquet"
     write_table(metrics_table([row | {"settings": {"crop": None}}]), path)
     files.append(context.store.put_file(path, "metrics.parquet"))

@@ -23,10 +23,10 @@ UNKNOWN_DIGEST = "0123456789ab"
 
 def metrics_artifact(store: Store, scratch: Path, value: float, action_key: str) -> str:
     """Commit an evaluation with one metric; return its digest."""
-    row = {"model": "sde", "benchmark": "reconstruction", "split": "test", "metric": "psnr", "value": value}
+    row = {"model": "sde", "role": "ours", "benchmark": "reconstruction", "split": "test", "metric": "psnr"}
     settings = {"crop": "center", "image_size": 64}
     path = scratch / "metrics.parquet"
-    write_table(metrics_table([row | {"num_samples": 7, "settings": settings}]), path)
+    write_table(metrics_table([row | {"qualifier": "", "value": value, "num_samples": 7, "settings": settings}]), path)
     manifest = Manifest(
         kind="evaluation",
         schema_version=1,

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from flows.report.comparison import COLUMNS, Comparison, Run, spread
+from flows.report.comparison import Comparison, Run, column_of, spread
+from stages.metrics.catalogue import CATALOGUE, Metric, metric_of
 from storage.code_table import read_code_table
 from storage.manifest import Manifest
 from storage.store import Store
@@ -19,8 +20,9 @@ from tests.helpers.tiny import TinyRun
 
 
 def run_of(kind: str, seed: int, accuracy: float) -> Run:
-    own: dict[str, Any] = {"model": kind, "benchmark": "understanding", "metric": "accuracy_same_category"}
-    other = own | {"model": "ceiling: teacher", "value": 0.99}
+    own: dict[str, Any] = {"model": kind, "role": "ours", "benchmark": "understanding", "split": "test"}
+    own |= {"metric": "accuracy", "qualifier": "same_category", "num_samples": 10, "settings": {}}
+    other = own | {"model": "teacher", "role": "ceiling", "value": 0.99}
     manifest = Manifest(
         kind="evaluation",
         schema_version=1,
@@ -43,13 +45,39 @@ def test_the_gap_is_taken_seed_by_seed() -> None:
         zip(header, vqgan, strict=True)
     )
     cells = dict(zip(header, sde, strict=True))
-    assert (cells["same category %"], cells["over vqgan"], cells["PSNR dB"]) == ("75.0 ± 21.2", "+15.0 ± 7.1", "-")
+    assert (cells["same category %"], cells["over vqgan"], cells["published"]) == ("75.0 ± 21.2", "+15.0 ± 7.1", "60.8")
+    assert len(header) == 4, "no column shows what was not measured"
     assert len(comparison.tables()) == 1, "without the semantic branch alone there is no ablation"
 
 
-@pytest.mark.parametrize(("values", "text"), [([], "-"), ([1.0], "+1.0"), ([1.0, -3.0], "-1.0 ± 2.8")])
+def test_a_metric_that_has_a_heading_in_the_catalogue_has_a_column(monkeypatch: pytest.MonkeyPatch) -> None:
+    new = Metric("mae", "Mean absolute error.", direction="lower", form=".3f", columns={"": "MAE"})
+    monkeypatch.setitem(CATALOGUE, "mae", new)  # type: ignore[arg-type]
+    run = run_of("sde", 0, 0.5)
+    run.rows.append(run.rows[1] | {"benchmark": "reconstruction", "metric": "mae", "qualifier": "", "value": 0.25})
+    comparison = Comparison("mini", ["sde"], [0], [run])
+    (line,) = comparison.tables()[0][1]
+    assert (comparison.header[-1], line[-1]) == ("MAE", "0.250")
+
+
+def test_published_numbers_are_rows_of_their_own_role(tmp_path: Path) -> None:
+    comparison = Comparison("mini", ["sde-image", "semantic", "sde"], [0], [run_of("sde", 0, 0.6)])
+    (shown,) = [lines for title, lines in comparison.tables() if title.startswith("image branch")]
+    assert [(line[0], line[3]) for line in shown] == [
+        ("image only", "43.1"),
+        ("semantic only", "62.7"),
+        ("both (SDE)", "63.6"),
+    ]
+    comparison.save(tmp_path / "comparison.parquet")
+    rows = read_table(tmp_path / "comparison.parquet").to_pylist()
+    quoted = [(row["kind"], row["value"], row["num_samples"]) for row in rows if row["role"] == "published"]
+    assert ("sde", 0.608, None) in quoted and ("sde-image", 0.431, None) in quoted
+    assert [(row["kind"], row["seed"]) for row in rows if row["role"] == "ours"] == [("sde", 0)]
+
+
+@pytest.mark.parametrize(("values", "text"), [([], "-"), ([0.01], "+1.0"), ([0.01, -0.03], "-1.0 ± 2.8")])
 def test_spread(values: list[float], text: str) -> None:
-    assert spread(values, "+.1f") == text
+    assert spread(values, metric_of("accuracy"), "+") == text
 
 
 @pytest.mark.parametrize(
@@ -95,14 +123,13 @@ def test_all_kinds_run_end_to_end_and_a_second_comparison_trains_nothing(
     undrawn = {"external=theirs"}  # nothing decodes given codes
     without_teacher = {"vqgan", "sde-image", "dualtoken-reconstruction", *undrawn}  # nor do these predict its features
     lacking = dict.fromkeys(("psnr", "ssim", "frechet_teacher", "recognition"), undrawn)
-    lacking |= {"semantic_cosine": without_teacher, "accuracy_top1": without_teacher, "rfid": set(kinds)}
-    for benchmark, metric, *_ in COLUMNS:
-        measured = [
-            row["kind"]
-            for row in rows
-            if (row["benchmark"], row["metric"]) == (benchmark, metric) and not row["model"].startswith("ceiling")
-        ]
-        assert set(measured) == set(kinds) - lacking.get(metric, set()), metric
+    lacking |= {"semantic_cosine": without_teacher, "zero_shot_accuracy": without_teacher, "rfid": set(kinds)}
+    for metric in CATALOGUE.values():
+        for qualifier in metric.columns:
+            measured = {
+                row["kind"] for row in rows if row["role"] == "ours" and column_of(row)[1:] == (metric.name, qualifier)
+            }
+            assert measured == set(kinds) - lacking.get(metric.name, set()), metric.name
     page = (tmp_path / ".musevl/report/tiny-tokenizers/index.html").read_text()
     assert page.count("<img") > 4 * len(kinds) and 'src="http' not in page
 

@@ -48,11 +48,6 @@ def shard(tmp_path: Path) -> Path:
     return path
 
 
-def test_bits_of_an_image_are_those_of_all_its_codes() -> None:
-    info = CodeTableInfo((2, 2, 8, 8), ("pixel", "semantic"), (1024, 1024), "a" * 64, {})
-    assert info.bits_per_image == 2 * 2 * 64 * 10
-
-
 def test_shards_come_back_as_one_table(tmp_path: Path) -> None:
     codes = random_codes(10)
     write_code_shard(tmp_path / "0", INFO, keys_of(7), {"caption": list("abcdefg"), "style": [None] * 7}, codes[:7])

@@ -13,6 +13,7 @@ from storage.tables import (
     METRICS_SCHEMA,
     image_metadata_table,
     metrics_table,
+    read_metrics,
     read_table,
     validate_image_metadata,
     validate_metrics,
@@ -32,9 +33,11 @@ IMAGE_ROW = {
 }
 METRIC_ROW = {
     "model": "m",
+    "role": "ours",
     "benchmark": "reconstruction",
     "split": "test",
     "metric": "psnr",
+    "qualifier": "",
     "value": 21.5,
     "ci_low": 21.0,
     "ci_high": 22.0,
@@ -68,13 +71,26 @@ def test_metrics_spell_their_settings_in_one_way() -> None:
     [
         (METRIC_ROW | {"value": None}, "'value' has 1 nulls"),
         (METRIC_ROW | {"value": "high"}, "column 'value'"),
-        (METRIC_ROW | {"num_samples": None}, "'num_samples' has 1 nulls"),
+        (METRIC_ROW | {"num_samples": None}, "1 rows that are not published lack num_samples"),
+        (METRIC_ROW | {"role": "best"}, r"roles \['best'\] are none of \['ours', 'baseline', 'ceiling', 'published'\]"),
         (METRIC_ROW | {"note": "x"}, r"row 0 has the columns \['note'\]"),
     ],
 )
 def test_bad_metric_rows_are_refused(row: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         metrics_table([row])
+
+
+def test_a_published_number_need_not_say_of_how_many_samples(tmp_path: Path) -> None:
+    quoted = METRIC_ROW | {"role": "published", "num_samples": None}
+    write_table(metrics_table([quoted, METRIC_ROW]), tmp_path / "metrics.parquet")
+    assert read_metrics(tmp_path / "metrics.parquet") == [quoted, METRIC_ROW]
+
+
+def test_a_metrics_table_of_another_version_is_told_apart(tmp_path: Path) -> None:
+    write_table(metrics_table([METRIC_ROW]).drop_columns(["role"]), tmp_path / "metrics.parquet")
+    with pytest.raises(ValueError, match="must begin with.*another version wrote this table, so run the stage that"):
+        read_metrics(tmp_path / "metrics.parquet")
 
 
 def test_two_values_of_one_metric_are_refused() -> None:

@@ -19,9 +19,10 @@ import pyarrow as pa
 import pytest
 from PIL import Image, ImageFilter
 
-from flows.report.data import MAX_SHOWN, benchmarks_of, collect, direction, format_value
+from flows.report.data import MAX_SHOWN, MetricLine, benchmarks_of, collect
 from flows.report.page import render_page, write_page
 from infra.sample_data import archive_path
+from stages.metrics.catalogue import CATALOGUE, Metric
 from storage.code_table import CodeTableInfo, write_code_shard
 from storage.digests import sha256_bytes
 from storage.image_shards import ImageSample, write_image_shard
@@ -214,14 +215,14 @@ def test_page_of_an_empty_store_names_the_command_that_makes_each_missing_artifa
 
 def test_page_shows_every_metric_with_its_baselines_beside_it(full_bench: Bench) -> None:
     benchmarks = {benchmark.name: benchmark.lines for benchmark in full_bench.data().benchmarks}
-    (line,) = [line for line in benchmarks["multiple_choice"] if line.split == "same_category"]
+    (line,) = [line for line in benchmarks["multiple_choice"] if line.metric == "accuracy.same_category"]
     assert line.value.text == "64.5\u00a0%"
     assert line.value.interval == "58.0\u00a0% – 71.0\u00a0%"
-    assert [(value.model, value.text) for value in line.baselines] == [
+    assert [(value.model, value.text) for value in line.beside] == [
         ("chance", "25.0\u00a0%"),
-        ("baseline: text only", "31.2\u00a0%"),
+        ("text only", "31.2\u00a0%"),
     ]
-    shown = sum(1 + len(line.baselines) for lines in benchmarks.values() for line in lines)
+    shown = sum(1 + len(line.beside) for lines in benchmarks.values() for line in lines)
     assert shown == len(_metric_rows())
 
 
@@ -301,43 +302,34 @@ def test_evaluation_of_one_part_only_says_what_it_lacks(bench: Bench) -> None:
     assert "The evaluation asked nothing." in page
 
 
-@pytest.mark.parametrize(
-    ("metric", "value", "text"),
-    [
-        ("accuracy", 0.5, "50.0\u00a0%"),
-        ("psnr", 21.234, "21.23\u00a0dB"),
-        ("rfid", 1234.5, "1,234"),
-        ("lpips", 0.12345, "0.1235"),
-        ("mse", 1.5e-5, "1.50e-05"),
-        ("codebook_perplexity", float("nan"), "nan"),
-        ("loss", 0.0, "0"),
-        ("learning_rate", 0.0003, "3.00e-04"),
-    ],
-)
-def test_numbers_are_shown_with_their_unit(metric: str, value: float, text: str) -> None:
-    assert format_value(metric, value) == text
+def test_others_are_shown_beside_ours_whatever_their_names(bench: Bench) -> None:
+    rows = [
+        _metric("vqgan", "reconstruction", "psnr", 22.0, role="published") | {"num_samples": None},
+        _metric("chance teacher", "reconstruction", "psnr", 21.0),
+    ]
+    (line,) = _lines(rows)
+    assert (line.value.model, [(value.role, value.model) for value in line.beside]) == (
+        "chance teacher",
+        [("published", "vqgan")],
+    )
+    assert len(_lines(rows[:1])) == 1, "without a row of ours the other has a line"
 
 
-@pytest.mark.parametrize(
-    ("metric", "better"),
-    [("rfid", "down"), ("frechet_teacher", "down"), ("accuracy_top1", "up"), ("codebook_usage", "up")],
-)
-def test_the_better_side_of_a_metric_is_known(metric: str, better: str) -> None:
-    assert direction(metric) == better
-
-
-def test_models_whose_names_say_nothing_are_shown_beside_the_first(bench: Bench) -> None:
-    rows = [_metric("sde", "reconstruction", "psnr", 21.0), _metric("vqgan", "reconstruction", "psnr", 22.0)]
-    (benchmark,) = benchmarks_of(metrics_table(rows).to_pylist())
-    (line,) = benchmark.lines
-    assert (line.value.model, [value.model for value in line.baselines]) == ("sde", ["vqgan"])
+def test_a_metric_is_shown_as_its_catalogue_entry_says(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    new = Metric("mae", "Mean absolute error of <pixels>.", unit="levels", direction="lower", form=".1f")
+    monkeypatch.setitem(CATALOGUE, "mae", new)  # type: ignore[arg-type]
+    files = [bench.put("metrics.parquet", metrics_table([_metric("sde", "reconstruction", "mae", 3.25)]))]
+    bench.commit("evaluate", "evaluation", files, {})
+    page = bench.page()
+    assert "3.2\u00a0levels" in page and "↓ lower is better" in page
+    assert 'title="Mean absolute error of &lt;pixels&gt;."' in page
 
 
 def test_chance_in_the_settings_is_a_baseline() -> None:
-    row = _metric("sde", "understanding", "accuracy_random", 0.5)
-    rows = metrics_table([row | {"settings": {"chance": 0.25}}]).to_pylist()
-    (line,) = benchmarks_of(rows)[0].lines
-    assert [(value.model, value.text, value.position) for value in line.baselines] == [("chance", "25.0\u00a0%", 25.0)]
+    row = _metric("sde", "understanding", "accuracy", 0.5, qualifier="random")
+    (line,) = _lines([row | {"settings": {"chance": 0.25}}])
+    assert line.metric == "accuracy.random"
+    assert [(value.model, value.text, value.position) for value in line.beside] == [("chance", "25.0\u00a0%", 25.0)]
 
 
 def test_page_opens_in_a_browser_without_errors_requests_or_sideways_scrolling(
@@ -424,29 +416,44 @@ def _history(name: str) -> list[dict[str, Any]]:
     ]
 
 
+def _lines(rows: list[dict[str, Any]]) -> list[MetricLine]:
+    spelled = [row | {"settings": dict(row["settings"])} for row in rows]
+    return [line for benchmark in benchmarks_of(spelled) for line in benchmark.lines]
+
+
 def _metric(
-    model: str, benchmark: str, metric: str, value: float, *, split: str = "test", half: float | None = None
+    model: str,
+    benchmark: str,
+    metric: str,
+    value: float,
+    *,
+    role: str = "ours",
+    qualifier: str = "",
+    split: str = "test",
+    half: float | None = None,
 ) -> dict[str, Any]:
-    ends = {} if half is None else {"ci_low": value - half, "ci_high": value + half}
+    low, high = (None, None) if half is None else (value - half, value + half)
     settings = {"image_size": 64, "interpolation": "bicubic", "reference_set": "held-out images"}
-    row = {"model": model, "benchmark": benchmark, "split": split, "metric": metric, "value": value}
-    return row | {"num_samples": 400, "settings": settings} | ends
+    row = {"model": model, "role": role, "benchmark": benchmark, "split": split, "metric": metric}
+    row |= {"qualifier": qualifier, "value": value, "ci_low": low, "ci_high": high}
+    return row | {"num_samples": 400, "settings": settings}
 
 
 def _metric_rows() -> list[dict[str, Any]]:
+    choice, drawing = "multiple_choice", "generation"
     return [
-        _metric("mini", "multiple_choice", "accuracy", 0.875, split="random", half=0.04),
-        _metric("chance", "multiple_choice", "accuracy", 0.25, split="random"),
-        _metric("mini", "multiple_choice", "accuracy", 0.645, split="same_category", half=0.065),
-        _metric("chance", "multiple_choice", "accuracy", 0.25, split="same_category"),
-        _metric("baseline: text only", "multiple_choice", "accuracy", 0.312, split="same_category", half=0.05),
-        _metric("mini", "generation", "recognition_accuracy", 0.61, half=0.06),
-        _metric("chance", "generation", "recognition_accuracy", 0.125),
-        _metric("ceiling: real images", "generation", "recognition_accuracy", 0.93, half=0.03),
-        _metric("mini", "generation", "frechet_distance", 38.2),
-        _metric("ceiling: real images", "generation", "frechet_distance", 9.7),
+        _metric("mini", choice, "accuracy", 0.875, qualifier="random", half=0.04),
+        _metric("chance", choice, "accuracy", 0.25, role="baseline", qualifier="random"),
+        _metric("mini", choice, "accuracy", 0.645, qualifier="same_category", half=0.065),
+        _metric("chance", choice, "accuracy", 0.25, role="baseline", qualifier="same_category"),
+        _metric("text only", choice, "accuracy", 0.312, role="baseline", qualifier="same_category", half=0.05),
+        _metric("mini", drawing, "recognition", 0.61, half=0.06),
+        _metric("chance", drawing, "recognition", 0.125, role="baseline"),
+        _metric("real images", drawing, "recognition", 0.93, role="ceiling", half=0.03),
+        _metric("mini", drawing, "frechet_teacher", 38.2),
+        _metric("real images", drawing, "frechet_teacher", 9.7, role="ceiling"),
         _metric("mini", "reconstruction", "psnr", 20.71, half=0.4),
-        _metric("mean_image", "reconstruction", "psnr", 9.12),
+        _metric("mean_image", "reconstruction", "psnr", 9.12, role="baseline"),
         _metric("mini", "reconstruction", "ssim", 0.712, half=0.01),
         _metric("mini", "reconstruction", "codebook_usage", 0.99),
     ]

@@ -8,6 +8,7 @@ from models.metrics.measures import (
     SSIM_LLAMAGEN,
     SSIM_WANG,
     SsimRule,
+    code_bits,
     codebook_statistics,
     mean_interval,
     psnr,
@@ -164,3 +165,7 @@ def test_mean_interval_equals_its_formula() -> None:
     assert interval.value == 4.0
     assert (interval.low, interval.high) == pytest.approx((4 - half, 4 + half))
     assert mean_interval(values[:1]) == (1.0, 1.0, 1.0)
+
+
+def test_bits_of_an_image_are_those_of_all_its_codes() -> None:
+    assert code_bits((2, 2, 8, 8), (1024, 1024)) == 2 * 2 * 64 * 10

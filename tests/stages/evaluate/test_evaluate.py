@@ -12,10 +12,12 @@ import torch
 
 from infra.executors import LocalExecutor
 from stages.artifacts.codes import CodedRows
-from stages.evaluate.metric_rows import _generation_rows, _reconstruction_rows, _understanding_rows
+from stages.evaluate.metric_rows import _generation_rows, _understanding_rows
 from stages.evaluate.stage import EvaluateConfig
 from stages.evaluate.tasks import RANDOM, SAME_CATEGORY, EvaluationTasks, TaskFactory
 from stages.evaluate.worker import CRASHED
+from stages.metrics.reconstructions import reconstruction_rows
+from stages.metrics.rows import RowMaker
 from stages.pipeline.execution import run_stage
 from storage.tables import read_table
 from tests.helpers.poison_evaluate import PoisonableTaskFactory
@@ -45,9 +47,9 @@ def test_several_drawings_of_a_prompt_are_one_sample() -> None:
 
 
 def test_both_ssim_rows_name_window_border_and_range() -> None:
-    table = pa.table({"ssim": [0.5, 0.7], "ssim_llamagen": [0.8, 0.9]})
-    common = {"model": "sde", "benchmark": "reconstruction", "split": "test", "settings": {"format": "PNG"}}
-    own, llamagen = (row["settings"] for row in _reconstruction_rows(common, table))
+    columns = {"ssim": torch.tensor([0.5, 0.7]), "ssim_llamagen": torch.tensor([0.8, 0.9])}
+    make = RowMaker("sde", "reconstruction", "test", {"format": "PNG"})
+    own, llamagen = (row["settings"] for row in reconstruction_rows(make, columns, None, None))
     assert (own["window"], own["data_range"]) == ("11x11 Gaussian, sigma 1.5", 1.0)
     assert (llamagen["window"], llamagen["data_range"]) == ("7x7 uniform", 2.0)
     assert "5 pixels from its edge" in own["border"] and "3 pixels from its edge" in llamagen["border"]
@@ -65,9 +67,9 @@ def test_captions_may_stand_for_concepts_and_categories_may_lack(tiny_run: TinyR
     assert {row["pixel_baseline_correct"] for row in rows} == {None}, "no training image has such a caption"
     table = pa.table({name: [row[name] for row in rows] for name in rows[0]})
     found = _understanding_rows("sde", table, EvaluateConfig())
-    assert {(row["model"], row["metric"]) for row in found} == {
-        ("sde", "accuracy_random"),
-        ("ceiling: teacher", "accuracy_random"),
+    assert {(row["model"], row["role"], row["metric"], row["qualifier"]) for row in found} == {
+        ("sde", "ours", "accuracy", "random"),
+        ("teacher", "ceiling", "accuracy", "random"),
     }
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -15,13 +14,14 @@ from models.metrics.frechet import InceptionFeatures, frechet_distance
 from stages.artifacts.images import ImageSource
 from stages.artifacts.models import load_tokenizer
 from stages.metrics.measuring import perceptual_of
+from stages.metrics.rows import name_of
 from stages.pipeline.execution import StageResult, run_stage
 from stages.pipeline.recipe import load_recipe
 from stages.runtime.devices import autocast
 from stages.train_tokenizer import stage as train_tokenizer
 from storage.digests import sha256_file
 from storage.store import Store
-from storage.tables import read_table
+from storage.tables import read_metrics, read_table
 from tests.helpers.inception import random_inception_state
 from tests.helpers.tiny import TinyRun
 
@@ -81,7 +81,7 @@ def test_measuring_while_it_trains_draws_curves_and_changes_no_weight(
 ) -> None:
     store, result = dualtoken
     points = read_table(store.fetch(result.manifest.file("history.parquet"))).to_pylist()
-    for name in ("held_out_psnr", "held_out_rfid", "held_out_zero_shot_top1", "held_out_semantic_cosine"):
+    for name in ("held_out_psnr", "held_out_rfid", "held_out_zero_shot_accuracy.top1", "held_out_semantic_cosine"):
         assert [row["step"] for row in points if row["name"] == name] == [1, 2], name
     silent = [
         override for override in overrides(weights) if "measure_every" not in override and "inception" not in override
@@ -92,10 +92,10 @@ def test_measuring_while_it_trains_draws_curves_and_changes_no_weight(
 
 def test_rfid_takes_the_other_distances_place_and_says_how(dualtoken: tuple[Store, StageResult], weights: Path) -> None:
     store, result = dualtoken
-    metrics, measured = result.manifest.metrics, result.manifest.metadata["measured"]
+    metrics, measured = result.manifest.metrics["reconstruction"], result.manifest.metadata["measured"]
     assert "frechet_teacher" not in metrics
     assert measured["num_images"] == NUM_HELD_OUT and measured["split"] == "test"
-    about = measured["rfid"]
+    about = measured["settings"]["rfid"]
     assert about["library"].startswith("torch-fidelity 0.") and about["weights"] == sha256_file(weights)
     assert about["image_size"] == 32 and about["format"] == "PNG"
     tokenizer = load_tokenizer(store, result.digest)
@@ -111,12 +111,12 @@ def test_rfid_takes_the_other_distances_place_and_says_how(dualtoken: tuple[Stor
 def test_zero_shot_classes_are_the_held_out_concepts(dualtoken: tuple[Store, StageResult], tiny_run: TinyRun) -> None:
     store, result = dualtoken
     concepts = set(held_out(store, result).columns["concept"])
-    about = result.manifest.metadata["measured"]["zero_shot"]
-    assert about == {"classes": len(concepts), "templates": "name", "chance": 1 / len(concepts)}
+    about = result.manifest.metadata["measured"]["settings"]["zero_shot_accuracy.top1"]
+    assert about | {"classes": len(concepts), "templates": "name", "chance": 1 / len(concepts)} == about
     metrics = result.manifest.metrics
-    assert 0 <= metrics["zero_shot_top1"] <= 1
-    own = tiny_run.results["train_tokenizer"].manifest.metrics["zero_shot_teacher_top1"]
-    assert metrics["zero_shot_teacher_top1"] == own, "the teacher's accuracy has nothing to do with the tokenizer"
+    assert 0 <= metrics["zero_shot"]["zero_shot_accuracy.top1"] <= 1
+    own = tiny_run.results["train_tokenizer"].manifest.metrics["teacher"]
+    assert metrics["teacher"] == own, "the teacher's accuracy has nothing to do with the tokenizer"
 
 
 def test_inception_weights_count_by_content(
@@ -177,32 +177,33 @@ def test_evaluation_measures_rfid_and_zero_shot_over_shards(tiny_run: TinyRun, w
     given = ["evaluate.max_rows=4", "evaluate.rows_per_shard=3", f"evaluate.inception_weights={weights}"]
     manifest = run_stage("evaluate", load_recipe("tiny", given), store, LocalExecutor()).manifest
     rows: dict[tuple[str, str], dict[str, Any]] = {
-        (row["model"], row["metric"]): row
-        for row in read_table(store.fetch(manifest.file("metrics.parquet"))).to_pylist()
+        (row["role"], name_of(row)): row for row in read_metrics(store.fetch(manifest.file("metrics.parquet")))
     }
-    rfid = rows["sde", "rfid"]
-    settings = json.loads(rfid["settings"])
+    rfid = rows["ours", "rfid"]
+    settings = rfid["settings"]
     assert rfid["num_samples"] == 4 and rfid["value"] > 0
     assert settings["library"].startswith("torch-fidelity") and settings["weights"] == sha256_file(weights)
     assert settings["image_size"] == 32 and settings["crop"] and settings["format"] == "PNG"
-    for model in ("sde", "ceiling: teacher"):
+    for role, model in (("ours", "sde"), ("ceiling", "teacher")):
         for first in (1, 5):
-            row = rows[model, f"accuracy_top{first}"]
-            about = json.loads(row["settings"])
+            row = rows[role, f"zero_shot_accuracy.top{first}"]
+            about = row["settings"]
+            assert row["model"] == model
             assert row["benchmark"] == "zero_shot" and row["num_samples"] == 4
             assert row["ci_low"] <= row["value"] <= row["ci_high"]
             assert about["chance"] == first / about["classes"] and about["classes"] > 5
-    assert rows["sde", "accuracy_top5"]["value"] >= rows["sde", "accuracy_top1"]["value"]
+    five, one = (rows["ours", f"zero_shot_accuracy.top{first}"]["value"] for first in (5, 1))
+    assert five >= one
     table = read_table(store.fetch(manifest.file("reconstructions.parquet")))
     assert not [name for name in table.column_names if "features" in name], "what the distance was made of is left out"
 
 
 def test_without_inception_weights_the_distance_has_another_name(tiny_run: TinyRun) -> None:
-    metrics = tiny_run.results["train_tokenizer"].manifest.metrics
-    assert "rfid" not in metrics and {"frechet_teacher", "perceptual", "ssim", "zero_shot_top1"} <= set(metrics)
+    metrics = tiny_run.results["train_tokenizer"].manifest.metrics["reconstruction"]
+    assert "rfid" not in metrics and {"frechet_teacher", "perceptual", "ssim"} <= set(metrics)
     manifest = tiny_run.results["evaluate"].manifest
-    rows = read_table(tiny_run.store.fetch(manifest.file("metrics.parquet"))).to_pylist()
+    rows = read_metrics(tiny_run.store.fetch(manifest.file("metrics.parquet")))
     names = {row["metric"] for row in rows}
     assert "frechet_teacher" in names and "rfid" not in names
-    settings = json.loads(next(row["settings"] for row in rows if row["metric"] == "frechet_teacher"))
+    settings = next(row["settings"] for row in rows if row["metric"] == "frechet_teacher")
     assert "tf_efficientnet_lite0" in settings["features"] and "no FID" in settings["rule"]

@@ -176,22 +176,25 @@ assert not any(name.split(".")[0] in ("stages", "models", "storage") for name in
 
 
 def test_measured_rows_carry_what_is_needed_to_compare(tiny_run: TinyRun) -> None:
-    import json
+    from storage.tables import read_metrics
 
-    from storage.tables import read_table, validate_metrics
-
-    table = read_table(tiny_run.store.fetch(tiny_run.results["evaluate"].manifest.file("metrics.parquet")))
-    validate_metrics(table)
-    rows = {(row["model"], row["metric"]): row for row in table.to_pylist()}
-    assert {"psnr", "ssim", "ssim_llamagen", "codebook_usage", "accuracy_same_category", "recognition"} <= {
-        metric for _, metric in rows
+    found = read_metrics(tiny_run.store.fetch(tiny_run.results["evaluate"].manifest.file("metrics.parquet")))
+    rows = {(row["role"], row["metric"], row["qualifier"]): row for row in found}
+    assert {"psnr", "ssim", "ssim_llamagen", "codebook_usage", "accuracy", "recognition"} <= {
+        metric for _, metric, _ in rows
     }
-    ssim = json.loads(rows["sde", "ssim"]["settings"])
+    assert {(role, row["model"]) for (role, *_), row in rows.items()} == {
+        ("ours", "sde"),
+        ("baseline", "raw-pixel prototypes"),
+        ("ceiling", "teacher"),
+        ("ceiling", "real images"),
+    }
+    ssim = rows["ours", "ssim", ""]["settings"]
     assert (ssim["window"], ssim["data_range"]) == ("11x11 Gaussian, sigma 1.5", 1.0)
-    drawing = json.loads(rows["sde", "recognition"]["settings"])
+    drawing = rows["ours", "recognition", ""]["settings"]
     assert drawing["guidance_convention"] == "u + s(c - u)"
     assert drawing["sampling"]["guidance"] == 2.0
-    accuracy = rows["sde", "accuracy_same_category"]
+    accuracy = rows["ours", "accuracy", "same_category"]
     assert accuracy["ci_low"] <= accuracy["value"] <= accuracy["ci_high"]
     assert accuracy["num_samples"] == 22
 
