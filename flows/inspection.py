@@ -18,10 +18,12 @@ from PIL import Image
 from flows.report.code_pictures import code_strips
 from flows.text import one_line, text_table
 from infra.terminal import on_one_line, printable
+from models.metrics.measures import statistics_of_counts
 from models.transforms import to_pil, to_pixels
 from stages.artifacts import external_codes
 from stages.artifacts.models import load_tokenizer
 from stages.artifacts.shards import CODES, LEFT_OUT
+from stages.metrics.catalogue import metric_of
 from storage.code_table import CodeTable, CodeTableInfo, check_tokenizer, read_code_table
 from storage.tables import read_table
 
@@ -188,8 +190,15 @@ def _usage(found: _Found) -> str:
     rows = []
     for name, level, counts in _books(found):
         size, used = len(counts), int(np.count_nonzero(counts))
+        _, perplexity = statistics_of_counts(torch.from_numpy(counts).double())
         top = 100 * counts.max() / max(1, counts.sum())
-        cells = [name, str(level), str(size), f"{used} ({100 * used / size:.1f} %)", f"{perplexity(counts):.1f}"]
+        cells = [
+            name,
+            str(level),
+            str(size),
+            f"{used} ({100 * used / size:.1f} %)",
+            metric_of("codebook_perplexity").text(perplexity),
+        ]
         rows.append([*cells, f"{top:.1f} %"])
     return text_table(["book", "depth", "size", "codes used", "perplexity", "commonest code"], rows)
 
@@ -207,15 +216,6 @@ def _histogram(found: _Found) -> str:
             bar = "#" * math.ceil(_LONGEST_BAR * number / powers.max())
             rows.append([name, str(level), times, str(number), bar])
     return text_table(["book", "depth", "occurs", "codes", ""], rows)
-
-
-def perplexity(counts: np.ndarray) -> float:
-    """Return `exp` of the entropy of a histogram, the number of equally frequent codes with it; 0 if it is empty."""
-    total = counts.sum()
-    if total == 0:
-        return 0.0
-    shares = counts[counts > 0] / total
-    return math.exp(-float((shares * np.log(shares)).sum()))
 
 
 def _contact_sheet(store: Store, table: CodeTable, manifest: Manifest, folder: Path, num_images: int) -> Path:
