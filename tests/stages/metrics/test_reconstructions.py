@@ -17,7 +17,8 @@ def test_training_and_evaluation_give_equal_values_under_equal_names(tiny_run: T
     ):
         for benchmark in ("reconstruction", "zero_shot"):
             if benchmark in own:
-                assert own[benchmark] == pytest.approx(other[benchmark], rel=1e-5)
+                # evaluation computes in smaller batches, so sums are rounded otherwise
+                assert own[benchmark] == pytest.approx(other[benchmark], rel=1e-4)
     names = {name for benchmark in ("reconstruction", "zero_shot") for name in trained.metrics[benchmark]}
     assert {"psnr", "ssim", "ssim_llamagen", "perceptual", "frechet_teacher", "semantic_cosine"} < names
     assert {"codebook_usage", "bits_per_image", "zero_shot_accuracy.top1", "zero_shot_accuracy.top5"} < names
