@@ -52,13 +52,13 @@ comparison needs: crop, image format, guidance convention and scale, sampling.""
 
 Role = Literal["ours", "baseline", "ceiling", "published"]
 OURS: Role = "ours"
-"""The model that is evaluated."""
+"""The row is of the model that is evaluated."""
 BASELINE: Role = "baseline"
-"""A simpler way to the same number, which ours should beat."""
+"""The row is of a simpler method, which ours should beat."""
 CEILING: Role = "ceiling"
-"""The best that can be hoped for with the same teacher or images."""
+"""The row is an upper bound for ours: of the teacher, or of the real images."""
 PUBLISHED: Role = "published"
-"""A paper's number, quoted; how many samples it is of need not be known."""
+"""The row quotes a paper; its number of samples may be unknown."""
 ROLES: tuple[Role, ...] = (OURS, BASELINE, CEILING, PUBLISHED)
 
 
@@ -143,7 +143,7 @@ def read_table(path: str | Path, columns: Sequence[str] | None = None) -> pa.Tab
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
-    """The rows of a metrics table, with their settings as dicts.
+    """Read the rows of a metrics table, with their settings as dicts.
 
     Raises:
         ValueError: the file has another layout, as that of an older version has.

@@ -1,4 +1,4 @@
-"""The papers' tables that a comparison of tokenizers stands beside, as metric rows of the role `published`.
+"""The papers' tables beside which a comparison of tokenizers is shown, as metric rows with the role `published`.
 
 Sources: MUSE-VL (arXiv 2411.17762) and DualToken (arXiv 2503.14324). The order of their rows compares with ours, the
 numbers do not.
@@ -14,7 +14,7 @@ from stages.metrics.catalogue import metric_of
 from storage.tables import PUBLISHED
 
 UNDERSTANDING = ("mean of MMBench, SEED and MMStar", "accuracy", "")
-"""What MUSE-VL's tables give: benchmark, metric and qualifier."""
+"""Benchmark, metric and qualifier of the numbers in MUSE-VL's tables."""
 ZERO_SHOT = ("zero_shot", "zero_shot_accuracy", "top1")
 RFID = ("reconstruction", "rfid", "")
 
@@ -28,13 +28,13 @@ class PapersTable:
     columns: tuple[tuple[str, str, str], ...]
     """Benchmark, metric and qualifier of each of its columns."""
     values: Mapping[str, tuple[float | None, ...]]
-    """A number for each column, in the metric's unit, by the kind of tokenizer; None where the paper has none."""
+    """The recorded value of each column, by kind of tokenizer; None if the paper has none."""
     names: Mapping[str, str]
-    """What the table calls its kinds, in its order; empty for a table of all kinds."""
+    """The names of the kinds in the table, in its order; empty for a table of all kinds."""
 
     @property
     def rows(self) -> list[dict[str, Any]]:
-        """Its numbers as metric rows."""
+        """The numbers as metric rows."""
         return [
             {
                 "model": kind,
@@ -52,7 +52,7 @@ class PapersTable:
         ]
 
     def published(self, kind: str) -> str:
-        """The numbers of a kind as one cell; empty where the table has none."""
+        """Return the numbers of a kind as one cell; empty if the table has none."""
         found = {(row["model"], row["metric"]): metric_of(row["metric"]).number(row["value"]) for row in self.rows}
         if not any(model == kind for model, _ in found):
             return ""

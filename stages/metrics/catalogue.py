@@ -1,7 +1,8 @@
-"""Every number that a stage records and a page or a terminal shows: its name, unit, direction, format and meaning.
+"""Catalogue of the metrics that stages record: name, unit, direction, format and meaning of each.
 
-Stages look a metric up when they record it, the report and the comparison of tokenizers when they show it, and
-`docs/metrics.md` is written from it. Nothing here needs PyTorch, so that commands that only show numbers start at once.
+Stages look a metric up when they record it, and the report, the comparison of tokenizers and `musevl results` when they
+show it; the table in `docs/metrics.md` is generated from it. The module does not import PyTorch, so that commands that
+only show metrics start fast.
 """
 
 from __future__ import annotations
@@ -12,10 +13,10 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 Direction = Literal["higher", "lower", ""]
-"""Which values are better; empty where neither are."""
+"""Which values are better; empty if neither are."""
 
 HELD_OUT_CURVE = "held_out_"
-"""How the name of a training curve begins that shows a metric of the held-out images."""
+"""Prefix of the names of training curves that show a metric of the held-out images."""
 _GENERAL = ".4g"
 
 
@@ -25,25 +26,25 @@ class Metric:
 
     name: str
     meaning: str
-    """One line; what the name, the unit and the direction do not say."""
+    """One sentence, in Markdown."""
     unit: str = ""
-    """Shown behind the number; `%` stands for a share between 0 and 1 that is shown as a percentage."""
+    """Shown after the number; `%` means that the value is a fraction of 1 and is shown as a percentage."""
     direction: Direction = ""
     form: str = _GENERAL
-    """Format specification of the number as it is shown."""
+    """Format specification of the shown number."""
     qualifier: str = ""
-    """What the qualifier of its rows says, such as the codebook; empty where the metric has none."""
+    """What the qualifier of a row names, for example the codebook; empty if the metric has no qualifier."""
     columns: Mapping[str, str] = field(default_factory=dict)
-    """Heading of its column in a comparison of tokenizers, by the row's qualifier; others have no column."""
+    """Heading of the column in a comparison of tokenizers, by qualifier; rows with other qualifiers have no column."""
 
     def number(self, value: float, sign: str = "") -> str:
-        """A value in the metric's unit, without the unit; with `sign="+"` a gain has its sign, as a loss has."""
+        """Format a value without its unit; `sign="+"` also shows the sign of positive values."""
         if not math.isfinite(value):
             return str(value)
         return f"{100 * value if self.unit == '%' else value:{sign}{self.form}}"
 
     def text(self, value: float) -> str:
-        """A value with its unit, as it is shown."""
+        """Format a value with its unit."""
         number = self.number(value)
         return f"{number}\u00a0{self.unit}" if self.unit and math.isfinite(value) else number
 
@@ -197,14 +198,14 @@ _METRICS = (
 )
 
 CATALOGUE: Mapping[str, Metric] = {metric.name: metric for metric in _METRICS}
-"""All metrics by name, in the order in which tables have them."""
+"""All metrics by name, in the order of tables."""
 
 
 def metric_of(name: str) -> Metric:
-    """The metric of a name.
+    """Return the metric of a name.
 
     Raises:
-        ValueError: it is not in the catalogue.
+        ValueError: The name is not in the catalogue.
     """
     if name not in CATALOGUE:
         raise ValueError(f"there is no metric {name!r} in stages/metrics/catalogue.py; add it there, with its meaning")
@@ -212,34 +213,34 @@ def metric_of(name: str) -> Metric:
 
 
 def full_name(metric: str, qualifier: str) -> str:
-    """A metric and its qualifier as one name, for example `accuracy.same_category`."""
+    """Join a metric and its qualifier to one name, for example `accuracy.same_category`."""
     return f"{metric}.{qualifier}" if qualifier else metric
 
 
 def find_metric(name: str) -> Metric | None:
-    """The metric of a name as `full_name` writes it; None where it is not in the catalogue."""
+    """Return the metric of a name from `full_name`; None if it is not in the catalogue."""
     return CATALOGUE.get(name.partition(".")[0])
 
 
 def text_of(name: str, value: float) -> str:
-    """A number as it is shown.
+    """Format a value with the unit of its metric.
 
     Args:
-        name: of the metric, as `full_name` writes it; where it is not in the catalogue, four digits are shown.
-        value: as it is recorded.
+        name: The name from `full_name`; a value whose name is not in the catalogue is shown with four digits.
+        value: The recorded value.
     """
     metric = find_metric(name)
     return f"{value:{_GENERAL}}" if metric is None else metric.text(value)
 
 
 def direction_of(name: str) -> Direction:
-    """Which values of a metric are better; empty also where it is not in the catalogue."""
+    """Return which values of a metric are better; empty also if it is not in the catalogue."""
     metric = find_metric(name)
     return "" if metric is None else metric.direction
 
 
 def markdown_table() -> str:
-    """The catalogue as the table of `docs/metrics.md`."""
+    """Return the catalogue as the table of `docs/metrics.md`."""
     lines = ["| metric | unit | better | meaning | qualifier |", "| --- | --- | --- | --- | --- |"]
     for metric in CATALOGUE.values():
         cells = [f"`{metric.name}`", metric.unit, metric.direction, metric.meaning, metric.qualifier]

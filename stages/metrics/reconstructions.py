@@ -1,4 +1,4 @@
-"""What a tokenizer's codes of held-out images measure, for its training and for evaluation alike.
+"""Metrics of the images that a tokenizer reconstructs, measured by tokenizer training and by evaluation.
 
 Shape legend: B batch, R rows, N books, D depth, h w code grid, F features.
 """
@@ -22,61 +22,61 @@ from stages.runtime.devices import autocast
 from storage.tables import CEILING
 
 ORIGINAL_FEATURES, DRAWN_FEATURES = "original_features", "reconstruction_features"
-"""Columns that end in a Fréchet distance."""
+"""Columns of features, from which a Fréchet distance is computed."""
 RANK, TEACHER_RANK = "class_rank", "teacher_class_rank"
-"""Columns of how many classes lie nearer to an image than its own, by its codes and by the teacher."""
+"""Columns of the number of classes nearer to an image than its own, by its codes and by the teacher."""
 _MEANS: Mapping[str, dict[str, Any]] = {
     **{name: metric.settings for name, metric in IMAGE_PAIR_METRICS.items()},
     "lpips": {"library": "lpips", "network": "VGG16, v0.1", "input": "[-1, 1]"},
     "perceptual": {"rule": "distance of backbone features; a stand-in for LPIPS that does not compare with it"},
     "semantic_cosine": {"rule": "decoded from codes against the teacher's features"},
 }
-"""Metrics that are means over the images, and what belongs beside each."""
+"""Settings of the metrics that are means over the images."""
 
 
 class Reconstructions(NamedTuple):
-    """What codes draw, and what is measured of it."""
+    """Reconstructed images and their measurements."""
 
     drawn: Tensor
     """uint8 `[B, 3, H, W]` on the CPU."""
     columns: dict[str, Tensor]
-    """For each image a number, `[B]`, or its features, `[B, F]`; on the CPU. Those that the tokenizer or the teacher
-    cannot give are left out."""
+    """Numbers `[B]` and features `[B, F]` of each image, on the CPU, without those that the tokenizer or the teacher
+    does not support."""
 
 
 @dataclass(frozen=True)
 class ReconstructionMeasures:
-    """What is measured with."""
+    """The networks that reconstructions are measured with."""
 
     perceptual: Perceptual | None
     space: FeatureSpace | None
-    """Where sets of images are compared; None where there is neither a teacher nor Inception."""
+    """Feature space of the Fréchet distance; None if there is neither a teacher nor Inception."""
     zero_shot: ZeroShot | None
-    """None without a teacher that has a text tower."""
+    """The zero-shot classification; None without a teacher that has a text tower."""
     device: torch.device
-    """Where tokenizer and teacher are."""
+    """Device of the tokenizer and the teacher."""
     precision: str
-    """Autocast type."""
+    """Autocast type: `bf16` or `fp32`."""
 
     @property
     def distance(self) -> SetDistance | None:
-        """What the features end in."""
+        """The Fréchet distance of the features."""
         return None if self.space is None else self.space.distance
 
     @property
     def classes(self) -> ZeroShotClasses | None:
-        """What the ranks are among."""
+        """The classes of the ranks."""
         return None if self.zero_shot is None else self.zero_shot.among
 
     @torch.no_grad()
     def measure(self, tokenizer: ImageTokenizer, rows: list[int], pixels: Tensor, codes: Tensor) -> Reconstructions:
-        """Decode codes, and compare what they draw and say with the images.
+        """Decode codes, and compare the images and features that they decode to with the originals.
 
         Args:
-            tokenizer: in eval mode.
-            rows: of the split that `zero_shot` is of.
-            pixels: the images, uint8 `[B, 3, H, W]`.
-            codes: of them, `[B, N, D, h, w]` int64.
+            tokenizer: The tokenizer, in eval mode.
+            rows: The rows of the images in the split that `zero_shot` was made for.
+            pixels: The images, uint8 `[B, 3, H, W]`.
+            codes: Their codes, `[B, N, D, h, w]` int64.
         """
         codes, images = codes.to(self.device), normalise(pixels).to(self.device)
         with autocast(self.device, self.precision):
@@ -97,7 +97,7 @@ class ReconstructionMeasures:
 
 
 def _semantic_cosine(tokenizer: ImageTokenizer, images: Tensor, codes: Tensor) -> Tensor | None:
-    """Cosine of each image's decoded features and the teacher's, `[B]`; None without a semantic branch."""
+    """Return the cosine of the decoded and the teacher's features, `[B]`; None without a semantic branch."""
     target = tokenizer.target_features(images)
     if target is None:
         return None
@@ -105,12 +105,12 @@ def _semantic_cosine(tokenizer: ImageTokenizer, images: Tensor, codes: Tensor) -
 
 
 def held_out_rows(kind: str, split: str, transform: TransformConfig) -> RowMaker:
-    """What all rows of a tokenizer's reconstructions have in common.
+    """Return the common part of the rows of a tokenizer's reconstructions.
 
     Args:
-        kind: of the tokenizer.
-        split: name of the images.
-        transform: how they were shaped.
+        kind: The tokenizer's kind.
+        split: The name of the split of the images.
+        transform: The transform of the images.
     """
     settings = {"crop": transform.resize, "image_size": transform.image_size, "format": "PNG"}
     return RowMaker(kind, "reconstruction", split, settings)
@@ -119,13 +119,13 @@ def held_out_rows(kind: str, split: str, transform: TransformConfig) -> RowMaker
 def reconstruction_rows(
     make: RowMaker, columns: Mapping[str, Tensor], distance: SetDistance | None, classes: ZeroShotClasses | None
 ) -> list[dict[str, Any]]:
-    """The metric rows of measured images.
+    """Return the metric rows of measured images.
 
     Args:
-        make: as `held_out_rows` gives it.
-        columns: as in `Reconstructions`, of all images.
-        distance: that the features end in; None where there are none.
-        classes: that the ranks are among; None where there are none.
+        make: The common part from `held_out_rows`.
+        columns: The columns of `Reconstructions`, for all images.
+        distance: The Fréchet distance of the features; None if there are no features.
+        classes: The classes of the ranks; None if there are no ranks.
     """
     found = [make.mean(name, columns[name].tolist(), **note) for name, note in _MEANS.items() if name in columns]
     if distance is not None and len(columns[DRAWN_FEATURES]) > 1:  # one image has no spread
@@ -138,7 +138,7 @@ def reconstruction_rows(
 
 
 def _zero_shot_rows(make: RowMaker, columns: Mapping[str, Tensor], classes: ZeroShotClasses) -> list[dict[str, Any]]:
-    """Accuracy by what the codes say and, as the ceiling, by the teacher's own embeddings; none without the former."""
+    """Return accuracies by the codes and, as a ceiling, by the teacher's embeddings; none without the former."""
     if RANK not in columns:
         return []
     own = RowMaker(make.model, "zero_shot", make.split, make.settings)
@@ -153,13 +153,13 @@ def _zero_shot_rows(make: RowMaker, columns: Mapping[str, Tensor], classes: Zero
 def codebook_rows(
     make: RowMaker, codes: Tensor, names: tuple[str, ...], sizes: tuple[int, ...]
 ) -> list[dict[str, Any]]:
-    """The metric rows of how codebooks are used.
+    """Return the metric rows of codebook usage.
 
     Args:
-        make: as `held_out_rows` gives it.
-        codes: of all held-out images, `[R, N, D, h, w]` int64.
-        names: of the books.
-        sizes: of the books.
+        make: The common part from `held_out_rows`.
+        codes: The codes of all held-out images, `[R, N, D, h, w]` int64.
+        names: The names of the books.
+        sizes: The number of codes of each book.
     """
     books = book_statistics(codes, names, sizes)
     count, size_of = len(codes), dict(zip(names, sizes, strict=True))

@@ -1,4 +1,4 @@
-"""How metric rows are made: each is of a metric of the catalogue, by one model in one role, with its settings."""
+"""Construction of metric rows: each has a metric of the catalogue, a model in a role, and the settings."""
 
 from __future__ import annotations
 
@@ -15,32 +15,32 @@ from storage.tables import OURS, Role
 
 @dataclass(frozen=True)
 class RowMaker:
-    """What the rows of one model on one benchmark have in common."""
+    """The common part of the rows of one model on one benchmark."""
 
     model: str
     benchmark: str
     split: str
     settings: dict[str, Any]
-    """What belongs beside each number; a row may add more."""
+    """Settings of every row; a row may add more."""
     role: Role = OURS
 
     def of(self, model: str, role: Role) -> RowMaker:
-        """The same for another model."""
+        """Return the same for another model."""
         return replace(self, model=model, role=role)
 
     def mean(self, metric: str, values: Sequence[float], **settings: Any) -> dict[str, Any]:
-        """The mean of a metric over samples, with its normal 95% interval."""
+        """Make a row of the mean over samples with its normal 95% interval."""
         interval = mean_interval(torch.tensor(values, dtype=torch.float64))
         return self._row(metric, "", interval, len(values), settings)
 
     def share(self, metric: str, correct: Sequence[bool], qualifier: str = "", **settings: Any) -> dict[str, Any]:
-        """The part of the samples that are right, with its Wilson 95% interval."""
+        """Make a row of the fraction of correct samples with its Wilson 95% interval."""
         return self._row(metric, qualifier, wilson_interval(sum(correct), len(correct)), len(correct), settings)
 
     def number(
         self, metric: str, value: float, num_samples: int, qualifier: str = "", **settings: Any
     ) -> dict[str, Any]:
-        """One number over all samples, without an interval."""
+        """Make a row of one number for all samples, without an interval."""
         return self._row(metric, qualifier, value, num_samples, settings)
 
     def _row(
@@ -67,12 +67,12 @@ class RowMaker:
 
 
 def name_of(row: dict[str, Any]) -> str:
-    """The metric of a row with its qualifier."""
+    """Return the name of a row's metric with its qualifier."""
     return full_name(row["metric"], row["qualifier"])
 
 
 def artifact_metrics(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The values of metric rows as an artifact's metrics: ours by benchmark and name, the others' below their model."""
+    """Return the values of rows as an artifact's metrics: ours by benchmark and name, others under their model."""
     found: dict[str, Any] = {}
     for row in rows:
         group = found if row["role"] == OURS else found.setdefault(row["model"], {})
