@@ -182,7 +182,11 @@ _METRICS = (
     Metric("num_rows", "Rows of the artifact, or rows that were trained on."),
     Metric("num_ok", "Rows of a download that gave an image."),
     Metric("num_filtered", "Images that a filter left out."),
-    Metric("num_failed", "Rows that gave no image, or images that gave no codes.", direction="lower"),
+    Metric(
+        "num_failed",
+        "Rows that gave no image, images that gave no codes, or held-out rows that could not be measured.",
+        direction="lower",
+    ),
     Metric("num_in_unused_splits", "Images in splits that no stage reads."),
     Metric("num_cut", "Rows whose text was too long for the language model and was cut.", direction="lower"),
     Metric(
