@@ -6,17 +6,26 @@ import json
 import logging
 import shlex
 import sys
-from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from flows.text import byte_bar, megabytes, one_line, text_table
+from flows.artifact_commands import artifacts_app
+from flows.options import (
+    DigestArgument,
+    ExecutorOption,
+    RecipeOption,
+    RetryOption,
+    SetOption,
+    StoreOption,
+    open_store,
+)
+from flows.text import one_line, text_table
 from infra.interrupts import GOES_ON, advise, end_on_signals
 from infra.malloc import reexec_with_fast_malloc
 from infra.terminal import LogFormatter, said_if_slow, say
-from stages.pipeline.command import DEFAULT_STORE, STORE_VARIABLE, result_line, run_one_stage
+from stages.pipeline.command import DEFAULT_STORE, result_line, run_one_stage
 from stages.pipeline.errors import EXIT_CODE, USER_ERRORS, complain, report
 from stages.pipeline.field_reference import fields_text
 from stages.pipeline.recipe_files import available_recipes, check_stage_name, recipe_values
@@ -26,7 +35,7 @@ if TYPE_CHECKING:
     from models.images import Limits
     from stages.pipeline.assistant import Assistant
     from stages.pipeline.recipe import Recipe
-    from storage.store import Access, Store
+    from storage.store import Store
 
 
 app = typer.Typer(
@@ -36,24 +45,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-artifacts_app = typer.Typer(help="What the store holds.", no_args_is_help=True)
 app.add_typer(artifacts_app, name="artifacts")
-
-RecipeOption = Annotated[str, typer.Option("--recipe", help="Name of a recipe, or path of a YAML file.")]
-StoreOption = Annotated[
-    str, typer.Option("--store", envvar=STORE_VARIABLE, help="Folder, or s3://bucket/prefix.", show_default=True)
-]
-ExecutorOption = Annotated[
-    Literal["ray", "local"], typer.Option("--executor", help="Where mapped work runs: Ray actors, or this process.")
-]
-SetOption = Annotated[
-    list[str] | None, typer.Option("--set", metavar="SECTION.FIELD=VALUE", help="Override a field; repeatable.")
-]
-RetryOption = Annotated[
-    bool, typer.Option("--retry-failed", help="Fetch again what failed in the download so far; the rest is kept.")
-]
-DigestArgument = Annotated[str, typer.Argument(metavar="ARTIFACT", help="Digest, or its first 6 or more digits.")]
-
 
 MAX_PROMPT = 8000
 """Largest number of characters of a prompt or a question; language models of the papers' sizes read as many tokens."""
@@ -104,7 +96,7 @@ def run(
     summaries = run_pipeline(recipe, store, overrides or [], executor)
     rows = [[s.stage, "hit" if s.hit else "made", s.digest[:12], f"{s.seconds:.1f}"] for s in summaries]
     say(text_table(["stage", "result", "artifact", "seconds"], rows))
-    loaded, opened = _load(recipe, overrides), _open(store)
+    loaded, opened = _load(recipe, overrides), open_store(store)
     say("\n" + _metrics_text(_read_metrics(opened, summaries[-1].digest)))
     from flows.report.report import write_report
 
@@ -156,7 +148,7 @@ def compare_tokenizers(
     from flows.report.report import write_comparison
 
     folder = Path(".musevl/report") / f"{comparison.recipe}-tokenizers"
-    say(f"\npage: {write_comparison(comparison, _open(store), folder)}\nrows: {folder / 'comparison.parquet'}")
+    say(f"\npage: {write_comparison(comparison, open_store(store), folder)}\nrows: {folder / 'comparison.parquet'}")
 
 
 @app.command("import-tokenizer")
@@ -233,7 +225,7 @@ def results(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, one object a metric.")] = False,
 ) -> None:
     """Print the metrics of the last completed run."""
-    opened = _open(store)
+    opened = open_store(store)
     if recipe and Path(recipe).suffix in (".yaml", ".yml"):
         recipe = str(recipe_values(recipe)["name"])  # as in the record of a run
     for record in opened.runs():
@@ -253,135 +245,6 @@ def results(
     say(_metrics_text(rows))
 
 
-@artifacts_app.command("ls")
-def artifacts_ls(store: StoreOption = DEFAULT_STORE) -> None:
-    """List the artifacts."""
-    opened = _open(store)
-    pins = opened.pins()
-    rows = [
-        [
-            a.digest[:12], a.stage, a.kind, str(a.num_files), megabytes(a.size), a.action_key[:12],
-            "pinned" if a.digest in pins else "",
-        ]
-        for a in opened.artifacts()
-    ]  # fmt: skip
-    say(text_table(["artifact", "stage", "kind", "files", "size", "action", ""], rows))
-
-
-@artifacts_app.command("show")
-def artifacts_show(artifact: DigestArgument, store: StoreOption = DEFAULT_STORE) -> None:
-    """Print the manifest of an artifact as JSON."""
-    manifest = _open(store).load(artifact)
-    say(json.dumps({"digest": manifest.digest, **manifest.to_json()}, indent=2))
-
-
-@artifacts_app.command("export")
-def artifacts_export(
-    artifact: DigestArgument,
-    folder: Annotated[Path, typer.Argument(help="Where to; made if needed, files of the same names are replaced.")],
-    only: Annotated[str, typer.Option(help="Only this folder of the artifact, for example model or codes.")] = "",
-    store: StoreOption = DEFAULT_STORE,
-) -> None:
-    """Copy an artifact's files out of the store, under their names in the artifact, each one checked."""
-    opened = _open(store)
-    manifest = opened.load(artifact)
-    files = manifest.files_under(only)
-    if not files:
-        folders = ", ".join(sorted({entry.path.split("/")[0] for entry in manifest.files}))
-        raise ValueError(f"artifact {manifest.digest[:12]} has no folder {only!r}; it has {folders}")
-    with byte_bar("copied", sum(entry.size for entry in files)) as on_file:
-        opened.materialise(manifest, folder, only, on_file)
-    say(f"{len(files)} files in {folder}")
-
-
-@artifacts_app.command("verify")
-def artifacts_verify(
-    artifact: Annotated[str | None, typer.Argument(metavar="ARTIFACT", help="Only this one (default: all).")] = None,
-    store: StoreOption = DEFAULT_STORE,
-) -> None:
-    """Read every byte again; damaged files are set aside, and the next run rebuilds them. Exit code 1 on damage."""
-    opened = _open(store)
-    sizes = [found.size for found in opened.artifacts() if found.digest.startswith(artifact or "")]
-    with byte_bar("checked", sum(sizes)) as on_file:
-        problems = opened.verify(artifact, on_file)
-    for problem in problems:
-        say(one_line(f"{problem.digest[:12] or 'record'}  {problem.path}: {problem.reason}"))
-    if problems:
-        say(f"{len(problems)} problems; the next run of these stages rebuilds what is missing", file=sys.stderr)
-        raise typer.Exit(1)
-    say("all files are intact")
-
-
-@artifacts_app.command("lineage")
-def artifacts_lineage(artifact: DigestArgument, store: StoreOption = DEFAULT_STORE) -> None:
-    """Print what an artifact was made from, and what that was made from, as a tree."""
-    from flows.artifacts import lineage_text
-
-    say(lineage_text(_open(store), artifact))
-
-
-@artifacts_app.command("diff")
-def artifacts_diff(
-    first: DigestArgument,
-    second: Annotated[str, typer.Argument(metavar="OTHER", help="Digest, or its first 6 or more digits.")],
-    store: StoreOption = DEFAULT_STORE,
-) -> None:
-    """Say how two artifacts differ: settings, inputs, files, metrics. Exit code 1 where they do."""
-    from flows.artifacts import diff_text
-
-    opened = _open(store)
-    found = diff_text(opened.load(first), opened.load(second))
-    say(found or "no difference")
-    if found:
-        raise typer.Exit(1)
-
-
-@artifacts_app.command("pin")
-def artifacts_pin(
-    artifact: DigestArgument,
-    note: Annotated[str, typer.Option(help="Why it is kept.")] = "",
-    store: StoreOption = DEFAULT_STORE,
-) -> None:
-    """Keep an artifact and all that it was made from: gc leaves them alone, forget refuses."""
-    say(f"pinned {_open(store, 'write').pin(artifact, note)}")
-
-
-@artifacts_app.command("unpin")
-def artifacts_unpin(artifact: DigestArgument, store: StoreOption = DEFAULT_STORE) -> None:
-    """Take a pin away."""
-    say(f"unpinned {_open(store, 'write').unpin(artifact)}")
-
-
-@artifacts_app.command("forget")
-def artifacts_forget(artifact: DigestArgument, store: StoreOption = DEFAULT_STORE) -> None:
-    """Take an artifact out of the list; gc may then remove its bytes, and its stage runs again.
-
-    An action whose record is unreadable is named by its key.
-    """
-    say(f"forgot {_open(store, 'write').forget(artifact)}; `musevl artifacts gc` shows what this frees")
-
-
-@artifacts_app.command("gc")
-def artifacts_gc(
-    store: StoreOption = DEFAULT_STORE,
-    grace_days: Annotated[
-        float,
-        typer.Option(min=0, max=36500, help="Keep what is younger; longer than any run that is at work."),
-    ] = 7.0,
-    delete: Annotated[bool, typer.Option("--delete", help="Delete it. Without, only say what would go.")] = False,
-) -> None:
-    """Find what no artifact, pin or work in progress needs: orphans, abandoned work, damaged and unfinished files.
-
-    Exit code 1 where damage keeps it from telling what is needed: then it leaves all blobs alone.
-    """
-    from flows.artifacts import garbage_text
-
-    found = _open(store, "write" if delete else "read").collect_garbage(timedelta(days=grace_days), delete=delete)
-    say(garbage_text(found, deleted=delete))
-    if found.unreadable:
-        raise typer.Exit(1)
-
-
 @app.command()
 def inspect(
     artifact: DigestArgument,
@@ -397,7 +260,7 @@ def inspect(
     chosen = _integers(codes, "--codes") if codes else []
     from flows.download_text import KIND, inspect_download
 
-    opened = _open(store)
+    opened = open_store(store)
     if (manifest := opened.load(artifact)).kind == KIND:
         say(inspect_download(opened, manifest))
         return
@@ -489,13 +352,6 @@ def _check_text(text: str, what: str) -> None:
         raise ValueError(f"{what} has {len(text)} characters; a model reads at most {MAX_PROMPT} here")
 
 
-def _open(uri: str, access: Access = "read") -> Store:
-    """Open a store that must exist; reading needs no write permission."""
-    from storage.store import Store
-
-    return Store(uri, access=access)
-
-
 def _load(recipe: str, overrides: list[str] | None) -> Recipe:
     from stages.pipeline.recipe import load_recipe
 
@@ -507,7 +363,7 @@ def _next_attempt(recipe: str, store: str, overrides: list[str] | None) -> list[
     from stages.download.stage import next_attempt
 
     loaded = _load(recipe, overrides)
-    setting = f"download.attempt={next_attempt(loaded.download, loaded.seed, _open(store, 'create'))}"
+    setting = f"download.attempt={next_attempt(loaded.download, loaded.seed, open_store(store, 'create'))}"
     say(f"{setting}: keep it for later commands with `--set {setting}`, or in the recipe", file=sys.stderr)
     return [*(overrides or []), setting]
 
@@ -517,7 +373,7 @@ def _assistant(recipe: str, store: str, overrides: list[str] | None) -> Assistan
     with said_if_slow(f"loading the model of recipe {recipe}"):
         from stages.pipeline.assistant import Assistant
 
-        return Assistant(_load(recipe, overrides), _open(store))
+        return Assistant(_load(recipe, overrides), open_store(store))
 
 
 def _read_image(path: Path, limits: Limits) -> bytes:
