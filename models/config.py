@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, field_validator
 
 BelowOne = Annotated[float, Field(ge=0, lt=1)]
 """A number in [0, 1), such as a decay rate."""
@@ -39,6 +39,19 @@ class CountsByContent:
     def path(self, value: str) -> str | None:
         """Return the path that a value names, or None if it names no path."""
         return value.removeprefix(self.prefix) if value.startswith(self.prefix) else None
+
+
+def told_apart_by_kind(default: str) -> Discriminator:
+    """Tells the config classes of a union apart by their field `kind`; one without it is of the default kind.
+
+    Args:
+        default: the kind that need not be named; each class of the union has its kind as its `Tag`.
+    """
+
+    def kind_of(value: Any) -> Any:
+        return value.get("kind", default) if isinstance(value, Mapping) else getattr(value, "kind", default)
+
+    return Discriminator(kind_of)
 
 
 _LARGEST_INTEGER = 2**63 - 1

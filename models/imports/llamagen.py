@@ -12,6 +12,7 @@ from torch import Tensor
 from models.imports.weights import Release, TensorRule, convert, decoder_names, leaves, level_names, side_rules
 from models.tokenizers.config import VqganConfig
 from models.tokenizers.kinds import VqganTokenizer
+from models.tokenizers.quantizers import VectorQuantizerConfig
 
 _RELEASE = Release("LlamaGen", "paper-vqgan-256 for vq_ds16_c2i.pt")
 _BLOCK = re.compile(r"(.*?)(encoder|decoder)\.conv_blocks\.(\d+)\.res\.(\d+)\.conv2\.weight")
@@ -31,6 +32,11 @@ def convert_llamagen(state: dict[str, Tensor], config: VqganConfig) -> dict[str,
         ValueError: keys or shapes do not fit; the message names them and, if they can be inferred from the shapes, the
             settings that fit.
     """
+    if not isinstance(config.quantizer, VectorQuantizerConfig):
+        raise ValueError(
+            f"LlamaGen's checkpoints have a codebook; the recipe has tokenizer.quantizer.kind={config.quantizer.kind}, "
+            f"set it to nearest"
+        )
     with torch.device("meta"):
         tokenizer = VqganTokenizer(config)
     remedy = _fitting_settings(state, config)

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import NonNegativeFloat, PositiveInt, model_validator
+from pydantic import NonNegativeFloat, PositiveInt, Tag, model_validator
 
-from models.config import Config
+from models.config import Config, told_apart_by_kind
 from models.tokenizers.convolutional import ConvConfig
-from models.tokenizers.quantizers import QuantizerConfig, ResidualQuantizerConfig
+from models.tokenizers.quantizers import ResidualQuantizerConfig, VectorQuantizerConfig
 from models.tokenizers.transformer import SemanticDecoderConfig
 from models.transforms import TransformConfig
+
+QuantizerConfig = Annotated[
+    Annotated[VectorQuantizerConfig, Tag("nearest")],  # a line for each kind of quantizer
+    told_apart_by_kind("nearest"),
+]
+"""Quantizers with one code per vector; the config class of a kind builds its quantizer with `build()`."""
 
 
 class TokenizerConfig(Config):
@@ -40,8 +46,8 @@ class TokenizerConfig(Config):
 class OneCodeConfig(TokenizerConfig):
     """Fields of the kinds with one codebook and one code per position."""
 
-    quantizer: QuantizerConfig = QuantizerConfig()
-    """Codebook; for `tokenflow` the pixel table."""
+    quantizer: QuantizerConfig = VectorQuantizerConfig()
+    """The quantizer, with its codebook."""
 
 
 class TeacherGridConfig(TokenizerConfig):
@@ -119,6 +125,8 @@ class TokenFlowConfig(EncoderConfig):
 
     kind: Literal["tokenflow"] = "tokenflow"
     """Selects this kind."""
+    quantizer: VectorQuantizerConfig = VectorQuantizerConfig()
+    """The pixel table."""
     semantic_code_dim: PositiveInt = 32
     """Channels of the semantic table."""
 

@@ -22,7 +22,7 @@ from models.tokenizers.config import (
 )
 from models.tokenizers.convolutional import ConvDecoder, ConvEncoder
 from models.tokenizers.image_tokenizer import Codes, ImageEncoder, ImageTokenizer
-from models.tokenizers.quantizers import VectorQuantizer
+from models.tokenizers.quantizers import Quantizer, VectorQuantizer
 from models.tokenizers.residual import DualTokenTokenizer, VilaUTokenizer
 from models.tokenizers.transformer import SemanticDecoder
 
@@ -31,7 +31,7 @@ class OneCodeTokenizer(ImageTokenizer):
     """One codebook and one code per position, so that a language model can hold the codes in its vocabulary."""
 
     config: OneCodeConfig
-    quantizer: VectorQuantizer
+    quantizer: Quantizer
     post_quant: nn.Linear
     semantic_decoder: SemanticDecoder
 
@@ -57,7 +57,7 @@ class OneCodeTokenizer(ImageTokenizer):
 
     @property
     def codebooks(self) -> list[Tensor]:
-        every = torch.arange(self.config.quantizer.codebook_size, device=self.quantizer.codebook.device)
+        every = torch.arange(self.config.quantizer.codebook_size, device=self.post_quant.weight.device)
         return [self.quantizer.lookup(every).detach()[None]]
 
     def code_embeddings(self, codes: Tensor) -> Tensor:
@@ -88,7 +88,7 @@ class VqganTokenizer(OneCodeTokenizer):
         code_dim, latent = self.config.quantizer.code_dim, self.config.conv.latent_channels
         self.encoder = ConvEncoder(self.config.conv)
         self.decoder = ConvDecoder(self.config.conv)
-        self.quantizer = VectorQuantizer(self.config.quantizer)
+        self.quantizer = self.config.quantizer.build()
         self.post_quant = nn.Linear(code_dim, latent)
         self.pre_quant = nn.Linear(latent, code_dim)
 
@@ -114,7 +114,7 @@ class SdeTokenizer(OneCodeTokenizer):
         latent = self.config.conv.latent_channels
         self.encoder = ImageEncoder(self.config, self.teacher)
         self.decoder = ConvDecoder(self.config.conv)
-        self.quantizer = VectorQuantizer(self.config.quantizer)
+        self.quantizer = self.config.quantizer.build()
         self.post_quant = nn.Linear(code_dim, latent)
         self.to_teacher_dim = nn.Linear(self.encoder.width, dim)
         self.image_norm = nn.LayerNorm(dim, elementwise_affine=False)
@@ -154,7 +154,7 @@ class SemanticTokenizer(OneCodeTokenizer):
         assert self.teacher is not None
         code_dim, dim = self.config.quantizer.code_dim, self.teacher.feature_dim
         self.decoder = ConvDecoder(self.config.conv)
-        self.quantizer = VectorQuantizer(self.config.quantizer)
+        self.quantizer = self.config.quantizer.build()
         self.post_quant = nn.Linear(code_dim, self.config.conv.latent_channels)
         self.pre_quant = nn.Linear(dim, code_dim)
         self.semantic_decoder = SemanticDecoder(self.config.semantic_decoder, code_dim, dim, self.grid)

@@ -21,7 +21,7 @@ _FORGOTTEN = 1e-6
 """A code whose EMA count is below this keeps its vector, as the ratio of sums and counts near 0 is noise."""
 
 
-class QuantizerConfig(Config):
+class CodebookConfig(Config):
     """The size of a codebook and how it is learned."""
 
     codebook_size: PositiveInt = 32_768
@@ -46,7 +46,18 @@ class QuantizerConfig(Config):
     """Weight of the codebook loss, which pulls codes to their vectors (`gradient` only)."""
 
 
-class ResidualQuantizerConfig(QuantizerConfig):
+class VectorQuantizerConfig(CodebookConfig):
+    """A quantizer that takes the nearest code of one codebook."""
+
+    kind: Literal["nearest"] = "nearest"
+    """The kind of quantizer."""
+
+    def build(self) -> VectorQuantizer:
+        """Build the quantizer, untrained."""
+        return VectorQuantizer(self)
+
+
+class ResidualQuantizerConfig(CodebookConfig):
     """Residual quantizers: one for each book of `dualtoken`, the only one of `vila_u`."""
 
     codebook_size: PositiveInt = 16_384
@@ -70,6 +81,22 @@ class Quantized(NamedTuple):
     """`[...]` int64 code indices in 0..K-1; of a residual quantizer `[..., D]`."""
     loss: Tensor
     """Weighted commitment loss, plus the weighted codebook loss if the codebook is learned by gradient; a scalar."""
+
+
+class Quantizer(nn.Module):
+    """Quantizes vectors with one code each; its config class has `codebook_size`, `code_dim` and `build()`."""
+
+    def forward(self, vectors: Tensor) -> Quantized:
+        """Quantize vectors `[..., C]`.
+
+        Raises:
+            ValueError: the last axis is not `code_dim`.
+        """
+        raise NotImplementedError
+
+    def lookup(self, codes: Tensor) -> Tensor:
+        """Look up codes `[...]` int64; returns their vectors `[..., C]`."""
+        raise NotImplementedError
 
 
 @torch.no_grad()
@@ -106,7 +133,7 @@ def _flattened(vectors: Tensor, code_dim: int) -> Tensor:
     return vectors.reshape(-1, code_dim).float()
 
 
-class VectorQuantizer(nn.Module):
+class VectorQuantizer(Quantizer):
     """Nearest-neighbour quantizer with one codebook.
 
     Source: VQ-VAE (arXiv 1711.00937) sections 3.1-3.2 and appendix A.1 (EMA); MUSE-VL section 3.1 (`L_vq`).
@@ -117,7 +144,7 @@ class VectorQuantizer(nn.Module):
     ema_sums: Tensor
     initialised: Tensor
 
-    def __init__(self, config: QuantizerConfig, *, parts: tuple[int, ...] | None = None) -> None:
+    def __init__(self, config: CodebookConfig, *, parts: tuple[int, ...] | None = None) -> None:
         """
         Args:
             config: size, channels and learning of the codebook.
@@ -141,7 +168,6 @@ class VectorQuantizer(nn.Module):
             self.register_buffer("initialised", torch.zeros((), dtype=torch.bool))
 
     def lookup(self, codes: Tensor) -> Tensor:
-        """Look up codes `[...]` int64; returns their vectors `[..., C]`."""
         return F.embedding(codes, self._normalised(self.codebook))
 
     def forward(self, vectors: Tensor) -> Quantized:

@@ -78,7 +78,7 @@ def _place(location: Iterable[str | int], root: type[Config]) -> _Place:
     classes: tuple[type[Config], ...] = (root,)
     others: tuple[type[Config], ...] = ()
     for part in map(str, location):
-        chosen = tuple(one for one in classes if len(classes) > 1 and kind_of(one) == part)
+        chosen = tuple(one for one in classes if kind_of(one) == part)
         if chosen:
             classes, others = chosen, tuple(one for one in classes if one not in chosen)
             continue

@@ -20,7 +20,12 @@ import torch
 from torch import Tensor, nn
 from vector_quantize_pytorch import ResidualVQ, VectorQuantize
 
-from models.tokenizers.quantizers import QuantizerConfig, ResidualQuantizer, ResidualQuantizerConfig, VectorQuantizer
+from models.tokenizers.quantizers import (
+    ResidualQuantizer,
+    ResidualQuantizerConfig,
+    VectorQuantizer,
+    VectorQuantizerConfig,
+)
 from tests.benchmarks.measuring import measure, report
 
 NUM_VECTORS = 32 * 27 * 27
@@ -40,7 +45,9 @@ def main() -> None:
 
 
 def _single(device: torch.device, count: int, repeats: int) -> None:
-    config = QuantizerConfig(codebook_size=32_768, code_dim=8, l2_normalised=True, ema_decay=DECAY, dead_threshold=0)
+    config = VectorQuantizerConfig(
+        codebook_size=32_768, code_dim=8, l2_normalised=True, ema_decay=DECAY, dead_threshold=0
+    )
     ours = VectorQuantizer(config).to(device).train()
     ours.initialised.fill_(True)
     peer = VectorQuantize(dim=8, codebook_size=32_768, decay=DECAY, use_cosine_sim=True, commitment_weight=0.25)

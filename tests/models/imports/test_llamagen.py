@@ -11,7 +11,7 @@ from models.imports.llamagen import convert_llamagen
 from models.tokenizers.config import VqganConfig
 from models.tokenizers.convolutional import ConvConfig
 from models.tokenizers.kinds import build_tokenizer
-from models.tokenizers.quantizers import QuantizerConfig
+from models.tokenizers.quantizers import VectorQuantizerConfig
 from models.transforms import TransformConfig
 from tests.helpers.llamagen import CODES, DIM, LATENT, MULTIPLIERS, WIDTH, Reference
 
@@ -20,7 +20,7 @@ def config(**fields: Any) -> VqganConfig:
     conv = ConvConfig(
         channels=WIDTH, channel_multipliers=MULTIPLIERS, encoder_blocks=2, decoder_blocks=3, latent_channels=LATENT
     )
-    quantizer = QuantizerConfig(codebook_size=CODES, code_dim=DIM, update="gradient")
+    quantizer = VectorQuantizerConfig(codebook_size=CODES, code_dim=DIM, update="gradient")
     defaults: dict[str, Any] = {"conv": conv, "quantizer": quantizer}
     return VqganConfig(transform=TransformConfig(image_size=16), **(defaults | fields))
 
@@ -33,7 +33,7 @@ def reference() -> Reference:
 @pytest.mark.parametrize("update", ["gradient", "ema"])
 @torch.no_grad()
 def test_codes_and_pictures_are_the_references(reference: Reference, update: str) -> None:
-    quantizer = QuantizerConfig(codebook_size=CODES, code_dim=DIM, update=update)
+    quantizer = VectorQuantizerConfig(codebook_size=CODES, code_dim=DIM, update=update)
     tokenizer = build_tokenizer(config(quantizer=quantizer)).eval()
     state = {**reference.state, "quantize.codebook_used": torch.zeros(65536)}
     tokenizer.load_state_dict(convert_llamagen(state, tokenizer.config), strict=True)
@@ -55,7 +55,7 @@ def test_keys_that_do_not_fit_are_named(reference: Reference) -> None:
 
 
 def test_shapes_that_do_not_fit_are_named_with_the_settings_that_do(reference: Reference) -> None:
-    larger = QuantizerConfig(codebook_size=2 * CODES, code_dim=DIM, update="gradient")
+    larger = VectorQuantizerConfig(codebook_size=2 * CODES, code_dim=DIM, update="gradient")
     message = r"'quantize.embedding.weight' has shape \(24, 4\).*needs \(48, 4\)"
     with pytest.raises(ValueError, match=message) as refused:
         convert_llamagen(reference.state, config(quantizer=larger))

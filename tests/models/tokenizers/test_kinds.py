@@ -12,7 +12,7 @@ from models.tokenizers.convolutional import ConvConfig
 from models.tokenizers.image_tokenizer import ImageTokenizer, semantic_cosine
 from models.tokenizers.kinds import KINDS, build_tokenizer, tokenizer_config
 from models.tokenizers.losses import contrastive_loss
-from models.tokenizers.quantizers import QuantizerConfig, ResidualQuantizerConfig
+from models.tokenizers.quantizers import ResidualQuantizerConfig, VectorQuantizerConfig
 from models.tokenizers.transformer import SemanticDecoderConfig
 from models.transforms import TransformConfig
 
@@ -23,7 +23,7 @@ def small_config(kind: str = "sde", **fields: Any) -> TokenizerConfig:
         "conv": ConvConfig(
             channels=16, channel_multipliers=(1, 1, 2), encoder_blocks=1, decoder_blocks=1, latent_channels=8
         ),
-        "quantizer": QuantizerConfig(codebook_size=64, code_dim=4),
+        "quantizer": VectorQuantizerConfig(codebook_size=64, code_dim=4),
         "residual": ResidualQuantizerConfig(codebook_size=64, code_dim=4, depth=3),
         "pixel_layers": (1, 2),
         "semantic_layer": None,
@@ -181,7 +181,7 @@ def test_tokenflow_decoders_read_their_own_table(stub_teacher: Teacher, images: 
 
 def test_tokenflow_needs_normalised_tables(stub_teacher: Teacher) -> None:
     with pytest.raises(ValueError, match="l2_normalised=true"):
-        make(stub_teacher, kind="tokenflow", quantizer=QuantizerConfig(codebook_size=8, l2_normalised=False))
+        make(stub_teacher, kind="tokenflow", quantizer=VectorQuantizerConfig(codebook_size=8, l2_normalised=False))
 
 
 def test_reconstruction_alone_teaches_the_encoder(stub_teacher: Teacher, images: Tensor) -> None:

@@ -13,10 +13,10 @@ from torch import Tensor
 from models.metrics.measures import codebook_statistics
 from models.tokenizers import quantizers
 from models.tokenizers.quantizers import (
-    QuantizerConfig,
     ResidualQuantizer,
     ResidualQuantizerConfig,
     VectorQuantizer,
+    VectorQuantizerConfig,
     nearest_codes,
 )
 
@@ -29,7 +29,7 @@ def brute_force(vectors: Tensor, codebook: Tensor) -> Tensor:
 
 def small(**fields: Any) -> VectorQuantizer:
     torch.manual_seed(0)
-    return VectorQuantizer(QuantizerConfig(**({"codebook_size": 16, "code_dim": 4} | fields)))
+    return VectorQuantizer(VectorQuantizerConfig(**({"codebook_size": 16, "code_dim": 4} | fields)))
 
 
 def initialised(quantizer: VectorQuantizer) -> VectorQuantizer:
