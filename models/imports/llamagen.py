@@ -11,7 +11,7 @@ from torch import Tensor
 
 from models.imports.weights import Release, TensorRule, convert, decoder_names, leaves, level_names, side_rules
 from models.tokenizers.config import VqganConfig
-from models.tokenizers.kinds import VqganTokenizer
+from models.tokenizers.one_code import VqganTokenizer
 from models.tokenizers.quantizers import VectorQuantizerConfig
 
 _RELEASE = Release("LlamaGen", "paper-vqgan-256 for vq_ds16_c2i.pt")

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from models.teachers.teacher import Teacher
 from models.tokenizers.config import EncoderConfig, TokenizerConfig
 from models.tokenizers.convolutional import ConvDecoder, ConvEncoder
+from models.tokenizers.losses import LossConfig
 
 
 class TokenizerOutput(NamedTuple):
@@ -53,6 +54,10 @@ class ImageTokenizer(nn.Module):
     config_class: ClassVar[type[TokenizerConfig]]
     """The fields that this kind reads."""
     config: TokenizerConfig
+    loss_class: ClassVar[type[LossConfig]] = LossConfig
+    """The config class of its training loss."""
+    trains_tower: ClassVar[bool] = False
+    """Whether its image encoder can be a trained copy of the teacher's tower, with a learning rate of its own."""
     book_names: tuple[str, ...]
     """Name of each codebook, for metrics and reports."""
     needs_teacher: ClassVar[bool] = True

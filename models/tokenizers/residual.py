@@ -17,6 +17,7 @@ from models.teachers.teacher import Teacher
 from models.tokenizers.config import DualTokenConfig, ResidualConfig, VilaUConfig
 from models.tokenizers.convolutional import ConvDecoder, ResidualBlock
 from models.tokenizers.image_tokenizer import Codes, ImageTokenizer
+from models.tokenizers.losses import ContrastiveLossConfig, SemanticLossConfig
 from models.tokenizers.quantizers import ResidualQuantizer
 from models.tokenizers.transformer import AttentionProjection
 
@@ -25,6 +26,7 @@ class ResidualTokenizer(ImageTokenizer):
     """Residual books with one quantizer each; vectors are concatenated over books in the order of `book_names`."""
 
     config: ResidualConfig
+    trains_tower = True
     quantizes_target = False  # they quantize features of their own trained tower
     quantizers: nn.ModuleList
 
@@ -70,6 +72,7 @@ class DualTokenTokenizer(ResidualTokenizer):
 
     config_class = DualTokenConfig
     config: DualTokenConfig
+    loss_class = SemanticLossConfig
     book_names: tuple[str, ...] = ("semantic", "pixel")
 
     def _build(self) -> None:
@@ -154,6 +157,7 @@ class VilaUTokenizer(ResidualTokenizer):
 
     config_class = VilaUConfig
     config: VilaUConfig
+    loss_class = ContrastiveLossConfig
     book_names = ("unified",)
 
     def _build(self) -> None:

@@ -7,11 +7,11 @@ import math
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Union
 
 import torch
 import torch.nn.functional as F
-from pydantic import NonNegativeInt, model_validator
+from pydantic import Field, NonNegativeInt, create_model, model_validator
 from torch import Tensor, nn
 
 from infra.terminal import on_one_line
@@ -20,15 +20,7 @@ from models.ranks import is_first_rank, mean_terms, num_ranks, own_part, start_e
 from models.teachers.backbone import BackboneTeacher
 from models.teachers.teacher import Teacher
 from models.teachers.zero_shot import Templates
-from models.tokenizers.config import (
-    DualTokenConfig,
-    SdeConfig,
-    SemanticConfig,
-    TokenFlowConfig,
-    TokenizerConfig,
-    VilaUConfig,
-    VqganConfig,
-)
+from models.tokenizers.config import TokenizerConfig
 from models.tokenizers.convolutional import DISCRIMINATORS
 from models.tokenizers.image_tokenizer import ImageTokenizer, TokenizerOutput
 from models.tokenizers.kinds import KINDS, build_tokenizer, tokenizer_config
@@ -123,46 +115,18 @@ class TrainTowerConfig(TrainTokenizerConfig):
     the new parts can destroy its pretrained weights."""
 
 
-# A kind's own class comes first: of fields that both bases have, `kind` among them, pydantic takes the first one's.
-
-
-class TrainVqganConfig(VqganConfig, TrainTokenizerConfig):
-    """The image branch alone: LlamaGen's VQ-16."""
-
-
-class TrainSdeConfig(SdeConfig, TrainTowerConfig):
-    """MUSE-VL's Semantic Discrete Encoding: the teacher's features are added before quantization (eq. 1-2)."""
-
-    loss: SemanticLossConfig = SemanticLossConfig()
-    """Terms of the loss and their weights."""
-
-
-class TrainSemanticConfig(SemanticConfig, TrainTokenizerConfig):
-    """The semantic branch alone, MUSE-VL's ablation."""
-
-    loss: SemanticLossConfig = SemanticLossConfig()
-    """Terms of the loss and their weights."""
-
-
-class TrainTokenFlowConfig(TokenFlowConfig, TrainTowerConfig):
-    """TokenFlow: a semantic and a pixel table with a shared index."""
-
-    loss: SemanticLossConfig = SemanticLossConfig()
-    """Terms of the loss and their weights."""
-
-
-class TrainDualTokenConfig(DualTokenConfig, TrainTowerConfig):
-    """DualToken: residual codes of shallow and of deep features, each in its own book."""
-
-    loss: SemanticLossConfig = SemanticLossConfig()
-    """Terms of the loss and their weights."""
-
-
-class TrainVilaUConfig(VilaUConfig, TrainTowerConfig):
-    """VILA-U: residual codes of deep features, aligned with the captions."""
-
-    loss: ContrastiveLossConfig = ContrastiveLossConfig()
-    """Terms of the loss and their weights."""
+def training_config(kind: type[ImageTokenizer]) -> type[TrainTokenizerConfig]:
+    """Make the config class of a kind's section: the fields of the kind and those of its training."""
+    training, loss = TrainTowerConfig if kind.trains_tower else TrainTokenizerConfig, kind.loss_class
+    # The kind's own class comes first: of fields that both have, `kind` among them, pydantic takes the first one's
+    bases: tuple[Any, ...] = (kind.config_class, training)
+    return create_model(
+        f"Train{kind.config_class.__name__}",
+        __base__=bases,
+        __doc__=kind.config_class.__doc__,
+        __module__=__name__,
+        loss=(loss, Field(default=loss(), description=training.model_fields["loss"].description)),
+    )
 
 
 class ExternalCodesConfig(Config):
@@ -174,15 +138,14 @@ class ExternalCodesConfig(Config):
     """Folder of the codes; its content enters the action key, not its path."""
 
 
-TokenizerSection = (
-    TrainVqganConfig
-    | TrainSdeConfig
-    | TrainSemanticConfig
-    | TrainTokenFlowConfig
-    | TrainDualTokenConfig
-    | TrainVilaUConfig
-    | ExternalCodesConfig
-)
+TRAINING: dict[str, type[TrainTokenizerConfig]] = {name: training_config(kind) for name, kind in KINDS.items()}
+"""The config class of the section of each kind that is trained here."""
+globals().update({section.__name__: section for section in TRAINING.values()})  # pickle looks them up by name
+
+if TYPE_CHECKING:
+    TokenizerSection = TrainTokenizerConfig | ExternalCodesConfig
+else:
+    TokenizerSection = Union[*TRAINING.values(), ExternalCodesConfig]
 """What the section `tokenizer` of a recipe can be; its `kind` says which."""
 
 

@@ -7,13 +7,14 @@ from typing import Annotated, Literal
 
 import pytest
 import torch
-from pydantic import PositiveInt, Tag, ValidationError
+from pydantic import PositiveInt, Tag, ValidationError, create_model
 from torch import Tensor
 
 from models.config import Config, told_apart_by_kind
 from models.teachers.teacher import Teacher
-from models.tokenizers.image_tokenizer import TokenizerConfig
-from models.tokenizers.kinds import build_tokenizer
+from models.tokenizers.config import TokenFlowConfig, TokenizerConfig, VqganConfig
+from models.tokenizers.kinds import KINDS
+from models.tokenizers.one_code import OneCodeTokenizer
 from models.tokenizers.quantizers import Quantized, Quantizer, VectorQuantizer, VectorQuantizerConfig
 
 
@@ -58,32 +59,29 @@ class FiniteScalarQuantizer(Quantizer):
         return digits / self.steps * 2 - 1
 
 
-class WithFiniteScalar(TokenizerConfig):
-    """What a line in the union of `QuantizerConfig` makes of a tokenizer's config."""
-
-    quantizer: Annotated[
-        Annotated[VectorQuantizerConfig, Tag("nearest")] | Annotated[FiniteScalarConfig, Tag("finite_scalar")],
-        told_apart_by_kind("nearest"),
-    ] = VectorQuantizerConfig()
+WithFiniteScalar = Annotated[
+    Annotated[VectorQuantizerConfig, Tag("nearest")] | Annotated[FiniteScalarConfig, Tag("finite_scalar")],
+    told_apart_by_kind("nearest"),
+]
+"""What a line makes of `QuantizerConfig`."""
 
 
-def config(kind: str, quantizer: dict[str, object]) -> WithFiniteScalar:
+def make(kind: str, teacher: Teacher | None, quantizer: dict[str, object]) -> OneCodeTokenizer:
+    tokenizer_class = KINDS[kind]
+    config_class = create_model("Config", __base__=tokenizer_class.config_class, quantizer=WithFiniteScalar)
     conv = {"channels": 16, "channel_multipliers": (1, 1, 2), "encoder_blocks": 1, "decoder_blocks": 1}
-    return WithFiniteScalar.model_validate(
-        {
-            "kind": kind,
-            "quantizer": quantizer,
-            "transform": {"image_size": 32},
-            "conv": conv | {"latent_channels": 8},
-            "semantic_decoder": {"width": 16, "depth": 1, "heads": 2},
-        }
-    )
+    values = {"transform": {"image_size": 32}, "conv": conv | {"latent_channels": 8}, "quantizer": quantizer}
+    if kind != "vqgan":
+        values["semantic_decoder"] = {"width": 16, "depth": 1, "heads": 2}
+    tokenizer = tokenizer_class(config_class.model_validate(values), teacher)
+    assert isinstance(tokenizer, OneCodeTokenizer)
+    return tokenizer
 
 
 @pytest.mark.parametrize("kind", ["sde", "semantic", "vqgan"])
 def test_a_class_and_a_line_are_a_quantizer(kind: str, stub_teacher: Teacher) -> None:
     torch.manual_seed(0)
-    tokenizer = build_tokenizer(config(kind, {"kind": "finite_scalar", "levels": [8, 5, 5]}), stub_teacher)
+    tokenizer = make(kind, stub_teacher, {"kind": "finite_scalar", "levels": [8, 5, 5]})
     images = torch.rand(2, 3, 32, 32) * 2 - 1
     output = tokenizer(images)
     output.reconstruction.square().mean().backward()
@@ -96,15 +94,11 @@ def test_a_class_and_a_line_are_a_quantizer(kind: str, stub_teacher: Teacher) ->
 
 
 def test_the_quantizer_that_needs_no_name_is_the_nearest_code() -> None:
-    tokenizer = build_tokenizer(config("vqgan", {"codebook_size": 16, "code_dim": 4}))
+    tokenizer = make("vqgan", None, {"codebook_size": 16, "code_dim": 4})
     assert isinstance(tokenizer.quantizer, VectorQuantizer)
 
 
-def test_a_kind_of_tokenizer_that_needs_a_codebook_says_so(stub_teacher: Teacher) -> None:
-    with pytest.raises(ValueError, match=r"tokenizer\.quantizer.*nearest"):
-        build_tokenizer(config("tokenflow", {"kind": "finite_scalar", "levels": [8, 5]}), stub_teacher)
-
-
-def test_a_kind_without_a_line_is_refused() -> None:
+@pytest.mark.parametrize("config_class", [VqganConfig, TokenFlowConfig])
+def test_a_kind_without_a_line_is_refused(config_class: type[TokenizerConfig]) -> None:
     with pytest.raises(ValidationError, match="finite_scalar"):
-        TokenizerConfig(quantizer={"kind": "finite_scalar", "levels": [8, 5]})
+        config_class.model_validate({"quantizer": {"kind": "finite_scalar", "levels": [8, 5]}})

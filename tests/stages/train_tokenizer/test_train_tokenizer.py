@@ -17,7 +17,7 @@ from models.transforms import CropConfig
 from stages.artifacts.models import read_weights
 from stages.pipeline.execution import run_stage
 from stages.pipeline.recipe import STAGES, load_recipe
-from stages.train_tokenizer.stage import TokenizerTraining, TrainVqganConfig
+from stages.train_tokenizer.stage import TRAINING, TokenizerTraining
 from stages.training.loop import OptimiserConfig, build_optimiser
 from tests.helpers.tiny import TinyRun
 
@@ -77,7 +77,7 @@ def test_the_adaptive_weight_may_leave_out_the_weight_of_the_squared_error(
         adversarial_start=0,
     )
     training: Any = SimpleNamespace(
-        config=TrainVqganConfig(loss=loss),
+        config=TRAINING["vqgan"](loss=loss),
         perceptual=lambda images, references: 0.025 * images.mean((1, 2, 3)) / pixel,
         discriminator=lambda images: -images / pixel,
         tokenizer=SimpleNamespace(decoder=SimpleNamespace(last_layer=last_layer)),
@@ -93,7 +93,7 @@ def test_the_adaptive_weight_may_leave_out_the_weight_of_the_squared_error(
 def test_the_discriminator_may_warm_up_when_it_starts(schedule: str, rate: float) -> None:
     optimiser = OptimiserConfig(learning_rate=1.0, warmup_steps=10, final_learning_rate_fraction=0.0)
     loss = LossConfig(adversarial_start=60, discriminator_schedule=schedule)
-    config = TrainVqganConfig(loss=loss, discriminator_optimiser=optimiser, steps=110, precision="fp32")
+    config = TRAINING["vqgan"](loss=loss, discriminator_optimiser=optimiser, steps=110, precision="fp32")
     discriminator = nn.Conv2d(3, 1, 1)
     training: Any = SimpleNamespace(
         config=config,
@@ -107,7 +107,7 @@ def test_the_discriminator_may_warm_up_when_it_starts(schedule: str, rate: float
 
 
 def test_crops_depend_on_seed_step_and_place_alone() -> None:
-    config = TrainVqganConfig(random_crop=CropConfig(kind="square"), batch_size=3)
+    config = TRAINING["vqgan"](random_crop=CropConfig(kind="square"), batch_size=3)
     training: Any = SimpleNamespace(config=config, seed=7)
     first, again, later = (TokenizerTraining._own_crops(training, step) for step in (0, 0, 1))
     assert first == again
