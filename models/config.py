@@ -88,7 +88,7 @@ def _numbers(value: Any) -> Iterator[int | float]:
 
 
 def configs_in(annotation: Any) -> list[type[Config]]:
-    """The config classes that a field's type names: its own, those of a union, those in its collections."""
+    """Find the config classes in a field's type: the type itself, members of a union, items of a collection."""
     if isinstance(annotation, type) and issubclass(annotation, Config):
         return [annotation]
     return [found for argument in getattr(annotation, "__args__", ()) for found in configs_in(argument)]

@@ -31,9 +31,9 @@ def build_tokenizer(config: TokenizerConfig, teacher: Teacher | None = None) -> 
 
 
 def tokenizer_config(values: Mapping[str, Any]) -> TokenizerConfig:
-    """The config of a tokenizer from plain values that name its kind, without those that the kind does not read.
+    """Build the config of a tokenizer from values that include its kind; fields that the kind lacks are ignored.
 
-    A training's config has others beside them; artifacts of before each kind had its own fields hold those of all.
+    The config of a training has further fields, and artifacts of earlier versions have the fields of all kinds.
     """
     config_class = KINDS[values["kind"]].config_class
     return config_class(**{name: values[name] for name in config_class.model_fields if name in values})

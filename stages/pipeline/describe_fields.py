@@ -34,20 +34,20 @@ def main() -> None:
 
 
 def describe_fields() -> list[FieldDescription]:
-    """Every field of a recipe, a section before its fields."""
+    """Describe all fields of a recipe; each section precedes its fields."""
     return list(_fields(Recipe, "", None, identity=True))
 
 
 def _fields(
     config_class: type[Config], path: str, default: Config | None, *, identity: bool
 ) -> Iterator[FieldDescription]:
-    """The fields of a config class and those below them.
+    """Describe the fields of a config class and those of its sections.
 
     Args:
         config_class: the class.
-        path: of the section.
-        default: what the section is where the recipe leaves it out, if that is of this class.
-        identity: whether the section is part of the result's identity.
+        path: path of the section.
+        default: default of the section, if it is of this class.
+        identity: whether the section enters the action key.
     """
     for name, info in config_class.model_fields.items():
         below = f"{path}.{name}" if path else name
@@ -67,7 +67,7 @@ def _fields(
 
 
 def _below(info: FieldInfo, path: str, held: Any, *, identity: bool) -> Iterator[FieldDescription]:
-    """The fields of the section that a field is; those of several kinds once, with the kinds that have them."""
+    """Describe the fields of a section; a field that several kinds have in the same way is described once."""
     classes = configs_in(info.annotation)
     if _holds_list(info.annotation):
         path = f"{path}.N"
@@ -90,7 +90,7 @@ def _below(info: FieldInfo, path: str, held: Any, *, identity: bool) -> Iterator
 
 
 def _type(annotation: Any) -> str:
-    """A type in plain words."""
+    """Describe a type in words."""
     bounds: list[Any] = []
     if get_origin(annotation) is Annotated:
         annotation, *bounds = get_args(annotation)
@@ -130,7 +130,7 @@ def _union(arguments: tuple[Any, ...]) -> str:
 
 
 def _range(kind: type, bounds: list[Any]) -> str:
-    """The bounds of a number, those of whole numbers as the least and the greatest."""
+    """Describe the bounds of a number; those of whole numbers as the smallest and the largest value."""
     found: dict[str, Any] = {}
     for bound in bounds:
         constraints = getattr(bound, "metadata", None) or [bound]
@@ -149,7 +149,7 @@ def _range(kind: type, bounds: list[Any]) -> str:
 
 
 def _default(held: Any, own: Any) -> str | None:
-    """The value of a field that is left out, as YAML; in parentheses that of one whose section is given without it."""
+    """Format the default; in parentheses the one that applies if the section is given without the field."""
     if held is PydanticUndefined or isinstance(held, Config):
         return None
     if own is PydanticUndefined or isinstance(own, Config) or held == own:
@@ -158,7 +158,7 @@ def _default(held: Any, own: Any) -> str | None:
 
 
 def _yaml(value: Any) -> str:
-    """A value as it may stand in a recipe, on one line."""
+    """Format a value as YAML on one line."""
     if isinstance(value, Config):
         return _yaml(value.model_dump())
     if isinstance(value, (tuple, list)):

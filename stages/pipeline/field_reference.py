@@ -1,4 +1,4 @@
-"""The fields of a recipe in plain words, as `musevl fields` prints them and `docs/reference.md` holds them.
+"""The fields of a recipe in plain words, as in `musevl fields` and `docs/reference.md`.
 
 They are read from `fields.json`, which `stages.pipeline.describe_fields` writes from the config classes: to import
 those takes seconds, since PyTorch comes with them. A test compares the file with the classes.
@@ -14,7 +14,7 @@ from pathlib import Path
 
 FILE = Path(__file__).with_name("fields.json")
 COMMAND = "python -m stages.pipeline.describe_fields"
-"""What writes the file and `docs/reference.md`."""
+"""Command that writes the file and `docs/reference.md`."""
 
 _WIDTH = 100
 _MOST_SUGGESTIONS = 3
@@ -32,24 +32,24 @@ _IDENTITY = {True: "part of the result's identity", False: "run-time setting"}
 
 @dataclass(frozen=True)
 class FieldDescription:
-    """One field, or one section of fields."""
+    """A field or a section of a recipe."""
 
     path: str
-    """Names with points between, as in `--set`; `N` stands for the place in a list."""
+    """Dotted path as in `--set`; `N` stands for the position in a list."""
     kinds: str
-    """Of the section's kinds those that have it; empty where all have."""
+    """The kinds of the section that have the field; empty if all have it."""
     type: str
-    """What it may hold."""
+    """Type and range in words."""
     default: str | None
-    """As YAML; None where the recipe has to say it, and for a section, whose fields have theirs."""
+    """Default as YAML; None for required fields and for sections, whose fields have their own."""
     required: bool
     identity: bool
-    """Whether it is part of the result's identity, so that another value makes another result."""
+    """Whether the field enters the action key."""
     meaning: str
 
     @property
     def facts(self) -> list[str]:
-        """Type, default and identity in words."""
+        """Type, default and identity."""
         found = [self.type]
         if self.required:
             found.append("has to be given")
@@ -59,17 +59,17 @@ class FieldDescription:
 
 
 def load_fields() -> list[FieldDescription]:
-    """Every field of a recipe, in the order of the classes, a section before its fields."""
+    """Read the descriptions of all fields of a recipe; each section precedes its fields."""
     return [FieldDescription(**row) for row in json.loads(FILE.read_text(encoding="utf-8"))]
 
 
 def fields_json(fields: list[FieldDescription]) -> str:
-    """What the file holds."""
+    """Format descriptions as the content of the file."""
     return json.dumps([asdict(field) for field in fields], indent=1, ensure_ascii=False) + "\n"
 
 
 def fields_text(path: str | None = None) -> str:
-    """The fields at and below a path, for a terminal; without one the sections.
+    """Format the fields at and below a path for a terminal; without a path the sections.
 
     Raises:
         ValueError: no field has this path.
@@ -85,7 +85,7 @@ def fields_text(path: str | None = None) -> str:
 
 
 def reference_page(fields: list[FieldDescription]) -> str:
-    """`docs/reference.md`."""
+    """Format descriptions as `docs/reference.md`."""
     lines = ["# The fields of a recipe", "", *textwrap.wrap(_ABOUT, _PAGE_WIDTH)]
     top = [field for field in fields if "." not in field.path]
     lines += ["", *_table([field for field in top if not field.type.startswith("section")])]

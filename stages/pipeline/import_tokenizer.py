@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 
 from models.imports.dualtoken import convert_dualtoken
 from models.imports.llamagen import convert_llamagen
-from models.teachers.teacher import TransformersTeacher, TransformersTeacherConfig
+from models.teachers.teacher import Teacher, TransformersTeacher, TransformersTeacherConfig
 from models.tokenizers.config import DualTokenConfig, VqganConfig
 from stages.artifacts.models import described, read_checkpoint
 from stages.pipeline.recipe import Recipe
@@ -48,7 +48,7 @@ def import_weights(checkpoint: Path, recipe: Recipe, out: Path, which: str | Non
     return described(found) if found.taken else ""
 
 
-def _tower(recipe: Recipe) -> TransformersTeacher:
+def _tower(recipe: Recipe) -> Teacher:
     """The teacher whose tower a checkpoint of DualToken starts from."""
     model = recipe.teacher.model
     if not isinstance(model, TransformersTeacherConfig):
@@ -57,6 +57,4 @@ def _tower(recipe: Recipe) -> TransformersTeacher:
             f"--set 'teacher.model={{kind: transformers, path: FOLDER}}' with the folder of the SigLIP that it was "
             f"trained from"
         )
-    teacher = TransformersTeacher(model)
-    teacher.freeze()
-    return teacher
+    return TransformersTeacher(model).freeze()

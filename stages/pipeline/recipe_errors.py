@@ -1,4 +1,4 @@
-"""What is wrong with a recipe, in one line: the field, its value, what was expected, and where the field is found."""
+"""Error messages about a recipe, in one line: the field, its value, what is expected, and the nearest field."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ RENAMED = {
     "pretrain.num_workers": "pretrain.num_processes",
     "sft.num_workers": "sft.num_processes",
 }
-"""Fields that had another name, and the one that they have now."""
+"""Former names of fields and their present names."""
 
 _LONGEST_VALUE = 100
 """Characters of a value in an error."""
@@ -40,18 +40,18 @@ class _Place:
 
 
 def worst(error: ValidationError) -> ErrorDetails:
-    """The error to name of several: an unknown field before others, since a misspelt one is also missing."""
+    """Choose the error to report: an unknown field before others, since a misspelt one is also reported as missing."""
     found = error.errors()
     return next((one for one in found if one["type"] == "extra_forbidden"), found[0])
 
 
 def explain(error: ErrorDetails, root: type[Config], where: str) -> str:
-    """One of pydantic's errors in one line.
+    """Describe one of pydantic's errors in one line.
 
     Args:
-        error: what validation found.
-        root: the config class that was validated, a recipe.
-        where: the recipe's file.
+        error: the error.
+        root: the config class that was validated.
+        where: where the values come from, such as the recipe's file; the message begins with it.
     """
     place = _place(error["loc"], root)
     if error["type"] == "extra_forbidden":
@@ -64,7 +64,7 @@ def explain(error: ErrorDetails, root: type[Config], where: str) -> str:
 
 
 def fields_below(root: type[Config], path: str = "") -> Iterator[str]:
-    """Paths of all fields of a config class, those of its sections and of all their kinds among them."""
+    """Yield the paths of all fields of a config class, including those of its sections and of all their kinds."""
     for name, info in root.model_fields.items():
         below = f"{path}.{name}" if path else name
         yield below
@@ -73,7 +73,7 @@ def fields_below(root: type[Config], path: str = "") -> Iterator[str]:
 
 
 def _place(location: Iterable[str | int], root: type[Config]) -> _Place:
-    """The place that pydantic means; the kind of a section, which stands in its location, is no part of the path."""
+    """Resolve a location of pydantic, which contains the kind of a section, although it is not part of the path."""
     path: list[str] = []
     classes: tuple[type[Config], ...] = (root,)
     others: tuple[type[Config], ...] = ()
@@ -91,13 +91,13 @@ def _place(location: Iterable[str | int], root: type[Config]) -> _Place:
 
 
 def kind_of(config_class: type[Config]) -> str:
-    """The value of `kind` that selects a config class; empty where nothing has to be told apart."""
+    """Return the value of `kind` that selects a config class; empty if it is not one of several."""
     info = config_class.model_fields.get("kind")
     return str(get_args(info.annotation)[0]) if info and get_origin(info.annotation) is Literal else ""
 
 
 def _hint(place: _Place, root: type[Config]) -> str:
-    """Where an unknown field may be found: its new name, other kinds, the same section, then anywhere in the recipe."""
+    """Suggest a field for an unknown one: its new name, other kinds, the same section, then the whole recipe."""
     parents, _, name = place.path.rpartition(".")
     if place.path in RENAMED:
         return f"its name is {RENAMED[place.path]!r} now"
@@ -118,7 +118,7 @@ def _hint(place: _Place, root: type[Config]) -> str:
 
 
 def _deeper(name: str, classes: Iterable[type[Config]], path: str) -> list[str]:
-    """Fields of exactly that name below some config classes."""
+    """Find the fields of exactly this name below some config classes."""
     paths = (below for one in classes for below in fields_below(one, path))
     return list(dict.fromkeys(below for below in paths if below.rpartition(".")[2] == name))
 

@@ -60,9 +60,9 @@ def recipe_values(name_or_path: str, overrides: list[str] | None = None) -> dict
 
 
 def recipe_layers(name_or_path: str, overrides: list[str] | None = None) -> list[dict[str, Any]]:
-    """What `recipe_values` puts together: the recipes that are extended, the recipe, each override, in this order.
+    """Read the layers that `recipe_values` merges: the recipes that are extended, the recipe, then each override.
 
-    Each says what it changes of those before it. Arguments and errors as `recipe_values`.
+    Each layer has only what it changes of the layers before it. Arguments and errors as for `recipe_values`.
     """
     path = recipe_path(name_or_path)
     layers = _read(path, ())
@@ -75,7 +75,7 @@ def recipe_layers(name_or_path: str, overrides: list[str] | None = None) -> list
 
 
 def merged(layers: Iterable[dict[str, Any]]) -> dict[str, Any]:
-    """Layers over one another, field by field; lists and other values are replaced whole, `{}` empties a mapping."""
+    """Merge layers field by field; lists and other values are replaced, `{}` empties a mapping."""
     values: dict[str, Any] = {}
     for layer in layers:
         values = _over(values, layer)
@@ -131,7 +131,7 @@ def _over(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
 
 
 def _override(values: dict[str, Any], override: str) -> dict[str, Any]:
-    """What an override changes of values."""
+    """Parse an override into the layer of what it changes."""
     target, separator, text = override.partition("=")
     if not separator or not target:
         raise RecipeError(

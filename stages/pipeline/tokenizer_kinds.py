@@ -1,9 +1,9 @@
-"""The section `tokenizer` of a recipe, whose fields depend on its kind: which values hold where the kind is changed.
+"""The section `tokenizer` of a recipe, whose fields depend on its kind: which values apply after a change of the kind.
 
-A recipe is read in layers: what it extends, itself, each `--set` in their order. The last layer that says
-`tokenizer.kind` decides. Of the layers before it, fields that this kind does not have and another kind has are left
-out; in that layer and after it they are an error. `tokenizer.kinds.KIND` in any layer holds what that layer says where
-this kind is chosen, over what it says of all kinds.
+A recipe is read in layers: what it extends, itself, then each `--set` in order. The last layer that sets
+`tokenizer.kind` decides. Fields of earlier layers that this kind lacks and another kind has are left out; in that layer
+and in later ones they are an error. `tokenizer.kinds.KIND` in any layer applies if KIND is chosen, over what this layer
+sets for all kinds.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ CLASSES: dict[str, type[Config]] = {kind_of(found): found for found in configs_i
 
 
 def with_kind_resolved(layers: list[dict[str, Any]]) -> dict[str, Any]:
-    """The values of a recipe's layers, with those of the chosen tokenizer kind."""
+    """Merge the layers of a recipe, with the fields of the tokenizer kind that they choose."""
     stating = [number for number, layer in enumerate(layers) if _KIND in _mapping(layer, _SECTION)]
     kind = _mapping(layers[stating[-1]], _SECTION)[_KIND] if stating else None
     values: dict[str, Any] = {}
@@ -37,7 +37,7 @@ def with_kind_resolved(layers: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def check_kinds(layers: list[dict[str, Any]], where: str) -> None:
-    """Refuse what the sections of kinds that are not chosen say, as far as it is wrong by itself.
+    """Check the fields in `tokenizer.kinds`, also those of kinds that are not chosen.
 
     Raises:
         RecipeError: naming the first field.
@@ -64,13 +64,13 @@ def check_kinds(layers: list[dict[str, Any]], where: str) -> None:
 
 
 def _mapping(values: dict[str, Any], name: str) -> dict[str, Any]:
-    """A mapping within another one; empty where there is none."""
+    """Return a nested mapping, or an empty one if there is none."""
     found = values.get(name)
     return found if isinstance(found, dict) else {}
 
 
 def _parts(layer: dict[str, Any], kind: Any) -> Iterator[dict[str, Any]]:
-    """A layer without its sections of kinds, then the one of a kind."""
+    """Yield a layer without `tokenizer.kinds`, then the fields that it has there for a kind."""
     section = _mapping(layer, _SECTION)
     if _KINDS not in section:
         yield layer
@@ -82,13 +82,14 @@ def _parts(layer: dict[str, Any], kind: Any) -> Iterator[dict[str, Any]]:
 
 
 def _without_other_kinds(values: dict[str, Any], kind: str) -> dict[str, Any]:
+    """Leave out the tokenizer's fields that a kind lacks and another kind has."""
     others = [found for name, found in CLASSES.items() if name != kind]
     section = _mapping(values, _SECTION)
     return values | {_SECTION: _known(section, CLASSES[kind], others)} if section else values
 
 
 def _known(values: dict[str, Any], own: type[Config], others: list[type[Config]]) -> dict[str, Any]:
-    """Values without fields that other classes have and one's own lacks; those that none has are for validation."""
+    """Leave out fields that only other classes have. Fields of no class are kept, so that validation names them."""
     known: dict[str, Any] = {}
     for name, value in values.items():
         if name not in own.model_fields:

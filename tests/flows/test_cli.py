@@ -80,7 +80,7 @@ def test_help_needs_no_heavy_library(arguments: list[str], prefect_environment: 
     ("arguments", "words"),
     [
         ("run --recipe nosuch", "unknown recipe 'nosuch'"),
-        ("run --set sft.setps=3", "did you mean 'steps'?"),
+        ("run --set sft.setps=3", "did you mean 'sft.steps'?"),
         ("run --store /proc/nowhere", "/proc/nowhere"),
         ("run --store ftp://host/store", "ftp://host/store"),
         ("stage nosuch", "unknown stage 'nosuch'"),

@@ -229,3 +229,9 @@ def test_weights_that_are_not_there_are_refused(tiny_run: TinyRun, tmp_path: Pat
     store = tiny_run.store_before("train_tokenizer", tmp_path / "store")
     with pytest.raises(ValueError, match=message):
         run_stage("train_tokenizer", load_recipe("tiny", [*VQGAN, override]), store, LocalExecutor())
+
+
+def test_a_kind_whose_checkpoints_nobody_published_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no published checkpoint of tokenizer.kind=sde"):
+        import_weights(tmp_path / "checkpoint.pt", load_recipe("tiny"), tmp_path / "out.safetensors")
+    assert not (tmp_path / "out.safetensors").exists()
