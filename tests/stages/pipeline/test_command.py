@@ -77,7 +77,7 @@ def test_the_store_of_the_environment_is_used(tmp_path: Path, monkeypatch: pytes
     ("arguments", "words"),
     [
         (["--recipe", "nosuch"], "unknown recipe 'nosuch'"),
-        (["--set", "download.rows_per_shrd=7"], "did you mean 'rows_per_shard'?"),
+        (["--set", "download.rows_per_shrd=7"], "did you mean 'download.rows_per_shard'?"),
         (["--store", "/proc/nowhere"], "/proc/nowhere"),
         (["--executor", "spark"], "argument --executor: invalid choice: 'spark'"),
         (["--stor", "x", "--sett", "y"], "unrecognized arguments: --sett y; see `python -m stages.download --help`"),
