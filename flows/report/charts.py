@@ -18,7 +18,7 @@ _LOG_SCALE_RATIO = 50
 
 
 def curve_svg(steps: Sequence[int], values: Sequence[float], label: str) -> str:
-    """One training curve: the values and, where there are many, a smoothed line over them.
+    """Draw one training curve: the values and, if there are many, a smoothed line over them.
 
     Args:
         steps: of the optimiser, ascending.
@@ -54,7 +54,7 @@ def curve_svg(steps: Sequence[int], values: Sequence[float], label: str) -> str:
 
 
 def lineage_svg(stages: Sequence[str], inputs: dict[str, Sequence[str]], notes: dict[str, tuple[str, str]]) -> str:
-    """The pipeline as a column of stages with an arc from each input to the stage that it feeds.
+    """Draw the pipeline as a column of stages with an arc from each input to the stage that it feeds.
 
     Args:
         stages: names in pipeline order.
@@ -106,7 +106,7 @@ def _thinned(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _smooth(y: np.ndarray) -> np.ndarray:
-    """A centred moving average over about a fifteenth of the curve, over fewer points at its ends."""
+    """Return a centred moving average over about a fifteenth of the curve, over fewer points at its ends."""
     half = max(1, len(y) // 30)
     return np.array([y[max(0, i - half) : i + half + 1].mean() for i in range(len(y))])
 

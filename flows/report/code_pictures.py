@@ -54,7 +54,7 @@ class CodeStrip:
 
     @property
     def png(self) -> bytes:
-        """The strip, encoded."""
+        """The strip as PNG bytes."""
         buffer = io.BytesIO()
         self.strip.save(buffer, "PNG")
         return buffer.getvalue()
@@ -63,7 +63,7 @@ class CodeStrip:
 def code_strips(
     store: Store, table: Manifest, download: Manifest, codes: Sequence[int] | None = None
 ) -> list[CodeStrip]:
-    """Patches of some codes of each book, at the first depth.
+    """Cut out patches of some codes of each book, at the first depth.
 
     Args:
         store: holds both artifacts.
@@ -96,7 +96,7 @@ def code_strips(
 
 
 def _read(store: Store, table: Manifest, download: Manifest) -> tuple[CodeTable, list[bytes]]:
-    """Rows of images themselves, not of views, from the first shards, and the images."""
+    """Read the rows of original images, not of views, from the first shards, and the images."""
     paths, count = [], 0
     encoded: dict[str, bytes] = {}
     for entry in table.files_under(CODES):
@@ -114,7 +114,7 @@ def _read(store: Store, table: Manifest, download: Manifest) -> tuple[CodeTable,
 
 
 def _places(grid: npt.NDArray[np.unsignedinteger]) -> Places:
-    """Of codes `[R, h, w]`."""
+    """Return the places of each code in codes `[R, h, w]`."""
     places: Places = defaultdict(list)
     for place, code in np.ndenumerate(grid):
         places[int(code)].append((place[0], place[1], place[2]))
@@ -124,7 +124,7 @@ def _places(grid: npt.NDArray[np.unsignedinteger]) -> Places:
 def _telling(
     places: list[tuple[int, int, int]], captions: list[set[str]], base: Counter[str]
 ) -> tuple[str, float, float, float]:
-    """The word that a code says most about, its share among the code's images and among all, and how much it says.
+    """Return the most informative word of a code, its share in the code's images and in all, and the information.
 
     How much: the share times the logarithm of how much larger it is than among all images, nats.
     """
@@ -161,7 +161,7 @@ def _strip(
 
 
 def _patch(image: Image.Image, grid: tuple[int, int], y: int, x: int) -> Image.Image:
-    """A cell of the grid with its neighbours, framed; white beyond the image."""
+    """Cut out a cell of the grid with its neighbours, framed; white outside the image."""
     height, width = image.height / grid[0], image.width / grid[1]
     box = [round((x - 1) * width), round((y - 1) * height), round((x + 2) * width), round((y + 2) * height)]
     patch = Image.new("RGB", (box[2] - box[0], box[3] - box[1]), "white")

@@ -1,4 +1,4 @@
-"""What a comparison of tokenizers found: metric rows of every run, the papers' tables, pictures side by side."""
+"""Results of a comparison of tokenizers: metric rows of every run, the papers' tables, pictures side by side."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from storage.store import Store
 from storage.tables import OURS, metrics_table, read_metrics, read_table, write_table
 
 BASELINE = "vqgan"
-"""The kind that gaps are counted from."""
+"""The kind whose values are subtracted in the column of gaps."""
 MAX_PICTURES = 16
 
 Column = tuple[str, str, str]
-"""Benchmark, metric and qualifier: what a column of the tables shows."""
+"""Benchmark, metric and qualifier of a column of the tables."""
 FIRST: Column = ("understanding", "accuracy", "same_category")
-"""The first column, in which gaps are counted."""
+"""The first column, of which the gaps are shown."""
 
 VARIANTS: dict[str, tuple[str, ...]] = {
     "sde-image": ("tokenizer.kind=sde", "tokenizer.semantic_branch=false", "tokenizer.loss.pooled_weight=0"),
@@ -47,7 +47,7 @@ EXTERNAL = "external="
 
 
 def overrides_of(kind: str, seed: int, overrides: list[str]) -> list[str]:
-    """The overrides of one run of a comparison."""
+    """Return the overrides of one run of a comparison."""
     settings = VARIANTS.get(kind, (f"tokenizer.kind={kind}",))
     if kind.startswith(EXTERNAL):
         settings = ("tokenizer.kind=external", f"tokenizer.codes={kind.removeprefix(EXTERNAL)}")
@@ -55,7 +55,7 @@ def overrides_of(kind: str, seed: int, overrides: list[str]) -> list[str]:
 
 
 def column_of(row: dict[str, Any]) -> Column:
-    """The column that a metric row belongs to."""
+    """Return the column of a metric row."""
     return row["benchmark"], row["metric"], row["qualifier"]
 
 
@@ -71,7 +71,7 @@ class Run:
     """Its metric rows."""
 
     def value(self, column: Column) -> float | None:
-        """A metric of this tokenizer itself, not of a baseline."""
+        """Return a metric of this tokenizer itself, not of a baseline; None if it was not measured."""
         for row in self.rows:
             if row["role"] == OURS and column_of(row) == column:
                 return float(row["value"])
@@ -88,7 +88,7 @@ class Comparison:
     runs: list[Run]
 
     def values(self, kind: str, column: Column) -> list[float]:
-        """One value a seed, in the order of the seeds; empty where the kind has no such metric."""
+        """Return one value per seed, in the order of the seeds; empty if the kind has no such metric."""
         found = [run.value(column) for run in self.runs if run.kind == kind]
         return [value for value in found if value is not None]
 
@@ -99,7 +99,7 @@ class Comparison:
 
     @property
     def columns(self) -> list[Column]:
-        """What the tables show: the first column, then each metric that has one in the catalogue and a value here."""
+        """The first column, then one for each metric that has a heading in the catalogue and was measured in a run."""
         measured = {column_of(row) for run in self.runs for row in run.rows if row["role"] == OURS}
         return [FIRST] + [
             (benchmark, metric.name, qualifier)
@@ -121,7 +121,7 @@ class Comparison:
         return [ALL_KINDS, *(table for table in ABLATIONS if set(table.names) <= set(self.kinds))]
 
     def tables(self) -> list[tuple[str, list[list[str]]]]:
-        """Title and lines of each table: all kinds, then each ablation whose rows were all compared."""
+        """Return title and lines of each table: all kinds, then each ablation whose rows were all compared."""
         found = []
         for table in self.papers_tables:
             names = {kind: kind for kind in self.kinds} if table is ALL_KINDS else table.names
@@ -134,14 +134,14 @@ class Comparison:
         return [name, first, self._gap(kind), published, *others]
 
     def _gap(self, kind: str) -> str:
-        """Points over the baseline in the first column, seed by seed."""
+        """Return the gap to the baseline in the first column, computed for each seed."""
         if kind == BASELINE or BASELINE not in self.kinds:
             return ""
         pairs = zip(self.values(kind, FIRST), self.values(BASELINE, FIRST), strict=True)
         return spread([own - other for own, other in pairs], metric_of(FIRST[1]), "+")
 
     def text(self) -> str:
-        """Both tables for a terminal."""
+        """Return all tables as text for a terminal."""
         seeds = ", ".join(map(str, self.seeds))
         about = "mean and standard deviation over the seeds" if len(self.seeds) > 1 else "one seed"
         parts = [f"recipe {self.recipe}, seeds {seeds}: {about}; accuracies and pictures are of the held-out pairs"]
@@ -163,19 +163,19 @@ _LABELS = pa.schema([("kind", pa.string()), ("seed", pa.int64()), ("evaluation",
 
 
 def _labelled(rows: list[dict[str, Any]], *labels: str | int | None) -> pa.Table:
-    """Metric rows behind what a comparison adds to each."""
+    """Return a table of metric rows with the columns that a comparison adds."""
     table = metrics_table(rows)
     columns = [pa.array([label] * len(rows), field.type) for label, field in zip(labels, _LABELS, strict=True)]
     return pa.table([*columns, *table.columns], pa.schema([*_LABELS, *table.schema]))
 
 
 def spread(values: Sequence[float], metric: Metric, sign: str = "") -> str:
-    """A mean of a metric's values, and with several of them their standard deviation; '-' without any.
+    """Format the mean of a metric's values, and the standard deviation of several values; '-' for no value.
 
     Args:
-        values: of the seeds.
-        metric: says how they are shown.
-        sign: `+` where they are differences.
+        values: The values of the seeds.
+        metric: The metric, for its format.
+        sign: `+` if the values are differences.
     """
     if not values:
         return "-"
@@ -203,7 +203,7 @@ def collect_comparison(
 
 @dataclass(frozen=True)
 class SideBySide:
-    """One held-out image and what each kind's codes draw of it."""
+    """One held-out image and its reconstructions by each kind."""
 
     caption: str
     original: Picture
@@ -212,7 +212,7 @@ class SideBySide:
 
 
 def code_pages(comparison: Comparison, store: Store) -> list[tuple[str, list[tuple[CodeStrip, Picture]]]]:
-    """For each kind, the first seed's codes and the patches that carry them."""
+    """Return for each kind the patches of some codes of the first seed's tokenizer."""
     return [
         (run.kind, strips_of(store, *(store.load(run.evaluation.inputs[name]) for name in ("tokenize", "download"))))
         for run in comparison.first_runs
@@ -220,7 +220,7 @@ def code_pages(comparison: Comparison, store: Store) -> list[tuple[str, list[tup
 
 
 def side_by_side(comparison: Comparison, store: Store) -> list[SideBySide]:
-    """Evenly spaced held-out images with the reconstructions of the first seed's tokenizers."""
+    """Return evenly spaced held-out images with the reconstructions of the first seed's tokenizers."""
     first = [run for run in comparison.first_runs if not run.kind.startswith(EXTERNAL)]  # nothing decodes given codes
     if not first:
         return []

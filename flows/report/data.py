@@ -29,18 +29,18 @@ CHANCE = "chance"
 
 @dataclass(frozen=True)
 class Picture:
-    """An image as the page holds it."""
+    """An image embedded in the page."""
 
     uri: str
     """A `data:` URI."""
     width: int
-    """Pixels."""
+    """Width in pixels."""
     height: int
-    """Pixels."""
+    """Height in pixels."""
 
     @property
     def small(self) -> bool:
-        """Whether it is shown larger than it is, so that its pixels should stay sharp."""
+        """Whether the page enlarges the image, so that its pixels should stay sharp."""
         return max(self.width, self.height) < 128
 
 
@@ -55,17 +55,17 @@ class Value:
     interval: str
     """Its confidence interval as shown, or ''."""
     position: float
-    """Where it lies on the row's scale, percent; so do `low` and `high`, the interval's ends."""
+    """Position on the row's scale in percent, as `low` and `high` are for the interval's ends."""
     low: float | None
     high: float | None
 
 
 @dataclass(frozen=True)
 class MetricLine:
-    """One metric of one benchmark: our value, and beside it those of baselines, ceilings and papers."""
+    """One metric of one benchmark: our value and those of baselines, ceilings and papers."""
 
     metric: str
-    """With its qualifier, as `full_name` writes them."""
+    """Name with qualifier, from `full_name`."""
     split: str
     value: Value
     beside: list[Value]
@@ -79,7 +79,7 @@ class MetricLine:
 
     @property
     def meaning(self) -> str:
-        """What is measured."""
+        """The catalogue's description of the metric."""
         metric = find_metric(self.metric)
         return "" if metric is None else metric.meaning
 
@@ -110,7 +110,7 @@ class Samples:
     rows: list[dict[str, Any]]
     total: int
     num_right: int | None = None
-    """Of all `total` rows, not only of those shown."""
+    """Number of correct ones among all `total` rows, not only among those shown."""
 
 
 @dataclass(frozen=True)
@@ -123,26 +123,26 @@ class Curve:
 
     @property
     def last(self) -> str:
-        """The last value as shown."""
+        """The last value with its unit."""
         return text_of(self.name.removeprefix(HELD_OUT_CURVE), self.values[-1])
 
 
 @dataclass(frozen=True)
 class StageLine:
-    """One stage: its artifact and how that came about."""
+    """One stage: its artifact and the run that made it."""
 
     name: str
     digest: str
-    """Empty when there is no artifact."""
+    """Digest of the artifact; empty if there is none."""
     kind: str
     size: int
-    """Bytes."""
+    """Size of the artifact in bytes."""
     num_files: int
     inputs: dict[str, str]
     made: dict[str, Any] | None
-    """The run record of the call that made the artifact, where the store has it."""
+    """The record of the run that made the artifact; None if the store has none."""
     num_hits: int
-    """How often a run found it ready."""
+    """Number of runs that found the artifact in the store."""
     numbers: dict[str, str]
     """The artifact's own metrics, flattened."""
 
@@ -153,7 +153,7 @@ class StageLine:
 
     @property
     def how(self) -> str:
-        """How it came about, in a few words."""
+        """Short text: in which time the artifact was made, and how often it was found."""
         if not self.digest:
             return ""
         if self.made is None:
@@ -163,13 +163,13 @@ class StageLine:
 
     @property
     def long_texts(self) -> str:
-        """What became of texts that a language model could not read whole; empty where it could read all of them."""
+        """Numbers of rows whose text was too long for the language model; empty if there are none."""
         counts = {"cut": self.numbers.get("num_cut", "0"), "left out": self.numbers.get("num_left_out", "0")}
         return ", ".join(f"{count} rows with too long text {how}" for how, count in counts.items() if count != "0")
 
     @property
     def machine(self) -> str:
-        """Where it was made."""
+        """Description of the machine that made the artifact."""
         machine = (self.made or {}).get("machine", {})
         parts = [f"{machine['cores']} cores"] if machine.get("cores") else []
         parts += [str(machine[key]) for key in ("accelerator", "system") if machine.get(key)]
@@ -187,22 +187,22 @@ class ReportData:
     written: str
     stages: list[StageLine]
     benchmarks: list[Benchmark] | None
-    """None, here and below: the artifact that would hold it is missing."""
+    """None here and in the fields below means that the artifact is missing."""
     reconstructions: Samples | None
     drawings: Samples | None
     answers: Samples | None
     codes: list[tuple[CodeStrip, Picture]] | None
     """Some codes and the patches that carry them."""
     curves: dict[str, list[Curve] | None]
-    """By stage; none where nothing was trained, as with a teacher that is used as it comes."""
+    """Curves by stage; an empty list if nothing was trained, for example with a published teacher."""
     download: dict[str, Any] | None
     """Metrics of the download artifact."""
     uses_sample_data: bool
-    """Whether the images are the sample data, whose authors the page then names."""
+    """Whether the images are the sample data; the page then names their authors."""
 
     @property
     def made_seconds(self) -> float:
-        """Time that making the artifacts took, as far as it is on record."""
+        """Total time of the runs that made the artifacts, in seconds, as far as the store has their records."""
         return sum(float(stage.made.get("seconds", 0)) for stage in self.stages if stage.made)
 
 
@@ -258,10 +258,10 @@ def collect(
 
 
 def benchmarks_of(rows: Sequence[dict[str, Any]]) -> list[Benchmark]:
-    """Group the rows of a metrics table, in its order, with the others' values beside ours.
+    """Group the rows of a metrics table by benchmark, in its order, with baselines and ceilings beside ours.
 
-    Several settings of one model stay lines of their own. What guessing would score (`chance` in the settings) is shown
-    as a baseline. Where no row is ours, each has a line.
+    Rows with different settings have lines of their own. The accuracy of guessing (`chance` in the settings) is shown
+    as a baseline. If a metric has no row of ours, each of its rows has a line.
     """
     by_benchmark: dict[str, dict[tuple[str, str], list[dict[str, Any]]]] = {}
     for row in rows:
@@ -312,7 +312,7 @@ def _scale(metric: str, group: list[dict[str, Any]]) -> tuple[float, float]:
 
 
 def duration(seconds: float) -> str:
-    """Seconds as a person would say them."""
+    """Format seconds with a suitable unit."""
     if seconds < 10:
         return f"{seconds:.1f} s"
     if seconds < 90:
@@ -330,12 +330,12 @@ def picture(data: bytes) -> Picture:
 
 
 def strips_of(store: Store, table: Manifest, download: Manifest) -> list[tuple[CodeStrip, Picture]]:
-    """Some codes of a table and the patches that carry them."""
+    """Return some codes of a table with the patches that carry them."""
     return [(strip, picture(strip.png)) for strip in code_strips(store, table, download)]
 
 
 def _table(store: Store, manifest: Manifest, path: str) -> pa.Table | None:
-    """A table of the evaluation; None when its part was not evaluated."""
+    """Read a table of the evaluation; None if its task was not evaluated."""
     entry = next((entry for entry in manifest.files if entry.path == path), None)
     return None if entry is None else read_table(store.fetch(entry))
 
@@ -364,7 +364,7 @@ def _reconstructions(store: Store, evaluation: Manifest) -> Samples | None:
 
 
 def _drawings(store: Store, evaluation: Manifest) -> Samples | None:
-    """One entry a prompt, with its held-out image and all of its drawings."""
+    """Return one entry per prompt, with its held-out image and all its generated images."""
     table = _table(store, evaluation, "drawings.parquet")
     if table is None:
         return None

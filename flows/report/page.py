@@ -38,7 +38,7 @@ def write_page(page: str, folder: Path) -> Path:
 
 
 def render_page(data: ReportData) -> str:
-    """The report of a recipe as text: no scripts, no network resources, pictures embedded."""
+    """Render the report of a recipe as HTML without scripts and network resources, with embedded images."""
     return _render(
         "report.html.j2",
         data=data,
@@ -54,7 +54,7 @@ def render_comparison(
     codes: list[tuple[str, list[tuple[CodeStrip, Picture]]]],
     written: str,
 ) -> str:
-    """A comparison of tokenizers as text, in the manner of `render_page`."""
+    """Render a comparison of tokenizers as HTML, as `render_page` does."""
     return _render("comparison.html.j2", data=data, pictures=pictures, codes=codes, written=written)
 
 
@@ -73,7 +73,7 @@ def _render(template: str, **values: Any) -> str:
 
 
 def _headlines(benchmarks: list[Benchmark]) -> list[tuple[Benchmark, MetricLine]]:
-    """The first metric of each benchmark; a benchmark's writer puts the one that matters first."""
+    """Return the first metric of each benchmark, which evaluation writes in order of importance."""
     return [(benchmark, benchmark.lines[0]) for benchmark in benchmarks if benchmark.lines][:MAX_HEADLINES]
 
 

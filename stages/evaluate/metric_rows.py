@@ -1,4 +1,4 @@
-"""The metric rows of an evaluation, from what its tasks found for each held-out row."""
+"""Metric rows of an evaluation, computed from its tasks' tables of held-out rows."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ _FEATURES = (ORIGINAL_FEATURES, DRAWN_FEATURES)
 def evaluation_metrics(
     context: StageContext[EvaluateConfig], tables: dict[str, pa.Table], rows: CodedRows, distance: SetDistance | None
 ) -> list[dict[str, Any]]:
-    """The metric rows of an evaluation.
+    """Return the metric rows of an evaluation.
 
     Args:
-        context: of the stage.
-        tables: what each task found, by the task's name.
-        rows: the held-out rows of the code table.
-        distance: that the features of the reconstructions end in; None where nothing was reconstructed.
+        context: The context of the stage.
+        tables: The table of each task by the task's name.
+        rows: The held-out rows of the code table.
+        distance: The Fréchet distance of the reconstructions' features; None if nothing was reconstructed.
     """
     config, info = context.config, rows.info
     kind = context.inputs["train_tokenizer"].config["kind"]
@@ -58,7 +58,7 @@ def evaluation_metrics(
 
 
 def _columns(table: pa.Table) -> dict[str, Tensor]:
-    """What was measured of each image, without the pictures and texts."""
+    """Return the measured columns of each image, without images and texts."""
     return {
         field.name: torch.from_numpy(np.stack(table[field.name].to_numpy()))
         for field in table.schema
@@ -109,7 +109,7 @@ def _generation_rows(kind: str, table: pa.Table, context: StageContext[EvaluateC
 
 
 def _by_prompt(table: pa.Table, column: str) -> list[list[bool]]:
-    """The values of a column for the drawings of each held-out row."""
+    """Return the values of a column for the generated images of each held-out row."""
     values: dict[str, list[bool]] = {}
     for key, value in zip(table["key"].to_pylist(), table[column].to_pylist(), strict=True):
         values.setdefault(key, []).append(value)

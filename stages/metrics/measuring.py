@@ -1,4 +1,4 @@
-"""What training and evaluation measure alike: the space of a Fréchet distance, and zero-shot classification."""
+"""Fréchet distances, perceptual distances and zero-shot classification, for tokenizer training and evaluation."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ RFID, FRECHET_TEACHER = "rfid", "frechet_teacher"
 
 
 class SetDistance(NamedTuple):
-    """What a Fréchet distance in some space is called."""
+    """Name and settings of a Fréchet distance in a feature space."""
 
     metric: str
-    """`rfid` in Inception's space, else `frechet_teacher`, which compares between our runs but not with a paper."""
+    """`rfid` in Inception's space, else `frechet_teacher`, which is comparable between our runs but not with papers."""
     settings: dict[str, Any]
-    """What belongs beside the number: library, weights, features."""
+    """What should be reported with the metric: library, weights, features."""
 
 
 @dataclass(frozen=True)
 class FeatureSpace:
-    """Where reconstructions are compared with originals as sets."""
+    """Feature space in which the sets of reconstructions and originals are compared."""
 
     distance: SetDistance
     describe: Callable[[Tensor], Tensor]
@@ -43,7 +43,7 @@ class FeatureSpace:
 
 
 def feature_space(section: str, inception_weights: str, teacher: Teacher | None, device: torch.device) -> FeatureSpace:
-    """FID's own space where its weights are given, else the teacher's.
+    """Return FID's own feature space if its weights are given, else the teacher's.
 
     Args:
         section: of the recipe, for messages.
@@ -90,7 +90,7 @@ def _inception(section: str, path: str) -> InceptionFeatures:
 
 
 def weights_inputs(section: str, **paths: str) -> dict[str, str]:
-    """The part of a stage's external inputs that files of weights are: they count by content.
+    """Return the digests of weight files for a stage's external inputs, so that their content enters the action key.
 
     Args:
         section: of the recipe, for messages.
@@ -106,22 +106,22 @@ def weights_inputs(section: str, **paths: str) -> dict[str, str]:
 
 
 class Perceptual(NamedTuple):
-    """A perceptual distance of image pairs, and the metric that it is."""
+    """A perceptual distance of image pairs and the name of its metric."""
 
     metric: str
-    """`lpips`, or `perceptual` of a backbone, which compares with no paper."""
+    """`lpips`, or `perceptual` for a backbone's distance, which is not comparable with papers."""
     distance: nn.Module
     """Two `[B, 3, H, W]` in [-1, 1] -> `[B]`."""
 
     @torch.no_grad()
     def measure(self, drawn: Tensor, pixels: Tensor, device: torch.device) -> Tensor:
-        """Distance of each pair of uint8 `[B, 3, H, W]`; `[B]` on the CPU."""
+        """Return the distance of each pair of uint8 images `[B, 3, H, W]`, `[B]` on the CPU."""
         found: Tensor = self.distance(normalise(drawn).to(device), normalise(pixels).to(device)).cpu()
         return found
 
 
 def lpips_distance(field: str, vgg_weights: str | None) -> LpipsDistance:
-    """LPIPS with VGG's weights from a file, or from lpips's own download.
+    """Build LPIPS with VGG's weights from a file, or from lpips's own download.
 
     Args:
         field: of the recipe that gives the path, for messages.
@@ -134,7 +134,7 @@ def lpips_distance(field: str, vgg_weights: str | None) -> LpipsDistance:
 
 
 def perceptual_of(distance: nn.Module | None) -> Perceptual | None:
-    """The metric of a distance."""
+    """Return a distance with the name of its metric; None for no distance."""
     if distance is None:
         return None
     return Perceptual("lpips" if isinstance(distance, LpipsDistance) else "perceptual", distance)
@@ -151,27 +151,27 @@ _FILES = {
     "inception_weights": "torch-fidelity's weights-inception-2015-12-05-6726825d.pth",
     "lpips_vgg_weights": "torchvision's VGG16 state dict",
 }
-"""What is asked for in each field."""
+"""The file that each field asks for, for messages."""
 
 
 @dataclass(frozen=True)
 class ZeroShotClasses:
-    """Among which classes images are classified."""
+    """The classes of a zero-shot classification."""
 
     count: int
     templates: Templates
 
     def settings(self, first: int) -> dict[str, Any]:
-        """What belongs beside an accuracy that counts the `first` nearest classes."""
+        """Return what should be reported with an accuracy that counts the `first` nearest classes."""
         return {"classes": self.count, "templates": self.templates, "chance": first / self.count}
 
 
 @dataclass(frozen=True)
 class ZeroShot:
-    """Classification of images among the classes of a split."""
+    """Zero-shot classification of images among the classes of a split."""
 
     names: list[str]
-    """Of the classes, sorted."""
+    """Names of the classes, sorted."""
     labels: Tensor
     """Class of each row of the split, `[rows]` int64."""
     classes: Tensor
@@ -181,7 +181,7 @@ class ZeroShot:
 
     @classmethod
     def of(cls, teacher: Teacher, row_names: list[str], templates: Templates) -> ZeroShot | None:
-        """The task whose classes are the distinct names of a split's rows; None without a text tower."""
+        """Return the task whose classes are the distinct names of a split's rows; None without a text tower."""
         if not teacher.has_text:
             return None
         names = sorted(set(row_names))
@@ -192,17 +192,17 @@ class ZeroShot:
 
     @property
     def among(self) -> ZeroShotClasses:
-        """How many classes there are, and in which sentences their names stand."""
+        """Number of classes, and the templates of their names."""
         return ZeroShotClasses(len(self.names), self.templates)
 
     @torch.no_grad()
     def teacher_ranks(self, rows: list[int], images: Tensor) -> Tensor:
-        """Rank of the right class of `[B, 3, H, W]` images in [-1, 1] by the teacher's own embeddings; `[B]`."""
+        """Return the rank `[B]` of the right class of images `[B, 3, H, W]` in [-1, 1] by the teacher's embeddings."""
         return class_ranks(self.teacher.embed_images(images).cpu(), self.classes, self.labels[rows])
 
     @torch.no_grad()
     def code_ranks(self, rows: list[int], tokenizer: ImageTokenizer, codes: Tensor) -> Tensor | None:
-        """The same by what the tokenizer's codes `[B, N, D, h, w]` say; None where they have no such embedding."""
+        """Return the rank by the tokenizer's codes `[B, N, D, h, w]`; None if the codes have no such embedding."""
         if not tokenizer.embeds_codes:
             return None
         return class_ranks(tokenizer.embed_codes(codes).cpu(), self.classes, self.labels[rows])
