@@ -25,13 +25,12 @@ ORIGINAL_FEATURES, DRAWN_FEATURES = "original_features", "reconstruction_feature
 """Columns of features, from which a Fréchet distance is computed."""
 RANK, TEACHER_RANK = "class_rank", "teacher_class_rank"
 """Columns of the number of classes nearer to an image than its own, by its codes and by the teacher."""
-_MEANS: Mapping[str, dict[str, Any]] = {
-    **{name: metric.settings for name, metric in IMAGE_PAIR_METRICS.items()},
+_SETTINGS: Mapping[str, dict[str, Any]] = {
     "lpips": {"library": "lpips", "network": "VGG16, v0.1", "input": "[-1, 1]"},
     "perceptual": {"rule": "distance of backbone features; a stand-in for LPIPS that does not compare with it"},
     "semantic_cosine": {"rule": "decoded from codes against the teacher's features"},
 }
-"""Settings of the metrics that are means over the images."""
+"""Settings of the means over the images that need more than `IMAGE_PAIR_METRICS` do: codes, teacher or weights."""
 
 
 class Reconstructions(NamedTuple):
@@ -127,7 +126,8 @@ def reconstruction_rows(
         distance: The Fréchet distance of the features; None if there are no features.
         classes: The classes of the ranks; None if there are no ranks.
     """
-    found = [make.mean(name, columns[name].tolist(), **note) for name, note in _MEANS.items() if name in columns]
+    means = {name: metric.settings for name, metric in IMAGE_PAIR_METRICS.items()} | _SETTINGS
+    found = [make.mean(name, columns[name].tolist(), **settings) for name, settings in means.items() if name in columns]
     if distance is not None and len(columns[DRAWN_FEATURES]) > 1:  # one image has no spread
         value = frechet_distance(columns[DRAWN_FEATURES], columns[ORIGINAL_FEATURES])
         reference = {"reference": "the held-out images as the tokenizer sees them"}
