@@ -126,7 +126,7 @@ def reconstruction_rows(
         distance: The Fréchet distance of the features; None if there are no features.
         classes: The classes of the ranks; None if there are no ranks.
     """
-    means = {name: metric.settings for name, metric in IMAGE_PAIR_METRICS.items()} | _SETTINGS
+    means = {**{name: metric.settings for name, metric in IMAGE_PAIR_METRICS.items()}, **_SETTINGS}
     found = [make.mean(name, columns[name].tolist(), **settings) for name, settings in means.items() if name in columns]
     if distance is not None and len(columns[DRAWN_FEATURES]) > 1:  # one image has no spread
         value = frechet_distance(columns[DRAWN_FEATURES], columns[ORIGINAL_FEATURES])
