@@ -153,7 +153,7 @@ def test_wrong_inception_weights_end_it_before_training(
 def test_a_pooled_loss_needs_something_to_pool(tiny_run: TinyRun, tmp_path: Path) -> None:
     store = tiny_run.store_before("train_tokenizer", tmp_path / "store")
     with pytest.raises(ValueError, match=r"loss\.pooled_weight=1\.0 needs a kind that predicts.*set it to 0"):
-        train(store, "tokenizer.kind=vqgan", "tokenizer.loss.pooled_weight=1")
+        train(store, "tokenizer.kind=sde", "tokenizer.semantic_branch=false", "tokenizer.loss.pooled_weight=1")
 
 
 @pytest.mark.parametrize("name", ["inception_weights", "lpips_vgg_weights"])
