@@ -1,4 +1,4 @@
-"""One shard of a download: fetch its rows, check them, store what is good and write the receipt."""
+"""The worker of `download`: it fetches the rows of a shard, checks them, and stores the images and metadata."""
 
 from __future__ import annotations
 
@@ -29,33 +29,33 @@ from storage.tables import image_metadata_table, read_table, write_table
 
 @dataclass(frozen=True)
 class RowRange(Shard):
-    """Some rows of the plan, which become one shard."""
+    """A range of the plan's rows, which becomes one shard."""
 
     start: int
     count: int
     earlier: tuple[FileEntry, ...] = ()
-    """The shard's images and metadata of an earlier attempt, whose good and filtered rows are kept as they are."""
+    """The shard's images and metadata of an earlier attempt, whose usable and filtered rows are kept."""
 
     def key(self, position: int) -> str:
-        """The key of a row, by its position in this range."""
+        """Return the key of a row by its position in this range."""
         return f"{self.start + position:09d}"
 
 
 @dataclass(frozen=True)
 class DownloadWorker:
-    """Fetches the rows of one shard after the other."""
+    """Makes the shards of a download."""
 
     store: Store
     rows: FileEntry
-    """Of the plan: a Parquet file with every row."""
+    """The plan's Parquet file with all rows."""
     source: Callable[[], Source]
-    """Opens the source in the process that fetches."""
+    """Opens the source in the worker process."""
     filters: FilterConfig
     limits: Limits
     extra_columns: tuple[str, ...]
-    """Of the rows; they also go beside each image."""
+    """Further columns of the rows, which are also stored with each image."""
     metadata_columns: tuple[str, ...]
-    """Of the metadata, after those of its schema."""
+    """Columns of the metadata after those of its schema."""
 
     def make(self, item: RowRange, *, isolated: bool) -> DownloadedShard:
         """Fetch the rows of a shard and store its files; see `stages.mapped.engine.MakesShards`."""
@@ -67,12 +67,12 @@ class DownloadWorker:
             return self._put(item, rows, shard, scratch)
 
     def _inspector(self, isolated: bool) -> AbstractContextManager[Inspect]:
-        """What decodes the images; in a child process where workers died of the shard."""
+        """Return the inspector that decodes images, in a child process if workers died of the shard."""
         factory = partial(Inspector, self.limits, self.filters.near_duplicate_bits is not None)
         return in_child_process(factory) if isolated else nullcontext(factory())
 
     def _carry(self, item: RowRange, shard: _Shard) -> None:
-        """Take over what an earlier attempt got."""
+        """Copy the usable and filtered rows of an earlier attempt."""
         if not item.earlier:
             return
         images, metadata = map(self.store.fetch, item.earlier)
@@ -135,7 +135,7 @@ class DownloadWorker:
 
 @dataclass
 class _Shard:
-    """Rows by position as they arrive; the images wait on disk, since a shard of large ones may not fit in memory."""
+    """Collects rows by position as they arrive; images are kept on disk, as a shard may not fit into memory."""
 
     folder: Path
     rows: dict[int, dict[str, Any]] = field(default_factory=dict)
@@ -153,7 +153,7 @@ class _Shard:
 
 
 def read_slice(path: Path, start: int, count: int) -> pa.Table:
-    """Some rows of a Parquet file; only the row groups that hold them are read."""
+    """Read a range of rows of a Parquet file; only the row groups that contain them are read."""
     with pq.ParquetFile(path) as file:
         groups: list[int] = []
         ends = first = 0

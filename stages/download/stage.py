@@ -137,10 +137,10 @@ class DownloadConfig(Config):
 
 @dataclass
 class _Done:
-    """The shards that are done: what the outcome needs of their receipts."""
+    """What the outcome needs from the receipts of finished shards."""
 
     files: dict[str, tuple[FileEntry, ...]] = field(default_factory=dict)
-    """By shard."""
+    """Files of each shard."""
     totals: Totals = field(default_factory=Totals)
 
     def add(self, shard: str, receipt: DownloadedShard) -> None:
@@ -171,7 +171,7 @@ def run(context: StageContext[DownloadConfig]) -> Outcome:
 
 
 def open_source(config: DownloadConfig) -> Source:
-    """Where the images come from."""
+    """Open the source of a config's images."""
     if config.files is not None:
         return config.files.open(SourceOptions(config.caption_column, config.max_bytes, config.tsv_quotes))
     http = config.http
@@ -190,10 +190,10 @@ def open_source(config: DownloadConfig) -> Source:
 
 
 def read_rows(config: DownloadConfig) -> pa.Table:
-    """The rows to fetch: url, caption and extra columns as strings, filtered, in the list's order.
+    """Read the rows to fetch: url, caption and extra columns as strings, filtered, in the list's order.
 
     Raises:
-        ValueError: naming the source and what was expected of it.
+        ValueError: the source cannot be read or has no rows; the message names the source and what was expected.
     """
     source = open_source(config)
     table = source.rows(list(dict.fromkeys([config.caption_column, *config.extra_columns, *config.keep])))
@@ -209,9 +209,9 @@ def read_rows(config: DownloadConfig) -> pa.Table:
 
 
 def next_attempt(config: DownloadConfig, seed: int, store: Store) -> int:
-    """The attempt that fetches again what failed so far; the last one that is complete where nothing failed.
+    """Return the number of the attempt that fetches failed rows again, or of the last complete one if no row failed.
 
-    An attempt that was begun and not finished comes before a further one.
+    An attempt that was started but not finished is continued before a new one is started.
     """
     attempt = config.attempt
     while True:
@@ -236,7 +236,7 @@ def next_attempt(config: DownloadConfig, seed: int, store: Store) -> int:
 
 @dataclass(frozen=True)
 class _Plan:
-    """What a download is to fetch."""
+    """The rows of a download and their division into shards."""
 
     rows: FileEntry
     shards: list[RowRange]
@@ -248,7 +248,7 @@ class _Plan:
 
     @property
     def num_rows(self) -> int:
-        """Of all shards."""
+        """Number of rows of all shards."""
         return sum(shard.count for shard in self.shards)
 
 
@@ -265,7 +265,7 @@ def _make_plan(context: StageContext[DownloadConfig]) -> dict[str, Any]:
 
 
 class _Written(NamedTuple):
-    """A local file with the rows to fetch."""
+    """The local file with the rows to fetch, and counts of them."""
 
     path: Path
     num_rows: int
@@ -280,10 +280,10 @@ def _write_rows(context: StageContext[DownloadConfig]) -> _Written:
 
 
 def _restore_rows(context: StageContext[DownloadConfig], entry: FileEntry) -> None:
-    """Write the plan's rows again where the store has lost them: no shard could be made without.
+    """Rebuild the plan's table of rows if the store has lost it, since no shard can be made without it.
 
     Raises:
-        ValueError: the source gives other rows now.
+        ValueError: the source has other rows now.
     """
     store, key = context.store, context.action_key
     if store.holds(entry):
@@ -308,13 +308,13 @@ def _cut(num_rows: int, rows_per_shard: int) -> list[RowRange]:
 
 
 def _download(context: StageContext[DownloadConfig], plan: _Plan) -> _Done:
-    """Make the shards that are not done.
+    """Make the shards that are not finished.
 
     Returns:
         All shards, in the list's order.
 
     Raises:
-        ValueError: too many rows failed, in these shards or before.
+        ValueError: too many rows failed, in these or in earlier shards.
     """
     config, done = context.config, _Done()
     job = Job(_worker(context, plan), RowRange, DownloadedShard, "download shards", "rows", _num_rows)
@@ -352,7 +352,7 @@ def _worker(context: StageContext[DownloadConfig], plan: _Plan) -> Callable[[], 
 
 
 def _earlier_shards(context: StageContext[DownloadConfig], shards: list[str]) -> dict[str, tuple[FileEntry, ...]]:
-    """Files of the shards of earlier attempts, each of the latest one that has it."""
+    """Return the files of shards of earlier attempts, each from the latest attempt that has it."""
     store, found = context.store, dict[str, tuple[FileEntry, ...]]()
     for attempt in range(context.config.attempt):
         key = _attempt_key(context.config, attempt, context.seed)
@@ -369,10 +369,10 @@ def _attempt_key(config: DownloadConfig, attempt: int, seed: int) -> str:
 
 
 def _check_failures(context: StageContext[DownloadConfig], totals: Totals, num_rows: int) -> None:
-    """Raise ValueError once it is certain that too many rows will have failed, however many are still to come."""
+    """Raise ValueError as soon as it is certain that too many rows fail, whatever the remaining rows give."""
     config, limit = context.config, _limit(context.config, num_rows)
     if limit.is_passed(totals.num_failed):
-        _check_images(context)  # they may have failed because somebody moved them
+        _check_images(context)  # they may have failed because the files were moved
         remedy = (
             "mend the list, raise the limit, or fetch the failed ones again with `--retry-failed` or "
             f"`--set download.attempt={config.attempt + 1}`; what arrived is kept"
@@ -386,14 +386,14 @@ def _limit(config: DownloadConfig, num_rows: int) -> FailureLimit:
 
 
 def _check_images(context: StageContext[DownloadConfig]) -> None:
-    """Raise ValueError where files are no longer those that the action key stands for.
+    """Raise ValueError if the source's files are no longer those of the action key.
 
-    Not for URLs, whose images enter no key: a list may change once its rows are in the plan.
+    This does not apply to URLs, whose images enter no key: a list may change once its rows are in the plan.
     """
     config, store, key = context.config, context.store, context.action_key
     if config.files is None or _attempt_key(config, config.attempt, context.seed) == key:
         return
-    # Else a later run with the files as they were would find them done, with other images in them
+    # Otherwise a later run with the old files would take the shards for finished, although they have other images
     store.work(key).drop_receipts()
     raise ValueError(
         f"{open_source(config).what} changed while its images were read, so the shards that were made of it are thrown "
@@ -402,7 +402,7 @@ def _check_images(context: StageContext[DownloadConfig]) -> None:
 
 
 def _leave_out_duplicates(context: StageContext[DownloadConfig], done: _Done) -> None:
-    """Make the shards again that hold an image which came before."""
+    """Rewrite the shards that contain a duplicate of an earlier image."""
     config, names = context.config, list(done.files)
     files = {name: ShardFiles(*done.files[name]) for name in names}
     found = find_duplicates(context.store, list(files.values()), config.filters)
@@ -423,7 +423,7 @@ def _leave_out_duplicates(context: StageContext[DownloadConfig], done: _Done) ->
 
 
 def _external_inputs(config: DownloadConfig) -> dict[str, str]:
-    """A list and files count by their content, not by their path."""
+    """Return digests of the contents of lists and files, which do not depend on their paths."""
     return open_source(config).content()
 
 

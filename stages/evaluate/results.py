@@ -61,7 +61,7 @@ def gather(store: Store, shards: Iterable[tuple[str, Sequence[FileEntry]]]) -> d
 
 
 def left_out_table(left_out: Mapping[str, Sequence[LeftOut]]) -> pa.Table:
-    """The rows that could not be measured, with task, key, status and error; by task."""
+    """Build the table of rows that could not be measured, with task, key, status and error, by task."""
     rows = [(task, row.key, row.status, row.error) for task, some in left_out.items() for row in some]
     columns = zip(*rows, strict=True)
     names = ("task", "key", "status", "error")

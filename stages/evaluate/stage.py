@@ -31,57 +31,60 @@ from storage.tables import metrics_table, write_table
 
 
 class EvaluateConfig(PrecisionConfig):
-    """What is asked, drawn and measured. The scoring rule is fixed: highest mean log-likelihood a token."""
+    """The evaluation's questions, prompts and metrics. The scoring rule is fixed: the highest mean log-likelihood per
+    token.
+    """
 
     max_rows: PositiveInt | None = None
-    """Only the first held-out rows; `null` takes all."""
+    """Number of first held-out rows that are used; `null` uses all."""
     question: Template = "What is in the picture?"
-    """Asked about each held-out image."""
+    """Question about each held-out image."""
     answer: ChoiceTemplate = "{choice}"
-    """How a choice is written as an answer."""
+    """Template that turns a choice into an answer."""
     concept: Template = "{concept}"
-    """The name of what an image shows, a template over the code table's columns; `{caption}` is its text."""
+    """Template over the code table's columns for the name of what an image shows; `{caption}` is its text."""
     category_column: str = "category"
-    """Column from which same-category distractors are drawn; rows without a value get no such questions."""
+    """Column whose value same-category distractors share; rows without a value get no such questions."""
     num_choices: Annotated[int, Field(ge=2)] = 4
-    """Choices of a question."""
+    """Number of choices of a question."""
     prompt: Template = "Draw {caption}."
-    """Drawing request of each held-out row."""
+    """Prompt for generation, for each held-out row."""
     images_per_prompt: PositiveInt = 1
-    """Drawings of each request."""
+    """Number of images generated per prompt."""
     recognition_choices: Annotated[int, Field(ge=2)] = 10
-    """Concepts among which the teacher recognises a drawing."""
+    """Number of concepts among which the teacher recognises a generated image."""
     sampling: SamplingConfig = SamplingConfig()
-    """How drawings are sampled."""
+    """Sampling of generated images."""
     inception_weights: RuntimeStr = ""
-    """Path of torch-fidelity's `weights-inception-2015-12-05-6726825d.pth`, for rFID; its content counts, not its path.
-    Empty: a Fréchet distance in the teacher's space, named so, takes its place."""
+    """Path of torch-fidelity's `weights-inception-2015-12-05-6726825d.pth`, for rFID; its content enters the action
+    key, not its path. Empty: a Fréchet distance in the teacher's feature space, under another name."""
     lpips_vgg_weights: RuntimeStr = ""
-    """Path of torchvision's VGG16 state dict, for LPIPS; its content counts, not its path. Empty: the distance of a
-    backbone teacher's features, named `perceptual`, takes its place."""
+    """Path of torchvision's VGG16 state dict, for LPIPS; its content enters the action key, not its path. Empty: the
+    distance of a backbone teacher's features, under the name `perceptual`."""
     class_templates: Templates = "name"
-    """Zero-shot classification among the concepts: `name`, a class is its name; `openai`, the mean over the 80
-    sentences of CLIP's ImageNet evaluation."""
+    """Zero-shot classification among the concepts. `name`: the text of a class is its name; `openai`: the mean over
+    CLIP's 80 templates for ImageNet."""
     rows_per_shard: PositiveInt = 48
-    """Held-out rows measured, and lost by a crash, together."""
+    """Number of held-out rows per shard, the unit of work that is lost by a crash."""
     max_failed_fraction: RuntimeFraction = 0.01
-    """The stage stops as soon as a larger part of the rows, of all tasks together, brings its worker down; what is done
-    stays done, and a run with a higher limit goes on from there."""
+    """The stage stops as soon as a larger fraction of the rows, of all tasks together, has killed its worker; finished
+    shards are kept, and a run with a higher limit continues from there."""
     num_workers: RuntimeInt = 1
-    """Workers at a time."""
+    """Number of workers."""
     gpus_per_worker: GpuShare = 0.0
-    """Share of a GPU that each worker holds; with 0 and `device: auto` all workers of a machine take its first GPU."""
+    """Number of GPUs, or fraction of a GPU, that each worker reserves; with 0 and `device: auto` all workers of a
+    machine use its first GPU."""
     cpu_threads: PositiveInt = 1
-    """CPU threads of each worker; part of the identity of the result as in training."""
+    """Number of CPU threads of each worker, which enters the action key as in training."""
     device: Device = "auto"
-    """`auto` (a GPU if there is one), `cpu`, `cuda`."""
+    """`auto` (a GPU if there is one), `cpu` or `cuda`."""
 
     def computes_on(self) -> str:
         return "cuda" if self.gpus_per_worker else resolve_device(self.device).type
 
 
 def run(context: StageContext[EvaluateConfig]) -> Outcome:
-    """Make the `evaluation` artifact: metric rows, and the pictures and answers that they stand on.
+    """Make the `evaluation` artifact: metric rows, and the images and answers that they are computed from.
 
     Raises:
         ValueError: the parts were not made for each other, or nothing is held out.
@@ -93,7 +96,7 @@ def run(context: StageContext[EvaluateConfig]) -> Outcome:
     check_tokenizer(rows.info, context.inputs["sft"].metadata["tokenizer"])
     count = len(rows) if config.max_rows is None else min(len(rows), config.max_rows)
     tasks = ["understanding"] if tokenizer.kind == external_codes.KIND else list(FILES)
-    # here, so that wrong weights end it at once
+    # built here, so that wrong weights are an error at once
     distance = _set_distance(context) if "reconstruction" in tasks else None
     planned = [shard.to_json() for shard in _shards(tasks, count, config.rows_per_shard)]
     plan = store.work(context.action_key).create_plan({"shards": planned})
@@ -121,7 +124,7 @@ def run(context: StageContext[EvaluateConfig]) -> Outcome:
 
 
 def _measure(context: StageContext[EvaluateConfig], shards: list[EvaluationShard]) -> list[MeasuredShard]:
-    """The receipts of the shards, in their order.
+    """Return the receipts of the shards, in their order.
 
     Raises:
         ValueError: too many rows could not be measured.
@@ -143,7 +146,7 @@ def _measure(context: StageContext[EvaluateConfig], shards: list[EvaluationShard
 
 
 def _set_distance(context: StageContext[EvaluateConfig]) -> SetDistance:
-    """What the workers' features end in; the networks that they are made with are not kept in this process."""
+    """Return the distance that the workers' features are for; the networks are not kept in this process."""
     teacher = load_teacher(context.store, context.inputs["prepare_teacher"])
     return feature_space("evaluate", context.config.inception_weights, teacher, torch.device("cpu")).distance
 

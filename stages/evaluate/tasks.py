@@ -47,7 +47,7 @@ RANDOM, SAME_CATEGORY = "random", "same_category"
 
 
 class TaskConfig(Protocol):
-    """What the tasks read of the stage's config."""
+    """The fields of the stage's config that the tasks use."""
 
     question: str
     answer: str
@@ -68,16 +68,16 @@ class TaskConfig(Protocol):
 
 @dataclass(frozen=True)
 class Concepts:
-    """The concept and category of each held-out row, and how distractors are drawn from them."""
+    """The concept and category of each held-out row, and the selection of distractors."""
 
     names: list[str]
     categories: list[str]
     seed: int
 
     def choices(self, row: int, count: int, distractors: str) -> tuple[list[str], int]:
-        """`count` different concepts, the row's own among them, in random order, and its position.
+        """Return `count` different concepts in random order, including the row's own, and the position of that one.
 
-        Fixed by (seed, row, kind of distractors) alone, so every model answers the same questions.
+        They depend on (seed, row, kind of distractors) alone, so every model answers the same questions.
 
         Raises:
             ValueError: there are not enough other concepts.
@@ -102,7 +102,7 @@ class Concepts:
 
 @dataclass(frozen=True)
 class TaskFactory:
-    """Picklable description of the models; calling it in a worker process loads them as they are needed."""
+    """Picklable description of the models; calling it in the worker process builds the tasks."""
 
     store: Store
     config: Any
@@ -114,7 +114,7 @@ class TaskFactory:
 
 
 class EvaluationTasks:
-    """Holds the models; each task measures some held-out rows and returns what it found, a dictionary a result."""
+    """The tasks and their models; each task measures some held-out rows and returns a dictionary per result."""
 
     def __init__(self, job: TaskFactory) -> None:
         self.job = job
@@ -123,7 +123,7 @@ class EvaluationTasks:
         torch.set_num_threads(self.config.cpu_threads)
 
     def measure(self, task: str, rows: list[int]) -> list[dict[str, Any]]:
-        """Do one of the tasks, by its name, on some held-out rows."""
+        """Run the task with a name on some held-out rows."""
         tasks = {
             "reconstruction": self.reconstruct,
             "understanding": self.understand,
@@ -133,7 +133,7 @@ class EvaluationTasks:
 
     @cached_property
     def teacher(self) -> Teacher:
-        """The frozen teacher, also of a tokenizer without a semantic branch."""
+        """The frozen teacher, even if the tokenizer has no semantic branch."""
         return load_teacher(self.job.store, self.job.inputs["prepare_teacher"]).to(self.device)
 
     @cached_property
@@ -146,23 +146,23 @@ class EvaluationTasks:
 
     @cached_property
     def vlm(self) -> tuple[UnifiedVlm, SequenceBuilder]:
-        """The fine-tuned model and what writes its sequences."""
+        """The fine-tuned model and its sequence builder."""
         vlm, builder = load_vlm(self.job.store, self.job.inputs["sft"])
         return vlm.to(self.device), builder
 
     @cached_property
     def rows(self) -> CodedRows:
-        """The held-out rows of the code table, in its order."""
+        """The held-out rows of the code table, in the table's order."""
         return load_rows(self.job.store, self.job.inputs["tokenize"], split=TEST, views=False)
 
     @cached_property
     def transform(self) -> TransformConfig:
-        """How the images of the code table were shaped."""
+        """The transform of the code table's images."""
         return TransformConfig(**self.rows.info.transform)
 
     @cached_property
     def images(self) -> ImageSource:
-        """The held-out images; row for row those of `rows`."""
+        """The held-out images, in the order of `rows`."""
         source = ImageSource(self.job.store, self.job.inputs["download"], self.transform, split=TEST)
         positions = {key: position for position, key in enumerate(source.keys)}
         if missing := [key for key in self.rows.keys if key not in positions]:
@@ -170,7 +170,7 @@ class EvaluationTasks:
                 f"the download lacks {len(missing)} held-out images of the code table, first key {missing[0]!r}; they "
                 "are of different runs: tokenize this download again"
             )
-        return source.only([positions[key] for key in self.rows.keys])  # some could not be encoded
+        return source.only([positions[key] for key in self.rows.keys])  # some images could not be encoded
 
     @cached_property
     def concepts(self) -> Concepts:
@@ -194,12 +194,12 @@ class EvaluationTasks:
 
     @cached_property
     def training_images(self) -> ImageSource:
-        """The training images, from which prototypes are made."""
+        """The training images, from which prototypes are computed."""
         return ImageSource(self.job.store, self.job.inputs["download"], self.transform, split=TRAIN)
 
     @cached_property
     def pixel_prototypes(self) -> dict[str, Tensor]:
-        """Mean training image of each concept as small pixels, `[P]`."""
+        """Mean of the reduced training images of each concept, `[P]`."""
         return self._prototypes(_small)
 
     @cached_property
@@ -208,7 +208,7 @@ class EvaluationTasks:
         return {name: F.normalize(mean, dim=0) for name, mean in self._prototypes(self._embed).items()}
 
     def _prototypes(self, describe: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
-        """Mean of `describe` (`[B, 3, H, W]` in [-1, 1] to `[B, F]`) over the training images of each concept."""
+        """Average `describe` (`[B, 3, H, W]` in [-1, 1] to `[B, F]`) over the training images of each concept."""
         source = self.training_images
         names = [fill_row(self.config.concept, source.row(row)) for row in range(len(source))]
         batches = in_batches(len(source), _BATCH, "prototypes of the training images")
@@ -220,7 +220,7 @@ class EvaluationTasks:
 
     @torch.no_grad()
     def reconstruct(self, rows: list[int]) -> list[dict[str, Any]]:
-        """Decode each held-out image's codes: distances to the image, features of both, ranks of its concept."""
+        """Decode the codes of held-out images; returns distances to the images, features of both, and class ranks."""
         found = []
         for batch in _batches(rows):
             pixels = self.images.pixels(batch)
@@ -240,7 +240,7 @@ class EvaluationTasks:
 
     @torch.no_grad()
     def understand(self, rows: list[int]) -> list[dict[str, Any]]:
-        """Four-way questions: the answer with the highest mean log-likelihood a token is the model's pick.
+        """Ask multiple-choice questions: the answer with the highest mean log-likelihood per token is the model's pick.
 
         Rows without a category have none with distractors of the same one.
         """
@@ -277,7 +277,7 @@ class EvaluationTasks:
 
     @torch.no_grad()
     def generate(self, rows: list[int]) -> list[dict[str, Any]]:
-        """Draw an image for each held-out prompt and ask the frozen teacher which of some concepts it shows."""
+        """Generate images for held-out prompts, and let the teacher choose which of some concepts each shows."""
         vlm, builder = self.vlm
         prompts = [
             fill_row(self.config.prompt, self.rows.row(row))
@@ -320,9 +320,10 @@ class EvaluationTasks:
         return found
 
     def recognise(self, images: Tensor, choices: Listing[Listing[str]]) -> list[int]:
-        """Position of the concept that the teacher sees in each image.
+        """Return the position of the concept that the teacher recognises in each image.
 
-        By image-text similarity; a teacher without a text tower compares with mean training images instead.
+        It compares image and text embeddings; a teacher without a text tower compares with mean training images
+        instead.
 
         Args:
             images: `[B, 3, H, W]` in [-1, 1].
@@ -348,9 +349,9 @@ class EvaluationTasks:
             return self.teacher.embed_images(images.to(self.device)).float()
 
     def _nearest_pixels(self, pixels: Tensor, choices: Listing[Listing[str]]) -> list[int | None]:
-        """Position of the concept whose mean training image is nearest to each image of `[B, 3, H, W]` uint8.
+        """Return the position of the concept whose mean training image is nearest to each uint8 image `[B, 3, H, W]`.
 
-        None where one of the concepts has no training image, as where captions stand for concepts.
+        It is None if one of the concepts has no training image, as when captions are the concepts.
         """
         nearest: list[int | None] = []
         for image, names in zip(_small(normalise(pixels)), choices, strict=True):
@@ -362,7 +363,7 @@ class EvaluationTasks:
         return nearest
 
     def _answer_scores(self, rows: list[int], choices: list[list[str]]) -> Tensor:
-        """Mean log-likelihood of each answer, `[len(rows), choices]`."""
+        """Return the mean log-likelihood of each answer, `[len(rows), choices]`."""
         vlm, builder = self.vlm
         sequences = [
             builder.understanding(self.rows.codes[row], question, answer)
@@ -375,29 +376,29 @@ class EvaluationTasks:
         return scores.cpu().view(len(rows), -1)
 
     def _answers(self, row: int, choices: list[str]) -> list[tuple[str, str]]:
-        """The question of a row with each of its choices written as an answer."""
+        """Return the question of a row, and its choices as answers."""
         question = fill_row(self.config.question, self.rows.row(row))
         return [(question, fill(self.config.answer, {"choice": choice})) for choice in choices]
 
     def _is_cut(self, row: int, choices: list[str]) -> bool:
-        """Whether the question or an answer is too long for the model, which then reads its beginning."""
+        """Return whether the question or an answer is truncated for the model."""
         return not all(self.vlm[1].fits(*texts) for texts in self._answers(row, choices))
 
 
 def encode_png(image: Image.Image) -> bytes:
-    """An image as PNG bytes."""
+    """Encode an image as PNG."""
     buffer = io.BytesIO()
     image.save(buffer, "PNG")
     return buffer.getvalue()
 
 
 def _cell(value: Tensor) -> Any:
-    """A number, or a row of features, as a table holds it."""
+    """Convert a number, or a row of features, to a value of a table."""
     return value.numpy() if value.ndim else value.item()
 
 
 def _small(images: Tensor) -> Tensor:
-    """`[B, 3, H, W]` -> `[B, 3 * 16 * 16]`: pixels for the raw-pixel baseline."""
+    """Reduce images `[B, 3, H, W]` to `[B, 3 * 16 * 16]` pixels for the raw-pixel baseline."""
     return F.adaptive_avg_pool2d(images, 16).flatten(1)
 
 

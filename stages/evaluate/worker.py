@@ -1,4 +1,4 @@
-"""What a worker of `evaluate` does: one of the tasks on a range of held-out rows; rows that kill it are left out."""
+"""The worker of `evaluate`: it runs one of the tasks on a range of held-out rows; rows that kill it are left out."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from stages.mapped.engine import LeftOut, Receipt, Shard
 from stages.mapped.isolation import InputCrashed, Sandbox, Wording, isolate
 
 CRASHED = "crashed_worker"
-"""Status of a row that brings down the process that measures it."""
+"""Status of a row that kills the process that measures it."""
 WORDING = Wording(
     input="row",
     done="measured",
@@ -24,27 +24,27 @@ WORDING = Wording(
 
 @dataclass(frozen=True)
 class EvaluationShard(Shard):
-    """A range of held-out rows, and what is measured on them."""
+    """A range of held-out rows and the task that measures them."""
 
     task: str
-    """A key of `stages.evaluate.results.FILES`."""
+    """Name of the task, a key of `stages.evaluate.results.FILES`."""
     start: int
     count: int
 
 
 @dataclass(frozen=True)
 class MeasuredShard(Receipt):
-    """The receipt of such a range."""
+    """The receipt of a measured range."""
 
     task: str
     rows: int
-    """Held-out rows, those that were left out included."""
+    """Number of held-out rows, including those that were left out."""
     left_out: tuple[LeftOut, ...]
 
 
 @dataclass(frozen=True)
 class EvaluationWorkerFactory:
-    """Picklable description of a worker; the models are loaded in the worker process, as its first shard needs them."""
+    """Picklable description of a worker; the models are loaded in the worker process on first use."""
 
     tasks: TaskFactory
 
@@ -53,7 +53,7 @@ class EvaluationWorkerFactory:
 
 
 class EvaluationWorker:
-    """Holds the models and measures ranges of held-out rows with them."""
+    """Measures ranges of held-out rows with the models that it holds."""
 
     def __init__(self, factory: TaskFactory) -> None:
         self._factory = factory
@@ -71,7 +71,7 @@ class EvaluationWorker:
         return MeasuredShard(tuple(files), shard.task, len(rows), tuple(left_out))
 
     def _measure_isolated(self, task: str, rows: list[int]) -> tuple[list[dict[str, Any]], list[LeftOut]]:
-        """Measure in a child process, and find the rows that bring it down."""
+        """Measure in a child process, and find the rows that kill it."""
         keys = [self._tasks.rows.keys[row] for row in rows]
         with Sandbox(self._factory, WORDING) as sandbox:
 
@@ -81,13 +81,13 @@ class EvaluationWorker:
 
             isolated = isolate(measure, keys, WORDING, causes=InputCrashed)
         measured = [row for of_one_key in isolated.results for row in of_one_key]
-        # The order of an undisturbed shard: all questions with one kind of distractors come before those of the other
+        # The same order as without isolation: all questions with one kind of distractors before those with the other
         measured.sort(key=lambda row: row.get("distractors") == SAME_CATEGORY)
         return measured, [LeftOut(keys[slot], CRASHED, failure.error) for slot, failure in isolated.failures.items()]
 
 
 def _by_key(found: Sequence[dict[str, Any]], keys: Sequence[str]) -> list[list[dict[str, Any]]]:
-    """The rows of a result table that belong to each key."""
+    """Group the rows of a result table by key."""
     rows: dict[str, list[dict[str, Any]]] = {key: [] for key in keys}
     for row in found:
         rows[row["key"]].append(row)

@@ -1,4 +1,4 @@
-"""A recipe: the configuration of every stage and the seed, in one YAML file, or in what it changes of another."""
+"""A recipe: the configuration of every stage and the seed, in one YAML file that may extend another recipe."""
 
 from __future__ import annotations
 
@@ -31,28 +31,28 @@ _LONGEST_NAME = 100
 
 
 class Recipe(Config):
-    """All stage configs and the seed."""
+    """The configs of all stages, and the seed."""
 
     name: RuntimeStr
-    """As in `--recipe NAME`; the report's folder is called by it."""
+    """Name of the recipe, as in `--recipe NAME`; the report's folder has the same name."""
     description: RuntimeStr = ""
-    """What the recipe is for, one line."""
+    """Purpose of the recipe, on one line."""
     seed: NonNegativeInt = 0
-    """Seed of every random choice; part of every action key."""
+    """Seed of all random choices, which enters every action key."""
     download: download.DownloadConfig
-    """Where images come from."""
+    """The source of the images, and how they are fetched and filtered."""
     teacher: prepare_teacher.PrepareTeacherConfig
     """The frozen semantic encoder."""
     tokenizer: Annotated[train_tokenizer.TokenizerSection, Field(discriminator="kind")]
     """The image tokenizer and its training."""
     tokenize: tokenize.TokenizeConfig
-    """Images to code tables."""
+    """The encoding of images into code tables."""
     pretrain: pretrain.PretrainConfig
-    """The language model and its pretraining on both modalities."""
+    """The language model and its pretraining on image-text pairs."""
     sft: sft.SftConfig
     """Fine-tuning on understanding and generation."""
     evaluate: evaluate.EvaluateConfig
-    """What is measured."""
+    """The evaluation's questions, prompts and metrics."""
 
     @field_validator("name")
     @classmethod
@@ -65,12 +65,12 @@ class Recipe(Config):
         return name
 
     def section(self, stage: Stage[Any]) -> Any:
-        """The config of a stage."""
+        """Return the config of a stage."""
         return getattr(self, stage.section)
 
     @model_validator(mode="after")
     def _check_templates(self) -> Recipe:
-        """Here and not in the stages: hours of work come before the one that would find a wrong name."""
+        """Check the names in templates before any stage runs, since the stage that uses them may come hours later."""
         known = [CAPTION, *self.download.columns]
         category = self.evaluate.category_column
         if "category_column" in self.evaluate.model_fields_set and category not in self.download.columns:
@@ -88,7 +88,7 @@ class Recipe(Config):
         return self
 
     def _templates(self) -> Iterator[tuple[str, str]]:
-        """Field and value of each template over the columns of the data."""
+        """Yield the field and the value of each template over the columns of the data."""
         if isinstance(self.tokenizer, train_tokenizer.TrainTokenizerConfig):
             yield "tokenizer.class_name", self.tokenizer.class_name
         for number, question in enumerate(self.sft.questions):
