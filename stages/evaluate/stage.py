@@ -31,9 +31,7 @@ from storage.tables import metrics_table, write_table
 
 
 class EvaluateConfig(PrecisionConfig):
-    """The evaluation's questions, prompts and metrics. The scoring rule is fixed: the highest mean log-likelihood per
-    token.
-    """
+    """Questions, prompts and metrics of the evaluation; answers are scored by mean log-likelihood per token."""
 
     max_rows: PositiveInt | None = None
     """Number of first held-out rows that are used; `null` uses all."""
