@@ -1,4 +1,4 @@
-"""An image tokenizer by hand, with `models/` alone: train a small VQGAN for half a minute, then encode and decode.
+"""An image tokenizer by hand, with `models/` alone: train a small VQGAN briefly, then encode and decode.
 
 From the project's folder: `python -m docs.examples.tokenizer`
 """
