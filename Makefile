@@ -5,14 +5,15 @@ PYTHON ?= python3
 TEST_WORKERS ?= 2
 BIN := .venv/bin
 STAMP := .venv/.installed
+PYTEST := $(BIN)/python -m infra.malloc $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile
 
 export PYTHON
 
 .DEFAULT_GOAL := help
-.PHONY: help setup mini test lint format lock clean
+.PHONY: help setup mini test test-fast test-all lint format lock clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(STAMP) ## make or update the environment in .venv
 
@@ -23,9 +24,16 @@ $(STAMP): requirements.lock pyproject.toml infra/setup.sh infra/torchvision_ops.
 mini: $(STAMP) ## run the whole pipeline on sample data and write its report
 	$(BIN)/musevl run --recipe mini
 
-test: lint ## linters, types, import rules and all tests
+test: lint ## linters, types, import rules and the tests
 	@bash infra/install-browser.sh
-	$(BIN)/python -m infra.malloc $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile $(ARGS)
+	$(PYTEST) $(ARGS)
+
+test-fast: $(STAMP) ## the tests that start no process and take seconds, for every save
+	$(PYTEST) -m "not processes and not slow" $(ARGS)
+
+test-all: lint ## as `test`, with the full matrices of kills and crashes
+	@bash infra/install-browser.sh
+	MUSEVL_KILL_POINTS=10 MUSEVL_CRASH_POINTS=all $(PYTEST) --exhaustive $(ARGS)
 
 lint: $(STAMP) ## ruff, mypy and import-linter
 	$(BIN)/ruff check .

@@ -46,10 +46,10 @@ def test_precision(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixtur
 
 def test_tokenize(tmp_path: Path) -> None:
     """Without Ray, which other tests start."""
-    run = bench_tokenize._run(tmp_path, 1, 1, SimpleNamespace(images=24, shard=8))
+    run = bench_tokenize._run(tmp_path, 1, 1, SimpleNamespace(images=8, shard=4))
     assert bench_tokenize._bare_loop(run, tmp_path / "loop") > 0
     assert bench_tokenize._loop_of_the_stages_encoder(run, tmp_path / "own loop") > 0
     assert bench_tokenize._one_file_an_image(run, tmp_path / "files") > 0
-    cost, (before, _) = bench_tokenize._stage(run, tmp_path / "store", bench_tokenize._Timed(LocalExecutor()), 1, 8)
+    cost, (before, _) = bench_tokenize._stage(run, tmp_path / "store", bench_tokenize._Timed(LocalExecutor()), 1, 4)
     assert cost > 0
     assert before > 0

@@ -1,4 +1,4 @@
-"""Prefect with a home folder of its own, and command-line runs in child processes."""
+"""The `musevl` command, in this process (`command`) and in one of its own (`musevl`), and a Prefect server."""
 
 import os
 import signal
@@ -56,13 +56,17 @@ class Answer:
     """With the log."""
 
 
+InProcess = Callable[..., Answer]
+
+
 @pytest.fixture
 def command(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     caplog: pytest.LogCaptureFixture,
+    fresh_loggers: None,
     tmp_path: Path,
-) -> Callable[..., Answer]:
+) -> InProcess:
     """Run the `musevl` command in this process, in an empty folder: for what needs none of its own."""
     from flows import cli
 

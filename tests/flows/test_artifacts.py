@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,7 +12,7 @@ from flows.artifacts import diff_text, lineage_text
 from storage.blobs import blob_key
 from storage.manifest import FileEntry, Manifest
 from storage.store import Store
-from tests.flows.conftest import Answer, Command
+from tests.flows.conftest import InProcess
 from tests.flows.test_cli import metrics_artifact
 from tests.helpers.read_only import readable_only
 from tests.helpers.tiny import TinyRun
@@ -44,13 +43,13 @@ def test_diff_shows_settings_inputs_files_and_metrics() -> None:
     assert "learning_rate" not in text and "inputs" not in text
 
 
-def test_commands_on_a_store(musevl: Command, tiny_run: TinyRun, tmp_path: Path) -> None:
+def test_commands_on_a_store(command: InProcess, tiny_run: TinyRun, tmp_path: Path) -> None:
     shutil.copytree(tiny_run.store.uri, tmp_path / "store")
     sft, evaluate = (tiny_run.results[name].digest for name in ("sft", "evaluate"))
 
     def artifacts(*arguments: str) -> tuple[int, str]:
-        done = musevl("artifacts", *arguments, "--store", "store")
-        return done.returncode, done.stdout + done.stderr
+        done = command("artifacts", *arguments, "--store", "store")
+        return done.code, done.stdout + done.stderr
 
     assert artifacts("pin", sft[:8], "--note", "kept") == (0, f"pinned {sft}\n")
     assert sum(line.endswith("pinned") for line in artifacts("ls")[1].splitlines()) == 1
@@ -99,7 +98,7 @@ WRITING = (
 
 @pytest.mark.parametrize("arguments", READING)
 def test_commands_that_read_take_no_right_to_write_to_the_store(
-    arguments: str, command: Callable[..., Answer], readable: Path, tiny_run: TinyRun, tmp_path: Path
+    arguments: str, command: InProcess, readable: Path, tiny_run: TinyRun, tmp_path: Path
 ) -> None:
     Image.new("RGB", (64, 64)).save(tmp_path / "image.png")
     digests = {name: result.digest[:12] for name, result in tiny_run.results.items()}
@@ -111,7 +110,7 @@ def test_commands_that_read_take_no_right_to_write_to_the_store(
 
 @pytest.mark.parametrize("arguments", WRITING)
 def test_commands_that_write_say_in_one_line_that_the_store_cannot_be_written(
-    arguments: str, command: Callable[..., Answer], readable: Path, tiny_run: TinyRun
+    arguments: str, command: InProcess, readable: Path, tiny_run: TinyRun
 ) -> None:
     digests = {name: result.digest[:12] for name, result in tiny_run.results.items()}
     with readable_only(readable):
@@ -123,7 +122,7 @@ def test_commands_that_write_say_in_one_line_that_the_store_cannot_be_written(
     assert len(done.stderr.splitlines()) == 1
 
 
-def test_verify_reports_damage_in_a_store_that_it_cannot_write(command: Callable[..., Answer], tmp_path: Path) -> None:
+def test_verify_reports_damage_in_a_store_that_it_cannot_write(command: InProcess, tmp_path: Path) -> None:
     store = Store(str(tmp_path / "store"))
     key = blob_key(store.put_bytes(b"data", "a").sha256)
     store.commit("key", Manifest("thing", 1, "stage", {}, {}, (FileEntry("a", 4, key[-64:]),), {}, {}))
@@ -141,9 +140,7 @@ def test_verify_reports_damage_in_a_store_that_it_cannot_write(command: Callable
      "artifacts lineage 0123456", "artifacts diff 0123456 1234567", "artifacts pin 0123456", "artifacts unpin 0123456",
      "artifacts forget 0123456", "artifacts gc --delete", "inspect 0123456", "generate cat"],
 )  # fmt: skip
-def test_a_store_that_is_not_there_is_named_and_not_made(
-    arguments: str, command: Callable[..., Answer], tmp_path: Path
-) -> None:
+def test_a_store_that_is_not_there_is_named_and_not_made(arguments: str, command: InProcess, tmp_path: Path) -> None:
     done = command(*arguments.split(), "--store", "nowhere")
     assert (done.code, done.stdout) == (2, "")
     assert done.stderr == (
@@ -153,7 +150,7 @@ def test_a_store_that_is_not_there_is_named_and_not_made(
     assert not (tmp_path / "nowhere").exists()
 
 
-def test_one_damaged_record_of_a_run_does_not_stop_results(command: Callable[..., Answer], tmp_path: Path) -> None:
+def test_one_damaged_record_of_a_run_does_not_stop_results(command: InProcess, tmp_path: Path) -> None:
     store = Store(str(tmp_path / "store"))
     digest = metrics_artifact(store, tmp_path, 20.0, "key")
     run = {"stage": "evaluate", "recipe": "mini", "artifact": digest, "finished": "2026-01-01"}
@@ -167,14 +164,14 @@ def test_one_damaged_record_of_a_run_does_not_stop_results(command: Callable[...
     assert done.code == 1 and f"record  runs/{damaged}.json: damaged" in done.stdout
 
 
-def test_gc_says_what_keeps_it_from_deleting_blobs_and_ends_with_1(musevl: Command, tmp_path: Path) -> None:
+def test_gc_says_what_keeps_it_from_deleting_blobs_and_ends_with_1(command: InProcess, tmp_path: Path) -> None:
     store = Store(str(tmp_path / "store"))
     store.put_bytes(b"an orphan", "a")
     store.objects.put("actions/key.json", b"{")
     (tmp_path / "store" / "tmp").mkdir(exist_ok=True)
     (tmp_path / "store" / "tmp" / "half").write_bytes(b"half")
-    done = musevl("artifacts", "gc", "--grace-days", "0", "--delete", "--store", store.uri)
-    assert done.returncode == 1
+    done = command("artifacts", "gc", "--grace-days", "0", "--delete", "--store", store.uri)
+    assert done.code == 1
     first, second, *rest = done.stdout.splitlines()
     assert first == "every blob is kept, for it is not known what these need:"
     assert second.startswith(
@@ -182,6 +179,6 @@ def test_gc_says_what_keeps_it_from_deleting_blobs_and_ends_with_1(musevl: Comma
     )
     assert rest[-1].startswith("deleted ") and "never finished" in done.stdout
     assert len(store.objects.list("cas/")) == 1
-    assert musevl("artifacts", "forget", "key", "--store", store.uri).returncode == 0
-    assert musevl("artifacts", "gc", "--grace-days", "0", "--delete", "--store", store.uri).returncode == 0
+    assert command("artifacts", "forget", "key", "--store", store.uri).code == 0
+    assert command("artifacts", "gc", "--grace-days", "0", "--delete", "--store", store.uri).code == 0
     assert store.objects.list("cas/") == []

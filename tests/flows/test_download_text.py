@@ -11,7 +11,7 @@ from stages.download.counts import Totals, receipt_of
 from storage.manifest import Manifest
 from storage.store import Store
 from storage.tables import image_metadata_table, write_table
-from tests.flows.conftest import Command
+from tests.flows.conftest import InProcess
 from tests.helpers.misbehaving_server import misbehaving_server
 from tests.helpers.tiny import CAPTIONS_ONLY
 
@@ -61,8 +61,9 @@ def test_counts_are_by_status_by_reason_without_details_and_by_host(tmp_path: Pa
     }
 
 
+@pytest.mark.processes
 @pytest.mark.slow
-def test_retry_failed_fetches_what_failed_and_inspect_shows_what_is_left(tmp_path: Path, musevl: Command) -> None:
+def test_retry_failed_fetches_what_failed_and_inspect_shows_what_is_left(tmp_path: Path, command: InProcess) -> None:
     with misbehaving_server() as server:
         urls = [server.url(path) for path in ("/red.png", "/mended.png", "/status/404")]
         (tmp_path / "list.csv").write_text("url,caption\n" + "".join(f"{url},x\n" for url in urls), encoding="utf-8")
@@ -73,16 +74,16 @@ def test_retry_failed_fetches_what_failed_and_inspect_shows_what_is_left(tmp_pat
             "download.max_failed_fraction=0.4",
             f"download.http={{private_hosts: ['{server.address}']}}",
         ]
-        command = ["stage", "download", "--recipe", "tiny", "--executor", "local", "--store", str(tmp_path / "store")]
-        command += [part for setting in settings for part in ("--set", setting)]
-        first = musevl(*command)
-        assert first.returncode == 2
+        arguments = ["stage", "download", "--recipe", "tiny", "--executor", "local", "--store", str(tmp_path / "store")]
+        arguments += [part for setting in settings for part in ("--set", setting)]
+        first = command(*arguments)
+        assert first.code == 2
         assert "2 of 3 images failed" in first.stderr
-        second = musevl(*command, "--retry-failed")
-        assert second.returncode == 0, second.stderr
+        second = command(*arguments, "--retry-failed")
+        assert second.code == 0, second.stderr
         assert "download.attempt=1: keep it" in second.stderr
         assert server.asked == {"/red.png": 1, "/mended.png": 2, "/status/404": 2}
     digest = second.stdout.split()[2]
-    shown = musevl("inspect", digest, "--store", str(tmp_path / "store")).stdout
+    shown = command("inspect", digest, "--store", str(tmp_path / "store")).stdout
     assert "3 rows, 2 images" in shown
     assert "http_error: HTTP Error 404: Not Found" in shown

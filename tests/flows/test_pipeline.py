@@ -6,7 +6,6 @@ from typing import Any
 import httpx
 import pytest
 
-from flows.stage_task import artifact_key, is_infrastructure_error, summary_markdown
 from infra.executors import ClusterNotStarted, ClusterUnreachable
 from infra.worker_errors import WorkerDied
 from stages.pipeline.execution import StageResult
@@ -60,6 +59,8 @@ def check_what_prefect_shows(api: str) -> None:
     assert {task["name"] for task in tasks} == set(STAGES)
     assert {task["state_type"] for task in tasks} == {"COMPLETED"}
     artifacts = {a["key"]: a["data"] for a in query("artifacts") if a["flow_run_id"] == flow_run["id"]}
+    from flows.stage_task import artifact_key
+
     assert set(artifacts) == {artifact_key("mini", name) for name in STAGES}
     assert "| total | 6 |" in artifacts["mini-evaluate"]
 
@@ -97,10 +98,14 @@ def chained(outer: Exception, inner: Exception) -> Exception:
     ],
 )
 def test_only_infrastructure_errors_are_worth_a_retry(error: Exception, expected: bool) -> None:
+    from flows.stage_task import is_infrastructure_error
+
     assert is_infrastructure_error(error) is expected
 
 
 def test_the_summary_names_digest_result_inputs_and_metrics() -> None:
+    from flows.stage_task import summary_markdown
+
     manifest = Manifest(
         kind="code_table",
         schema_version=1,
@@ -119,4 +124,6 @@ def test_the_summary_names_digest_result_inputs_and_metrics() -> None:
 
 
 def test_artifact_keys_are_ones_that_prefect_takes() -> None:
+    from flows.stage_task import artifact_key
+
     assert artifact_key("My recipe_2", "train_tokenizer") == "my-recipe-2-train-tokenizer"

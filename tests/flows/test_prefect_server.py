@@ -7,10 +7,14 @@ import subprocess
 import sys
 import time
 
+import pytest
+
 from tests.flows.conftest import ROOT
 
+pytestmark = pytest.mark.processes
+
 _FLOW = """
-import os, sys, time
+import logging, os, sys, time
 from flows.prefect_server import prefect_server
 from prefect import flow
 from prefect.settings import PREFECT_API_URL
@@ -19,11 +23,17 @@ from prefect.settings import PREFECT_API_URL
 def adds(a: int, b: int) -> int:
     return a + b
 
+@flow
+def fails() -> None:
+    logging.getLogger("stages.trial").warning("the last words")
+    raise ValueError("no")
+
 with prefect_server() as wait:
     wait()
     print(PREFECT_API_URL.value(), adds(1, 2), flush=True)
     if sys.argv[1:] == ["stay"]:
         time.sleep(600)
+    fails()
 """
 
 
@@ -37,37 +47,18 @@ def _is_open(address: tuple[str, int]) -> bool:
         return probe.connect_ex(address) == 0
 
 
-def test_a_flow_runs_on_the_runs_own_server_and_the_server_ends_with_it(prefect_environment: dict[str, str]) -> None:
-    run = subprocess.run(
-        [sys.executable, "-c", _FLOW], cwd=ROOT, env=prefect_environment, capture_output=True, text=True, check=True
-    )
-    url, result = run.stdout.split()
-    assert result == "3"
-    assert _address(url)[0] == "127.0.0.1"
-    assert not _is_open(_address(url))
-
-
-def test_what_a_failed_flow_logged_arrives_before_the_server_ends(prefect_environment: dict[str, str]) -> None:
-    script = """
-import logging
-from flows.prefect_server import prefect_server
-from prefect import flow
-
-@flow
-def fails() -> None:
-    logging.getLogger("stages.trial").warning("the last words")
-    raise ValueError("no")
-
-with prefect_server() as wait:
-    wait()
-    fails()
-"""
+def test_a_flow_runs_on_the_runs_own_server_which_ends_with_it_once_all_that_was_logged_has_arrived(
+    prefect_environment: dict[str, str],
+) -> None:
     environment = prefect_environment | {"PREFECT_LOGGING_EXTRA_LOGGERS": "stages"}
     run = subprocess.run(
-        [sys.executable, "-c", script], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+        [sys.executable, "-c", _FLOW, "fail"], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
     )
-    assert run.returncode == 1
+    url, result = run.stdout.split()
+    assert (run.returncode, result) == (1, "3")
     assert run.stderr.strip().endswith("ValueError: no"), "nothing is said after the error"
+    assert _address(url)[0] == "127.0.0.1"
+    assert not _is_open(_address(url))
 
 
 def test_a_killed_run_leaves_no_server(prefect_environment: dict[str, str]) -> None:
@@ -78,7 +69,7 @@ def test_a_killed_run_leaves_no_server(prefect_environment: dict[str, str]) -> N
         address = _address(run.stdout.readline().split()[0])
         assert _is_open(address)
         run.kill()
-    until = time.monotonic() + 60
+    until = time.monotonic() + 500
     while _is_open(address) and time.monotonic() < until:
         time.sleep(0.1)
     assert not _is_open(address)

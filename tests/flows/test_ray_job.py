@@ -63,7 +63,7 @@ def job_server(environment: dict[str, str], tmp_path_factory: pytest.TempPathFac
 
 
 def wait_for(url: str, head: subprocess.Popen[bytes], log_path: Path) -> None:
-    for _ in range(300):
+    for _ in range(1500):
         if head.poll() is not None:
             break
         try:
@@ -82,7 +82,6 @@ def submit(job_server: str, environment: dict[str, str], *command: str) -> tuple
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 def test_a_submitted_stage_maps_on_the_jobs_cluster(
     job_server: str, environment: dict[str, str], tiny_run: TinyRun, tmp_path: Path
 ) -> None:
@@ -98,7 +97,6 @@ def test_a_submitted_stage_maps_on_the_jobs_cluster(
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 def test_a_submitted_stage_with_bad_input_fails_in_one_line(job_server: str, environment: dict[str, str]) -> None:
     code, output = submit(job_server, environment, "python", "-m", "stages.download", "--recipe", "nosuch")
     assert code != 0

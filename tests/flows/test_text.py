@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +12,6 @@ import pytest
 from flows.artifacts import diff_text, garbage_text, lineage_text
 from flows.inspection import _cell, _facts, _first_rows, _Found, _histogram, _usage
 from flows.report.page import _render
-from flows.stage_task import summary_markdown
 from flows.text import text_table
 from stages.pipeline.errors import report
 from stages.pipeline.execution import StageResult
@@ -21,7 +19,7 @@ from storage.code_table import CodeTable, CodeTableInfo
 from storage.garbage import Collection
 from storage.manifest import Manifest
 from storage.store import Store
-from tests.flows.conftest import Answer
+from tests.flows.conftest import InProcess
 
 HOSTILE = "cat\x1b[2J\x1b]52;c;Y3VybA==\x07\n\u202egpj.exe\r\x9bhidden"
 FORBIDDEN = set("\x1b\x07\x9b\r\u202e")
@@ -56,9 +54,7 @@ def test_inspect_shows_the_captions_of_a_table_and_obeys_none_of_them() -> None:
 
 
 @pytest.mark.parametrize("arguments", ["artifacts ls", "artifacts lineage {}", "artifacts show {}"])
-def test_no_command_prints_what_a_terminal_obeys(
-    arguments: str, command: Callable[..., Answer], tmp_path: Path
-) -> None:
+def test_no_command_prints_what_a_terminal_obeys(arguments: str, command: InProcess, tmp_path: Path) -> None:
     store = Store(str(tmp_path / "store"))
     digest = hostile_manifest(store).digest
     done = command(*arguments.format(digest).split(), "--store", store.uri)
@@ -67,9 +63,7 @@ def test_no_command_prints_what_a_terminal_obeys(
     assert len(done.stdout.splitlines()) in (1, 3) or json.loads(done.stdout)["stage"] == HOSTILE
 
 
-def test_the_recipe_in_the_record_of_a_run_is_printed_on_its_line(
-    command: Callable[..., Answer], tmp_path: Path
-) -> None:
+def test_the_recipe_in_the_record_of_a_run_is_printed_on_its_line(command: InProcess, tmp_path: Path) -> None:
     from tests.flows.test_cli import metrics_artifact
 
     store = Store(str(tmp_path / "store"))
@@ -81,6 +75,8 @@ def test_the_recipe_in_the_record_of_a_run_is_printed_on_its_line(
 
 
 def test_texts_about_artifacts_hold_nothing_that_a_terminal_obeys(tmp_path: Path) -> None:
+    from flows.stage_task import summary_markdown  # here: it loads Prefect, which the other tests do without
+
     store = Store(str(tmp_path / "store"))
     manifest = hostile_manifest(store)
     other = Manifest("thing", 1, "stage", {}, {}, (), {}, {})

@@ -41,7 +41,7 @@ def s3_endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 
 def _wait_for(port: int, server: subprocess.Popen[bytes], log_path: Path) -> None:
-    for _ in range(300):
+    for _ in range(3000):
         if server.poll() is not None:
             break
         with socket.socket() as client:
@@ -64,7 +64,7 @@ def s3_uri(s3_endpoint: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
     return f"s3://{bucket}/some/store"
 
 
-@pytest.fixture(params=["local", "s3"])
+@pytest.fixture(params=["local", pytest.param("s3", marks=pytest.mark.processes)])
 def store_uri(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     """Return the URI of an empty store: each test that asks runs on a folder and on S3."""
     if request.param == "s3":

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from infra.executors import LocalExecutor
 from stages.pipeline.execution import StageResult, run_stage
 from stages.pipeline.recipe import STAGES, Recipe, load_recipe
 from storage.store import Store
+from tests.helpers.session.once import made_once
 
 ROOT = Path(__file__).parents[2]
 CAPTIONS_ONLY = (
@@ -48,11 +49,16 @@ class TinyRun:
 
 
 @pytest.fixture(scope="session")
-def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TinyRun]:
-    store = Store(str(tmp_path_factory.mktemp("tiny") / "store"))
+def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> TinyRun:
+    """One run of the tiny recipe for all processes of the test run; each has a copy of its store."""
     recipe = load_recipe("tiny")
-    executor = LocalExecutor()
-    return TinyRun(recipe, store, {name: run_stage(name, recipe, store, executor) for name in STAGES})
+
+    def results(folder: Path) -> dict[str, StageResult]:
+        return {name: run_stage(name, recipe, Store(str(folder)), LocalExecutor()) for name in STAGES}
+
+    copied = tmp_path_factory.mktemp("tiny") / "store"
+    shutil.copytree(made_once(tmp_path_factory, "tiny", results), copied)
+    return TinyRun(recipe, Store(str(copied)), results(copied))
 
 
 def start_stage(name: str, store: Store, *overrides: str) -> subprocess.Popen[str]:

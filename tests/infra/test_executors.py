@@ -26,6 +26,7 @@ from infra.executors import (
 )
 from infra.worker_errors import WorkerDied, WorkerFailed
 from stages.pipeline.errors import one_line
+from tests.infra.test_process_groups import check_death_and_exception
 
 ROOT = Path(__file__).parents[2]
 ITEMS: list[Item] = [{"number": number, "name": f"item {number}"} for number in range(5)]
@@ -38,7 +39,7 @@ def ray_executor() -> Iterator[RayExecutor]:
     executor.close()
 
 
-@pytest.fixture(params=["local", "ray"])
+@pytest.fixture(params=["local", pytest.param("ray", marks=pytest.mark.processes)])
 def executor(request: pytest.FixtureRequest) -> Executor:
     return LocalExecutor() if request.param == "local" else request.getfixturevalue("ray_executor")
 
@@ -87,6 +88,7 @@ def starts(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], _Starts]:
     return install
 
 
+@pytest.mark.processes
 def test_a_cluster_that_does_not_start_is_tried_once_more(
     starts: Callable[[int], _Starts], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -98,6 +100,7 @@ def test_a_cluster_that_does_not_start_is_tried_once_more(
     assert all(process.wait(1) for process in ray_init.left), "what the first try left behind has ended"
 
 
+@pytest.mark.processes
 def test_a_cluster_that_never_starts_is_one_line_that_names_the_way_out(starts: Callable[[int], _Starts]) -> None:
     starts(STARTS)
     with pytest.raises(ClusterNotStarted) as caught:
@@ -246,10 +249,17 @@ def test_an_abandoned_map_gives_its_workers_back(ray_executor: RayExecutor) -> N
     assert len(list(ray_executor.map(per_item(lambda item: item), ITEMS, num_workers=2))) == len(ITEMS)
 
 
+def test_of_processes_that_run_together_on_ray_a_death_starts_all_again(
+    ray_executor: RayExecutor, tmp_path: Path
+) -> None:
+    check_death_and_exception(ray_executor, tmp_path)
+
+
 def test_more_workers_than_cores_are_no_problem(ray_executor: RayExecutor) -> None:
     assert len(list(ray_executor.map(per_item(lambda item: item), ITEMS, num_workers=50))) == len(ITEMS)
 
 
+@pytest.mark.processes
 def test_an_unreachable_cluster_is_named() -> None:
     script = (
         "from infra.executors import ClusterUnreachable, RayExecutor\n"
@@ -257,10 +267,11 @@ def test_an_unreachable_cluster_is_named() -> None:
         "except ClusterUnreachable as error: print('caught:', error)\n"
     )
     environment = os.environ | {"RAY_ADDRESS": "127.0.0.1:1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=500)
     assert "caught: cannot connect to the Ray cluster of RAY_ADDRESS=127.0.0.1:1: " in done.stdout, done.stderr
 
 
+@pytest.mark.processes
 def test_a_local_cluster_is_silent_and_leaves_the_home_folder_alone(tmp_path: Path) -> None:
     script = (
         "from infra.executors import RayExecutor\n"
@@ -272,7 +283,7 @@ def test_a_local_cluster_is_silent_and_leaves_the_home_folder_alone(tmp_path: Pa
     )
     kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     environment = kept | {"PYTHONPATH": str(ROOT), "HOME": str(tmp_path)}
-    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=500)
     assert (done.stdout, done.stderr) == ("[1, 2]\n[1, 2]\n", "")
     assert list(tmp_path.iterdir()) == []
 

@@ -12,6 +12,8 @@ import pytest
 
 from infra import interrupts
 
+pytestmark = pytest.mark.processes
+
 ROOT = Path(__file__).parents[2]
 SIGNALS = [signal.SIGINT, signal.SIGTERM]
 
@@ -91,7 +93,7 @@ def interrupted(program: str, number: signal.Signals, *arguments: str) -> tuple[
     assert process.stdout is not None
     named = [int(word) for word in process.stdout.readline().split()]
     process.send_signal(number)
-    printed, said = process.communicate(timeout=60)
+    printed, said = process.communicate(timeout=500)
     return process.returncode, printed, said, named
 
 

@@ -22,7 +22,10 @@ print(json.dumps({"argv": sys.argv[2:], "env": dict(os.environ), "jemalloc": map
 """
 NAMES = {MARKER, "LD_PRELOAD", "MALLOC_CONF", *GLIBC_SETTINGS}
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the settings are for Linux with glibc")
+pytestmark = [
+    pytest.mark.processes,
+    pytest.mark.skipif(sys.platform != "linux", reason="the settings are for Linux with glibc"),
+]
 
 
 def _environment(**variables: str) -> dict[str, str]:

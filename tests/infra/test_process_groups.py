@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,17 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from infra import process_groups
-from infra.executors import Executor, LocalExecutor, RayExecutor
+from infra.executors import Executor, LocalExecutor
 from infra.worker_errors import WorkerDied
 from models.ranks import average_gradients, gather_objects, mean_terms, own_part
 from models.tokenizers.losses import contrastive_loss
-
-
-@pytest.fixture(params=["local", pytest.param("ray", marks=pytest.mark.slow)])
-def executor(request: pytest.FixtureRequest) -> Iterator[Executor]:
-    made: Executor = RayExecutor(num_cpus=2) if request.param == "ray" else LocalExecutor()
-    yield made
-    made.close()
 
 
 class Troubled:
@@ -44,13 +36,19 @@ class Troubled:
         dist.barrier()
 
 
-def test_a_death_starts_all_again_and_an_exception_is_raised_as_itself(executor: Executor, tmp_path: Path) -> None:
+def check_death_and_exception(executor: Executor, folder: Path) -> None:
     with pytest.raises(KeyError, match="sample 000000007") as caught:
-        executor.run_together(Troubled(tmp_path), num_processes=2)
-    assert len(list(tmp_path.iterdir())) == 2, "one round before the death, one after it, none after the exception"
+        executor.run_together(Troubled(folder), num_processes=2)
+    assert len(list(folder.iterdir())) == 2, "one round before the death, one after it, none after the exception"
     assert "in the worker:" in caught.value.__notes__[0]
 
 
+@pytest.mark.processes
+def test_a_death_starts_all_again_and_an_exception_is_raised_as_itself(tmp_path: Path) -> None:
+    check_death_and_exception(LocalExecutor(), tmp_path)
+
+
+@pytest.mark.processes
 def test_process_zero_answers_and_sums_reach_all() -> None:
     assert LocalExecutor().run_together(_ranks, num_processes=3) == [3.0, [0, 1, 2]]
 
@@ -61,12 +59,14 @@ def _ranks() -> list[object]:
     return [float(total), gather_objects(dist.get_rank())]
 
 
+@pytest.mark.processes
 def test_deaths_without_end_are_an_error_that_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(process_groups, "RESTARTS", 1)
     with pytest.raises(WorkerDied, match="died of SIGKILL, after 1 restarts.*more memory.*last checkpoint"):
         LocalExecutor().run_together(_die, num_processes=2)
 
 
+@pytest.mark.processes
 def test_what_looks_like_a_lost_peer_but_is_a_defect_is_raised_at_once(caplog: pytest.LogCaptureFixture) -> None:
     with pytest.raises(RuntimeError, match="shapes do not fit"):
         LocalExecutor().run_together(_fail, num_processes=2)
@@ -77,6 +77,7 @@ def _fail() -> None:
     raise RuntimeError("shapes do not fit")
 
 
+@pytest.mark.processes
 def test_an_interrupt_ends_a_worker_even_inside_a_collective(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(process_groups, "RESTARTS", 0)
     with pytest.raises(WorkerDied, match="died of SIGINT"):
@@ -138,6 +139,7 @@ def _shared_gradients() -> dict[str, Tensor | None]:
     return gradients_of(module, images[own], texts[own])
 
 
+@pytest.mark.processes
 def test_gradients_of_two_processes_are_those_of_one_with_the_whole_batch() -> None:
     expected = gradients_of(*_batch())
     found = LocalExecutor().run_together(_shared_gradients, num_processes=2)

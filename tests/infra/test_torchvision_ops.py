@@ -21,6 +21,7 @@ def plain(code: str, folder: Path) -> str:
     return ended.stdout
 
 
+@pytest.mark.processes
 def test_transformers_and_torchvision_work_in_a_plain_interpreter(tmp_path: Path) -> None:
     code = f"""
 import sys
@@ -32,6 +33,7 @@ assert not set({PACKAGES!r}) & {{name.split(".")[0] for name in sys.modules}}
     assert plain(code, tmp_path) == "[[2, 1, 0]]\n"
 
 
+@pytest.mark.processes
 def test_a_process_without_torchvision_pays_no_import_of_torch(tmp_path: Path) -> None:
     assert plain("import sys; print('torch' in sys.modules)", tmp_path) == "False\n"
 

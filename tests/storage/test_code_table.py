@@ -2,10 +2,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import duckdb
 import numpy as np
-import pandas as pd
-import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -81,6 +78,10 @@ def test_equal_codes_give_equal_bytes_whatever_their_type_and_strides(tmp_path: 
 
 
 def test_pandas_duckdb_and_polars_read_a_shard_alone(shard: Path) -> None:
+    import duckdb
+    import pandas as pd
+    import polars as pl
+
     codes = random_codes(7)
     flat = codes.reshape(7, -1)
     frame = pd.read_parquet(shard)
@@ -161,7 +162,7 @@ def test_another_tokenizer_is_refused_and_both_are_named() -> None:
 
 
 def test_a_parquet_file_that_is_no_code_table_is_refused(tmp_path: Path) -> None:
-    pd.DataFrame({"key": ["a"]}).to_parquet(tmp_path / "t")
+    pq.write_table(pa.table({"key": ["a"]}), tmp_path / "t")
     with pytest.raises(ValueError, match="is not a code table"):
         read_info(tmp_path / "t")
     with pytest.raises(ValueError, match="at least one"):

@@ -41,6 +41,7 @@ def abandoned(parent: Path, prefix: str) -> HeldFolder:
     return held
 
 
+@pytest.mark.processes
 def test_a_killed_process_leaves_a_folder_that_the_next_one_removes(scratch: Path) -> None:
     owner = subprocess.Popen([sys.executable, "-c", OWNER], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     assert owner.stdout is not None

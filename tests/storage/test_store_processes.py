@@ -18,6 +18,8 @@ from storage.digests import sha256_bytes
 from storage.manifest import Manifest
 from storage.store import Store
 
+pytestmark = pytest.mark.processes
+
 StartPython = Callable[..., subprocess.Popen[str]]
 
 RACER = """

@@ -3,7 +3,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import pyarrow as pa
 import pytest
 
@@ -114,6 +113,8 @@ def test_bad_image_metadata_is_refused() -> None:
 
 
 def test_parquet_bytes_depend_on_rows_alone_not_on_chunks_or_pandas(tmp_path: Path) -> None:
+    import pandas as pd  # here: what one test needs is not loaded by every test run
+
     random = np.random.default_rng(0)
     frame = pd.DataFrame({"key": [f"{i:05d}" for i in range(20_000)], "value": random.normal(size=20_000)})
     whole = pa.Table.from_pandas(frame, preserve_index=False)

@@ -365,10 +365,11 @@ def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     processes = [
         subprocess.Popen([sys.executable, "-c", _RANK, str(rank), str(folder)], env=environment) for rank in range(2)
     ]
-    assert [process.wait(timeout=120) for process in processes] == [0, 0]
+    assert [process.wait(timeout=500) for process in processes] == [0, 0]
     return folder
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("mode", MODES)
 def test_two_processes_end_as_one_process_on_the_whole_batch(
     mode: str, two_processes: Path, monkeypatch: pytest.MonkeyPatch

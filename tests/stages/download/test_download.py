@@ -102,6 +102,7 @@ def bad_web(tmp_path_factory: pytest.TempPathFactory, base_url: str) -> tuple[Ou
     return run_download(config, folder)
 
 
+@pytest.mark.processes
 def test_every_url_becomes_a_row_with_the_right_status(bad_web: tuple[Outcome, Store]) -> None:
     rows = rows_of(*bad_web)
     assert [row["caption"] for row in rows] == [f"a {name}" for name in FATES]
@@ -110,6 +111,7 @@ def test_every_url_becomes_a_row_with_the_right_status(bad_web: tuple[Outcome, S
     assert set(FATES.values()) <= set(STATUSES)
 
 
+@pytest.mark.processes
 def test_good_images_beside_bad_ones_arrive_as_they_were_sent(bad_web: tuple[Outcome, Store]) -> None:
     outcome, store = bad_web
     names = [f"/{name}" for name, fate in FATES.items() if fate == "ok"]
@@ -135,17 +137,19 @@ print(most(resource.RUSAGE_SELF) - before, most(resource.RUSAGE_CHILDREN))
 """
 
 
+@pytest.mark.processes
 def test_endless_bodies_and_huge_images_take_bounded_memory(tmp_path: Path, base_url: str) -> None:
     path = write_list(tmp_path / "list.csv", base_url, ["bomb.png", "red.png", *["endless.png"] * 50, "blue.png"])
     command = [sys.executable, "-c", MEASURED, base_url, path, str(tmp_path)]
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr
     stage_grew_by, fetch_process_took = (int(number) for number in ended.stdout.split())
-    # the image of 30,000 x 30,000 pixels alone would take 900 MB; importing img2dataset takes about 400
+    # the image of 30,000 x 30,000 pixels alone would take 900 MB; a child counts what its parent had when it started
     assert stage_grew_by < 300e6
     assert fetch_process_took < 800e6
 
 
+@pytest.mark.processes
 def test_metrics_count_failures_by_reason_and_host(bad_web: tuple[Outcome, Store]) -> None:
     metrics = bad_web[0].metrics
     statuses = Counter(FATES.values())
@@ -157,12 +161,14 @@ def test_metrics_count_failures_by_reason_and_host(bad_web: tuple[Outcome, Store
     assert metrics["hosts"] == {"127.0.0.1": {"rows": len(FATES), "failed": failed}}
 
 
+@pytest.mark.processes
 def test_run_with_too_many_failures_stops_with_the_reasons(tmp_path: Path, base_url: str) -> None:
     path = write_list(tmp_path / "list.csv", base_url, ["red.png", "gone.png", "lost.png"])
     with pytest.raises(ValueError, match=r"2 of 3 images failed.*404.*--retry-failed.*download\.attempt=1"):
         run_download(config_of(base_url, path), tmp_path)
 
 
+@pytest.mark.processes
 def test_retry_fetches_what_failed_and_nothing_else(tmp_path: Path) -> None:
     with misbehaving_server() as server:
         base_url = f"http://{server.address}"
@@ -181,6 +187,7 @@ def test_retry_fetches_what_failed_and_nothing_else(tmp_path: Path) -> None:
     assert images_of(outcome, store) == [png("red"), png("white"), png("blue")]
 
 
+@pytest.mark.processes
 def test_last_attempt_without_failures_is_not_repeated(tmp_path: Path, base_url: str) -> None:
     config = config_of(base_url, write_list(tmp_path / "list.csv", base_url, ["red.png"]))
     store = Store(str(tmp_path / "store"))

@@ -80,6 +80,7 @@ def run(tmp_path: Path) -> _Run:
     return _Run(tmp_path)
 
 
+@pytest.mark.processes
 def test_an_image_that_kills_its_decoder_twice_is_undecodable_and_the_next_one_is_decoded(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -92,6 +93,7 @@ def test_an_image_that_kills_its_decoder_twice_is_undecodable_and_the_next_one_i
     assert found[1:] == [Inspector(LIMITS, False)(data) for data in (good, b"no image")]
 
 
+@pytest.mark.processes
 @pytest.mark.slow
 def test_a_shard_that_kills_the_run_costs_one_image_in_the_third_run(tmp_path: Path) -> None:
     images = _squares(6)
@@ -131,6 +133,7 @@ def test_a_shard_that_kills_the_run_costs_one_image_in_the_third_run(tmp_path: P
     assert store.objects.list("marks/") == [], "the marks of dead workers are gone"
 
 
+@pytest.mark.processes
 def test_decoding_in_a_child_process_changes_nothing_in_the_result(run: _Run, tmp_path: Path) -> None:
     config = _folder(tmp_path / "given", [*_squares(3), b"no image", png("red")[:-20], png("red", (300, 200))])
     config = config.model_copy(update={"max_failed_fraction": 1.0})
@@ -210,6 +213,7 @@ def test_images_that_change_during_a_run_are_not_taken_for_what_they_were(run: _
     assert run.rows(run(config))[5]["sha256"] == sha256_bytes(before), "nothing of the other image is left"
 
 
+@pytest.mark.processes
 def test_a_url_list_may_change_once_its_rows_are_read(run: _Run, tmp_path: Path) -> None:
     with misbehaving_server() as server:
         base_url = f"http://{server.address}"
@@ -241,6 +245,7 @@ def _deaths(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(url_list.subprocess, "run", fake)
 
 
+@pytest.mark.processes
 def test_a_fetch_process_that_dies_once_costs_nothing(
     run: _Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -251,6 +256,7 @@ def test_a_fetch_process_that_dies_once_costs_nothing(
     assert [row["status"] for row in run.rows(outcome)] == ["ok"]
 
 
+@pytest.mark.processes
 def test_a_fetch_process_that_dies_twice_is_an_error_that_names_the_shard(
     run: _Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -258,6 +258,7 @@ def test_proxy_is_asked_in_place_of_the_host_but_never_for_a_private_address(
     assert server.asked == {"/red.png": 1}
 
 
+@pytest.mark.processes
 def test_fetch_process_ends_when_the_stage_is_gone() -> None:
     module = "stages.download.sources.fetch_process"
     script = f"import time; from {module} import end_with; end_with(parent=-1); time.sleep(600)"

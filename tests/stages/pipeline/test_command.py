@@ -2,11 +2,10 @@
 
 import dataclasses
 import json
-import logging
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -27,14 +26,7 @@ def empty_outcome(context: StageContext[object]) -> Outcome:
     return Outcome("stub", [context.store.put_bytes(b"made", "file.txt")])
 
 
-@pytest.fixture(autouse=True)
-def _unchanged_loggers() -> Iterator[None]:
-    """Undo what a command does to the loggers of its process."""
-    loggers = [logging.getLogger(name) for name in ("stages", "infra", "storage")]
-    before = [(logger.level, logger.propagate, list(logger.handlers)) for logger in loggers]
-    yield
-    for logger, (level, propagate, handlers) in zip(loggers, before, strict=True):
-        logger.level, logger.propagate, logger.handlers = level, propagate, handlers
+pytestmark = pytest.mark.usefixtures("fresh_loggers")
 
 
 @pytest.fixture
@@ -96,26 +88,32 @@ def test_bad_input_gives_one_line_and_exit_code_2(
     assert words in captured.err
 
 
+@pytest.mark.processes
 def test_a_stage_module_is_a_command(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "stages.tokenize", "--recipe", "mini", "--store", str(tmp_path)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr.startswith("musevl: tokenize needs the artifact of download")
     assert done.stderr.count("\n") == 1
 
 
-@pytest.mark.parametrize("name", STAGE_NAMES)
-def test_a_stage_checks_its_arguments_before_pytorch_is_imported(name: str) -> None:
-    script = (
-        "import runpy, sys\n"
-        "sys.argv[1:] = ['--recipe', 'nosuch']\n"
-        f"try: runpy.run_module('stages.{name}', run_name='__main__')\n"
-        "except SystemExit as exit: print(exit.code, 'torch' in sys.modules)\n"
-    )
+@pytest.mark.processes
+def test_every_stage_checks_its_arguments_before_pytorch_is_imported() -> None:
+    script = """
+import runpy, sys
+sys.argv[1:], names = ["--recipe", "nosuch"], sys.argv[1:]
+for name in names:
+    try:
+        runpy.run_module(f"stages.{name}", run_name="__main__")
+    except SystemExit as exit:
+        print(name, exit.code, "torch" in sys.modules)
+"""
     environment = os.environ | {"MUSEVL_FAST_MALLOC": "0"}
-    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.stdout == "2 False\n"
-    assert done.stderr.startswith("musevl: unknown recipe 'nosuch'")
+    command = [sys.executable, "-c", script, *STAGE_NAMES]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.stdout.splitlines() == [f"{name} 2 False" for name in STAGE_NAMES]
+    said = done.stderr.splitlines()
+    assert len(said) == len(STAGE_NAMES) and all(line.startswith("musevl: unknown recipe 'nosuch'") for line in said)
 
 
 def test_debug_and_defects_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:

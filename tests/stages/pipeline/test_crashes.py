@@ -17,7 +17,6 @@ from stages.mapped.engine import Job, Receipt, Shard, finish_shards
 from stages.pipeline.execution import StageResult, run_stage
 from stages.pipeline.recipe import STAGES, Recipe, load_recipe
 from stages.protocol import Outcome, Stage, StageContext
-from stages.tokenize.stage import TokenizeConfig
 from storage.blobs import blob_key
 from storage.digests import sha256_bytes
 from storage.store import Store
@@ -56,7 +55,7 @@ def _square(context: StageContext[Any]) -> Outcome:
 @pytest.fixture
 def recipe(monkeypatch: pytest.MonkeyPatch) -> Recipe:
     """A recipe whose stage `square` is that one."""
-    monkeypatch.setitem(STAGES, "square", Stage("square", "tokenize", TokenizeConfig, (), _square))
+    monkeypatch.setitem(STAGES, "square", Stage("square", "tokenize", (), _square))
     return load_recipe("tiny")
 
 
@@ -71,9 +70,11 @@ def _check_visible(store: Store) -> None:
         assert store.lookup(info.action_key) is not None
 
 
-def _every(uri: str, on_s3: int) -> int:
-    """All calls on a folder; on S3, where a call takes longer, some of them, unless MUSEVL_CRASH_POINTS=all."""
-    return on_s3 if uri.startswith("s3://") and os.environ.get("MUSEVL_CRASH_POINTS") != "all" else 1
+def _every(uri: str, *, local: int, s3: int) -> int:
+    """Every n-th call dies, on S3, where a call takes longer, fewer of them; all with MUSEVL_CRASH_POINTS=all."""
+    if os.environ.get("MUSEVL_CRASH_POINTS") == "all":
+        return 1
+    return s3 if uri.startswith("s3://") else local
 
 
 def _stores(uri: str) -> Callable[[], Store]:
@@ -92,7 +93,7 @@ def test_a_mapped_stage_that_dies_at_any_call_of_the_store_is_completed_by_the_n
         assert run_stage("square", recipe, store, LocalExecutor()).digest == expected
         assert store.verify() == []
 
-    every = _every(store_uri, 3)
+    every = _every(store_uri, local=1, s3=5)
     num_calls = die_everywhere(
         fresh, lambda store: run_stage("square", recipe, store, LocalExecutor()), resume, every=every
     )
@@ -130,7 +131,7 @@ def test_a_real_stage_that_dies_at_any_call_of_the_store_is_completed_by_the_nex
         assert all(store.objects.read(key) == data for key, data in before.items())
         assert len(dict(store.work(expected.action_key).receipts())) == 2
 
-    assert die_everywhere(fresh, work, resume, every=_every(store_uri, 9)) > 30
+    assert die_everywhere(fresh, work, resume, every=_every(store_uri, local=7, s3=21)) > 30
 
 
 @pytest.mark.parametrize("damage", ["cut", "flipped", "deleted"])

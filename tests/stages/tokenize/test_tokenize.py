@@ -40,11 +40,12 @@ def test_views_differ_from_their_image_and_keep_its_text(tiny_run: TinyRun) -> N
     assert any(not codes[key].equal(codes[key.removesuffix("_view_1")]) for key in views)
 
 
-def _scores(run: TinyRun) -> dict[str, float]:
+@pytest.fixture(scope="module")
+def scores(tiny_run: TinyRun) -> dict[str, float]:
     """How well each training image fits its caption, one pair at a time."""
-    teacher = load_teacher(run.store, run.results["prepare_teacher"].manifest)
-    transform = TransformConfig(image_size=run.recipe.tokenizer.transform.image_size)
-    source = ImageSource(run.store, run.results["download"].manifest, transform, split="train")
+    teacher = load_teacher(tiny_run.store, tiny_run.results["prepare_teacher"].manifest)
+    transform = TransformConfig(image_size=tiny_run.recipe.tokenizer.transform.image_size)
+    source = ImageSource(tiny_run.store, tiny_run.results["download"].manifest, transform, split="train")
     return {
         key: float((teacher.embed_images(normalise(source.pixels([at]))) @ teacher.embed_texts([caption]).T).item())
         for at, (key, caption) in enumerate(zip(source.keys, source.captions, strict=True))
@@ -53,9 +54,8 @@ def _scores(run: TinyRun) -> dict[str, float]:
 
 @pytest.mark.parametrize("kind", ["sde", "vqgan"])
 def test_training_images_that_do_not_fit_their_caption_are_left_out(
-    tiny_run: TinyRun, tmp_path: Path, kind: str
+    tiny_run: TinyRun, scores: dict[str, float], tmp_path: Path, kind: str
 ) -> None:
-    scores = _scores(tiny_run)
     ordered = sorted(scores.values())
     gaps = np.diff(ordered[2:-2])  # a threshold between two scores, which batching cannot move to the other side
     at = 2 + int(gaps.argmax())

@@ -18,7 +18,9 @@ from storage.store import Store
 from storage.tables import read_table
 from tests.helpers.tiny import TinyRun, start_stage
 
-_GIVE_UP_S = 180
+pytestmark = pytest.mark.processes
+
+_GIVE_UP_S = 500
 TOKENIZER = (
     "tokenizer.steps=4",
     "tokenizer.log_every=1",

@@ -1,0 +1,1 @@
+"""How a test run is put together: what is made once, which tests may start processes, what comes first."""
