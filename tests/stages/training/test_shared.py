@@ -49,7 +49,12 @@ def points(store: Store, result: StageResult) -> dict[tuple[int, str], float]:
 @pytest.mark.parametrize(
     ("stage", "settings", "split"),
     [
-        ("train_tokenizer", (*TOKENIZER, "tokenizer.kind=sde"), "tokenizer.num_processes=2"),
+        pytest.param(
+            "train_tokenizer",
+            (*TOKENIZER, "tokenizer.kind=sde"),
+            "tokenizer.num_processes=2",
+            marks=pytest.mark.exhaustive,
+        ),
         ("train_tokenizer", (*TOKENIZER, "tokenizer.kind=vila_u"), "tokenizer.num_processes=2"),
         ("pretrain", PRETRAIN, "pretrain.num_processes=2"),
         ("pretrain", PRETRAIN, "pretrain.micro_batch_size=5"),
@@ -121,34 +126,40 @@ def _wait_for_a_checkpoint(process: subprocess.Popen[str], store: Store, key: st
         time.sleep(0.005)
 
 
-@pytest.mark.slow
-def test_a_run_whose_worker_or_driver_is_killed_and_one_on_ray_end_with_one_digest(
-    tiny_run: TinyRun, tmp_path: Path
-) -> None:
-    settings = ("tokenizer.num_processes=2", "tokenizer.cpu_threads=1")
-    recipe = load_recipe("tiny", list(settings))
-    ray = RayExecutor(num_cpus=2)
-    try:
-        expected = run_stage(
-            "train_tokenizer", recipe, tiny_run.store_before("train_tokenizer", tmp_path / "quiet"), ray
-        )
-    finally:
-        ray.close()
+TWO = ("tokenizer.num_processes=2", "tokenizer.cpu_threads=1")
 
+
+@pytest.fixture(scope="module")
+def quiet(tiny_run: TinyRun, tmp_path_factory: pytest.TempPathFactory) -> StageResult:
+    """An undisturbed run in two processes."""
+    store = tiny_run.store_before("train_tokenizer", tmp_path_factory.mktemp("quiet") / "store")
+    return run_stage("train_tokenizer", load_recipe("tiny", list(TWO)), store, LocalExecutor())
+
+
+@pytest.mark.slow
+def test_a_run_whose_worker_is_killed_ends_as_an_undisturbed_one(
+    quiet: StageResult, tiny_run: TinyRun, tmp_path: Path
+) -> None:
     store = tiny_run.store_before("train_tokenizer", tmp_path / "worker")
-    process = start_stage("train_tokenizer", store, *settings)
-    _wait_for_a_checkpoint(process, store, expected.action_key)
+    process = start_stage("train_tokenizer", store, *TWO)
+    _wait_for_a_checkpoint(process, store, quiet.action_key)
     os.kill(_workers_of(process)[1], signal.SIGKILL)
     _, errors = process.communicate(timeout=_GIVE_UP_S)
     assert process.returncode == 0, errors
     assert "all workers restart from the last checkpoint" in errors
     assert "resuming at step" in errors
-    found = find_artifact("train_tokenizer", recipe, store)
-    assert found is not None and found.digest == expected.digest
+    found = find_artifact("train_tokenizer", load_recipe("tiny", list(TWO)), store)
+    assert found is not None and found.digest == quiet.digest
 
-    store = tiny_run.store_before("train_tokenizer", tmp_path / "driver")
-    process = start_stage("train_tokenizer", store, *settings)
-    _wait_for_a_checkpoint(process, store, expected.action_key)
+
+@pytest.mark.slow
+@pytest.mark.exhaustive
+def test_a_run_whose_driver_is_killed_leaves_no_worker_and_goes_on(
+    quiet: StageResult, tiny_run: TinyRun, tmp_path: Path
+) -> None:
+    recipe, store = load_recipe("tiny", list(TWO)), tiny_run.store_before("train_tokenizer", tmp_path / "driver")
+    process = start_stage("train_tokenizer", store, *TWO)
+    _wait_for_a_checkpoint(process, store, quiet.action_key)
     workers = _workers_of(process)
     process.kill()
     process.wait()
@@ -157,5 +168,17 @@ def test_a_run_whose_worker_or_driver_is_killed_and_one_on_ray_end_with_one_dige
         assert time.monotonic() < deadline, "workers outlive their driver"
         time.sleep(0.05)
     assert find_artifact("train_tokenizer", recipe, store) is None
-    again = run_stage("train_tokenizer", recipe, store, LocalExecutor())
-    assert again.digest == expected.digest
+    assert run_stage("train_tokenizer", recipe, store, LocalExecutor()).digest == quiet.digest
+
+
+@pytest.mark.slow
+@pytest.mark.exhaustive
+def test_processes_on_ray_end_with_the_digest_of_those_without(
+    quiet: StageResult, tiny_run: TinyRun, tmp_path: Path
+) -> None:
+    store, ray = tiny_run.store_before("train_tokenizer", tmp_path / "store"), RayExecutor(num_cpus=2)
+    try:
+        found = run_stage("train_tokenizer", load_recipe("tiny", list(TWO)), store, ray)
+    finally:
+        ray.close()
+    assert found.digest == quiet.digest
