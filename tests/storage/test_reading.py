@@ -135,6 +135,7 @@ def _on_a_read_only_mount(reader: Reader, folder: Path) -> None:
         reader.open("write")
 
 
+@pytest.mark.processes
 def test_a_store_on_a_read_only_mount_is_read(tmp_path: Path) -> None:
     reader = Reader(str(tmp_path / "store"), None)
     process = multiprocessing.get_context("fork").Process(

@@ -291,7 +291,7 @@ class TestOtherBackbones:
                 {"architecture": "tf_efficientnet_lite0", "feature_blocks": (7,)},
                 r"feature_blocks=\[7\]: tf_eff.*0\.\.6",
             ),
-            ({"feature_blocks": ()}, "choose one or more"),
+            ({"feature_blocks": ()}, r"feature_blocks\n.*at least 1 item"),
             ({"architecture": "resnet1"}, r"teacher\.model\.architecture='resnet1': Unknown model.*list_models"),
             (
                 {"architecture": "vit_tiny_patch16_224"},

@@ -323,7 +323,7 @@ def list_of(text: str) -> Callable[[Path], Any]:
         bad("parquet", "", parquet_of({"image": [1]}), "is int64; it must hold"),
         bad("parquet", "", parquet_of({"image": [b"1"]}), "no column 'caption'"),
         bad("folder", "absent", lambda f: None, "matches no file"),
-        bad("folder", "", lambda f: (f / "a.png").write_bytes(b"x"), r"1 images and no \.txt beside them"),
+        bad("folder", "", lambda f: (f / "a.png").write_bytes(b"x"), r"1 images and no \.txt next to them"),
         bad("folder", "", lambda f: (f / "a.doc").write_bytes(b"x"), "holds no images"),
         bad("folder", "", list_of("caption\nx\n"), "no column 'file_name'", captions="l.csv"),
         bad("folder", "", list_of("file_name\nx\n"), "no column 'caption'", captions="l.csv"),

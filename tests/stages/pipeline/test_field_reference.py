@@ -116,6 +116,7 @@ def test_an_unknown_field_is_answered_with_the_nearest(
     assert message in error and error.count("\n") == 1
 
 
+@pytest.mark.processes
 def test_fields_imports_neither_pytorch_nor_the_config_classes() -> None:
     code = (
         "import sys; from flows.cli import run_command; code = run_command(['fields', 'sft.optimiser']); "
