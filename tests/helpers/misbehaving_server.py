@@ -80,8 +80,8 @@ class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     timeout = 30
     asked: ClassVar[Counter[str]]
-    at_work: ClassVar[list[int]]
-    most_at_work: ClassVar[list[int]]
+    held: ClassVar[list[int]]
+    most_held: ClassVar[list[int]]
     lock: ClassVar[threading.Lock]
     stop: ClassVar[threading.Event]
     flaky_fails: ClassVar[int] = 2
@@ -92,15 +92,10 @@ class _Handler(BaseHTTPRequestHandler):
         with self.lock:
             self.asked[self.path] += 1
             count = self.asked[self.path]
-            self.at_work[0] += 1
-            self.most_at_work[0] = max(self.most_at_work[0], self.at_work[0])
         try:
             self._answer(self.path, count)
         except (BrokenPipeError, ConnectionResetError):
             self.close_connection = True  # who asked has gone, as the tests want it
-        finally:
-            with self.lock:
-                self.at_work[0] -= 1
 
     def _answer(self, path: str, count: int) -> None:
         if path in BODIES:
@@ -135,10 +130,19 @@ class _Handler(BaseHTTPRequestHandler):
         elif path.startswith("/to/"):
             self._send(302, b"", {"Location": path.removeprefix("/to/")})
         elif path == "/hold.png":  # long enough for others to come
-            self.stop.wait(0.2)
+            self._hold()
             self._send(200, png("gray"))
         else:
             self._misbehave(path)
+
+    def _hold(self) -> None:
+        """Wait, and count who waits: until before the answer, after which a client may send its next request."""
+        with self.lock:
+            self.held[0] += 1
+            self.most_held[0] = max(self.most_held[0], self.held[0])
+        self.stop.wait(0.2)
+        with self.lock:
+            self.held[0] -= 1
 
     def _misbehave(self, path: str) -> None:
         self.close_connection = True
@@ -189,11 +193,11 @@ class MisbehavingServer:
     def __init__(self, server: ThreadingHTTPServer, handler: Any) -> None:
         self.address = f"127.0.0.1:{server.server_address[1]}"
         self.asked: Counter[str] = handler.asked
-        self._most: list[int] = handler.most_at_work
+        self._most: list[int] = handler.most_held
 
     @property
-    def most_at_work(self) -> int:
-        """Most requests that were answered at the same time."""
+    def most_held(self) -> int:
+        """Most requests for `/hold.png` that were held at the same time."""
         return self._most[0]
 
     def url(self, path: str) -> str:
@@ -204,8 +208,8 @@ class MisbehavingServer:
 def misbehaving_server() -> Iterator[MisbehavingServer]:
     state = {
         "asked": Counter(),
-        "at_work": [0],
-        "most_at_work": [0],
+        "held": [0],
+        "most_held": [0],
         "lock": threading.Lock(),
         "stop": threading.Event(),
     }

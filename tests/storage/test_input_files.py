@@ -16,7 +16,7 @@ from tests.helpers.given_files import zstandard
 CONTENTS = {"a-0.tar": b"first", "a-1.tar": b"second", "deep/b.txt": b"third"}
 
 
-@pytest.fixture(params=["local", "s3"])
+@pytest.fixture(params=["local", pytest.param("s3", marks=pytest.mark.processes)])
 def folder(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """The URI of a folder that holds CONTENTS."""
     monkeypatch.setenv("MUSEVL_CACHE", str(tmp_path / "cache"))

@@ -282,7 +282,7 @@ def test_only_so_many_connections_at_a_time_go_to_one_host(server: MisbehavingSe
     with ThreadPoolExecutor(8) as pool:
         bodies = list(pool.map(lambda _: get(limited, server.url("/hold.png")), range(8)))
     assert bodies == [png("gray")] * 8
-    assert server.most_at_work == 2
+    assert server.most_held == 2
 
 
 def test_local_file_is_read_only_where_private_addresses_are_allowed(server: MisbehavingServer, tmp_path: Path) -> None:
