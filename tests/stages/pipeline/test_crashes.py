@@ -82,6 +82,7 @@ def _stores(uri: str) -> Callable[[], Store]:
     return lambda: Store(f"{uri}/{next(numbers)}")
 
 
+@pytest.mark.slow
 def test_a_mapped_stage_that_dies_at_any_call_of_the_store_is_completed_by_the_next_run(
     recipe: Recipe, store_uri: str
 ) -> None:
@@ -100,6 +101,7 @@ def test_a_mapped_stage_that_dies_at_any_call_of_the_store_is_completed_by_the_n
     assert num_calls > 20, "the stage calls the store too seldom for this test to mean something"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", ["download", "tokenize"])
 def test_a_real_stage_that_dies_at_any_call_of_the_store_is_completed_by_the_next_run(
     stage: str, store_uri: str, tmp_path: Path
